@@ -1,0 +1,178 @@
+"""What a hierarchical block diffusion model is made of: its backbone, segments, blocks, noise and special tokens."""
+
+from transformers import AutoConfig, PreTrainedConfig
+
+# role -> text of the token; the id of role `r` is `config.<r>_token_id`
+SPECIAL_TOKENS = {
+    "mask": "<|mask|>",
+    "plan": "<|plan|>",
+    "execution": "<|execution|>",
+    "end": "<|end|>",
+}
+
+NOISE_SCHEDULES = ("loglinear", "square", "cosine", "log")
+
+
+class HierBD3LMConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`HierBD3LMForBlockDiffusion`].
+
+    A sequence is `[question | plan | execution]`. The plan opens with `<|plan|>`, the execution with `<|execution|>`;
+    both are closed by `<|end|>`, which also fills the rest of the segment's last block. Openers and `<|end|>` count
+    towards `plan_len` and `execution_len`.
+
+    Args:
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the decoder that does the work: any architecture of `AutoModelForCausalLM`. A dict is read
+            with its `model_type` (default `"qwen3"`). Defaults to `Qwen3Config()`.
+        question_len, plan_len, execution_len (`int`, defaults to 256, 256, 512):
+            The most tokens that each segment may have.
+        block_size (`int`, *optional*):
+            Sets `plan_block_size` and `execution_block_size` at once; not stored.
+        plan_block_size, execution_block_size (`int`, defaults to 16):
+            Tokens that are denoised together. They divide `plan_len` and `execution_len`.
+        noise (`str`, defaults to `"loglinear"`):
+            Noise schedule, one of `loglinear`, `square`, `cosine`, `log` (see `diffusion_hierbd3lm.py`).
+        sampling_eps (`float`, defaults to 1e-3):
+            Least mask probability that the Bernoulli estimator of the NELBO draws, in (0, 1).
+        plan_clip, execution_clip (pair of `float`, defaults to `[0.0, 1.0]`):
+            Interval of mask rates that *training* draws from in each segment (BD3-LM, section 5.2). A reported
+            likelihood never uses it.
+        mask_token_id, plan_token_id, execution_token_id, end_token_id, pad_token_id (`int`):
+            Ids of the special tokens; the first four differ from each other, and pad may equal end. The defaults are
+            the first free ids of the Qwen3 tokenizer, and its `<|endoftext|>` for padding.
+        tie_word_embeddings (`bool`, *optional*):
+            Whether the backbone's head shares the embedding matrix. Defaults to what `backbone_config` says.
+
+    Raises:
+        ValueError: for a value out of its range; the message names the field, the value and the range.
+    """
+
+    model_type = "hierbd3lm"
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012  (a class attribute that transformers reads)
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    question_len: int = 256
+    plan_len: int = 256
+    execution_len: int = 512
+    plan_block_size: int | None = None
+    execution_block_size: int | None = None
+    noise: str = "loglinear"
+    sampling_eps: float = 1e-3
+    plan_clip: list[float] | tuple[float, float] = (0.0, 1.0)
+    execution_clip: list[float] | tuple[float, float] = (0.0, 1.0)
+    mask_token_id: int = 151669
+    plan_token_id: int = 151670
+    execution_token_id: int = 151671
+    end_token_id: int = 151672
+    pad_token_id: int = 151643
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        block_size = kwargs.pop("block_size", None)
+        for name in ("plan_block_size", "execution_block_size"):
+            setattr(self, name, _resolve_block_size(name, getattr(self, name), block_size))
+        self.backbone_config = _resolve_backbone_config(self.backbone_config)
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = self.backbone_config.tie_word_embeddings
+        self.backbone_config.tie_word_embeddings = self.tie_word_embeddings
+        self._check_fields()
+        self.plan_clip, self.execution_clip = (
+            list(self.plan_clip),
+            list(self.execution_clip),
+        )  # as JSON gives them back
+        # Written by hand because `register_for_auto_class` keeps one auto class only, and both doors shall open.
+        model_class = "modeling_hierbd3lm.HierBD3LMForBlockDiffusion"
+        auto_map = {"AutoConfig": "configuration_hierbd3lm.HierBD3LMConfig"}
+        kwargs.setdefault("auto_map", auto_map | {"AutoModel": model_class, "AutoModelForCausalLM": model_class})
+        super().__post_init__(**kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the backbone's embedding matrix."""
+        return self.backbone_config.vocab_size
+
+    @property
+    def sequence_len(self) -> int:
+        """The most tokens that a sequence may have."""
+        return self.question_len + self.plan_len + self.execution_len
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The backbone's configuration: transformers reads vocabulary and layer sizes from it."""
+        return self.backbone_config
+
+    def _check_fields(self) -> None:
+        for name in ("question_len", "plan_len", "execution_len"):
+            _check_integer(name, getattr(self, name), 0 if name == "question_len" else 2, None)
+        for segment in ("plan", "execution"):
+            _check_divides(
+                f"{segment}_block_size", getattr(self, f"{segment}_block_size"), getattr(self, f"{segment}_len")
+            )
+            _check_interval(f"{segment}_clip", getattr(self, f"{segment}_clip"))
+        if self.noise not in NOISE_SCHEDULES:
+            raise ValueError(f"`noise` must be one of {', '.join(NOISE_SCHEDULES)}, but got {self.noise!r}")
+        if not _is_number(self.sampling_eps) or not 0 < self.sampling_eps < 1:
+            raise ValueError(f"`sampling_eps` must be a number in (0, 1), but got {self.sampling_eps!r}")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"`tie_word_embeddings` must be True or False, but got {self.tie_word_embeddings!r}")
+        self._check_token_ids()
+        longest, positions = self.sequence_len, getattr(self.backbone_config, "max_position_embeddings", None)
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"`question_len + plan_len + execution_len` must be at most the backbone's max_position_embeddings "
+                f"{positions}, but got {self.question_len} + {self.plan_len} + {self.execution_len} = {longest}"
+            )
+
+    def _check_token_ids(self) -> None:
+        ids = {f"{role}_token_id": getattr(self, f"{role}_token_id") for role in (*SPECIAL_TOKENS, "pad")}
+        for name, value in ids.items():
+            _check_integer(name, value, 0, self.vocab_size - 1)
+        names = list(ids)
+        for i, first in enumerate(names):
+            for second in names[i + 1 :]:
+                if ids[first] == ids[second] and (first, second) != ("end_token_id", "pad_token_id"):
+                    raise ValueError(f"`{second}` must differ from `{first}`, but both are {ids[first]}")
+
+
+def _resolve_block_size(name: str, value: int | None, block_size: int | None) -> int:
+    if value is not None and block_size is not None and value != block_size:
+        raise ValueError(f"`block_size` sets `{name}` too: got block_size={block_size!r} and {name}={value!r}")
+    if value is None:
+        return 16 if block_size is None else block_size
+    return value
+
+
+def _resolve_backbone_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+    if isinstance(value, PreTrainedConfig):
+        return value
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(
+            f"`backbone_config` must be a PreTrainedConfig, a dict or None, but got {type(value).__name__}"
+        )
+    fields = dict(value or {})
+    return AutoConfig.for_model(fields.pop("model_type", "qwen3"), **fields)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_integer(name: str, value: object, low: int, high: int | None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        accepted = f">= {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"`{name}` must be an integer {accepted}, but got {value!r}")
+
+
+def _check_divides(name: str, block_size: object, segment_len: int) -> None:
+    _check_integer(name, block_size, 1, segment_len)
+    if segment_len % block_size:
+        raise ValueError(f"`{name}` must divide the segment's length {segment_len}, but got {block_size}")
+
+
+def _check_interval(name: str, value: object) -> None:
+    is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(_is_number(bound) for bound in value)
+    if not is_pair or not 0 <= value[0] < value[1] <= 1:
+        raise ValueError(f"`{name}` must be two numbers with 0 <= low < high <= 1, but got {value!r}")
+
+
+HierBD3LMConfig.register_for_auto_class()
