@@ -1,6 +1,6 @@
 """What a hierarchical block diffusion model is made of: its backbone, segments, blocks, noise and special tokens."""
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 # role -> text of the token; the id of role `r` is `config.<r>_token_id`
 SPECIAL_TOKENS = {
@@ -132,6 +132,27 @@ class HierBD3LMConfig(PreTrainedConfig):
             for second in names[i + 1 :]:
                 if ids[first] == ids[second] and (first, second) != ("end_token_id", "pad_token_id"):
                     raise ValueError(f"`{second}` must differ from `{first}`, but both are {ids[first]}")
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Adds those of `SPECIAL_TOKENS` that the tokenizer lacks, in place; returns how many."""
+    tokens = list(SPECIAL_TOKENS.values())
+    return tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The `..._token_id` fields of [`HierBD3LMConfig`] for a tokenizer; without a pad token, pad is `<|end|>`.
+
+    Raises:
+        ValueError: if the tokenizer lacks one of `SPECIAL_TOKENS`.
+    """
+    vocabulary = tokenizer.get_vocab()
+    missing = [text for text in SPECIAL_TOKENS.values() if text not in vocabulary]
+    if missing:
+        raise ValueError(f"`tokenizer` must have the special tokens {', '.join(missing)}: see `add_special_tokens`")
+    ids = {f"{role}_token_id": vocabulary[text] for role, text in SPECIAL_TOKENS.items()}
+    pad = tokenizer.pad_token_id
+    return ids | {"pad_token_id": ids["end_token_id"] if pad is None else pad}
 
 
 def _resolve_block_size(name: str, value: int | None, block_size: int | None) -> int:

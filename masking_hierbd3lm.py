@@ -1,0 +1,212 @@
+"""Which token may attend to which: an order over blocks, and its renderings for every attention implementation.
+
+A token is described by its block (question 0, then plan blocks, then execution blocks, padding -1) and its stream
+(clean x0, or a noisy xt). [`attends`] is the one predicate; the training mask, the masks of generation, the masks of
+packed batches and the teaching mask of fixed lengths are all renderings of it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PreTrainedConfig
+
+QUESTION, PLAN, EXECUTION = 0, 1, 2  # segment ids
+PADDING = -1  # segment id and block id of padding
+CLEAN, NOISY = 0, 1  # stream ids; further noisy streams are 2, 3, ...
+
+AttentionMask = torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask]
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """What the mask needs to know of each token.
+
+    Args:
+        block_ids (`torch.LongTensor` of shape `(batch, length)`): rank of the token's block; -1 on padding.
+        stream_ids (`torch.LongTensor` of shape `(batch, length)`): 0 for clean x0, 1, 2, ... for noisy streams.
+        position_ids (`torch.LongTensor` of shape `(batch, length)`): shared by a token's x0 and xt.
+        example_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): example of a token in a packed row.
+    """
+
+    block_ids: torch.Tensor
+    stream_ids: torch.Tensor
+    position_ids: torch.Tensor
+    example_ids: torch.Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.block_ids.shape[1]
+
+    def __add__(self, other: "TokenLayout") -> "TokenLayout":
+        """The two layouts side by side, along the length."""
+        if (self.example_ids is None) != (other.example_ids is None):
+            raise ValueError("`example_ids` must be given for both layouts or for neither")
+        return TokenLayout(
+            *(
+                None if mine is None else torch.cat([mine, its], dim=1)
+                for mine, its in zip(self._tensors(), other._tensors(), strict=True)
+            )
+        )
+
+    def columns(self, start: int, stop: int | None = None) -> "TokenLayout":
+        """The layout of a range of columns."""
+        return TokenLayout(*(None if ids is None else ids[:, start:stop] for ids in self._tensors()))
+
+    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.block_ids, self.stream_ids, self.position_ids, self.example_ids
+
+
+def attends(
+    q_block: torch.Tensor, q_stream: torch.Tensor, k_block: torch.Tensor, k_stream: torch.Tensor
+) -> torch.Tensor:
+    """Whether a query may attend to a key: finished blocks are context, and a block sees itself in its own stream.
+
+    In flat order over blocks this is the training mask of BD3-LM (Arriola et al. 2025, section 3.1 and appendix B.6):
+    block-diagonal, offset block-causal and block-causal parts. All arguments broadcast; returns a bool tensor.
+    """
+    finished = (k_block < q_block) & (k_stream == CLEAN)
+    same_block = (k_block == q_block) & (k_stream == q_stream)
+    return (q_block != PADDING) & (k_block != PADDING) & (finished | same_block)
+
+
+def dense_mask(queries: TokenLayout, keys: TokenLayout, window: int | None = None) -> torch.Tensor:
+    """The mask as a bool tensor of shape `(batch, 1, queries, keys)`, True where attention is allowed."""
+
+    def pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return getattr(queries, name)[:, :, None], getattr(keys, name)[:, None, :]
+
+    (q_block, k_block), (q_stream, k_stream) = pair("block_ids"), pair("stream_ids")
+    mask = attends(q_block, q_stream, k_block, k_stream)
+    if queries.example_ids is not None:
+        q_example, k_example = pair("example_ids")
+        mask &= q_example == k_example
+    if window is not None:
+        q_position, k_position = pair("position_ids")
+        mask &= (q_position - k_position).abs() < window
+    return mask[:, None]
+
+
+def block_mask(queries: TokenLayout, keys: TokenLayout, window: int | None = None) -> BlockMask:
+    """The mask as a `BlockMask` of FlexAttention, equal to [`dense_mask`]."""
+
+    def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        mask = attends(queries.block_ids[b, q], queries.stream_ids[b, q], keys.block_ids[b, k], keys.stream_ids[b, k])
+        if queries.example_ids is not None:
+            mask = mask & (queries.example_ids[b, q] == keys.example_ids[b, k])
+        if window is not None:
+            mask = mask & ((queries.position_ids[b, q] - keys.position_ids[b, k]).abs() < window)
+        return mask
+
+    batch, device = queries.block_ids.shape[0], queries.block_ids.device
+    return create_block_mask(mask_mod, B=batch, H=None, Q_LEN=queries.length, KV_LEN=keys.length, device=device)
+
+
+def render_mask(
+    backbone_config: PreTrainedConfig, queries: TokenLayout, keys: TokenLayout, dtype: torch.dtype
+) -> AttentionMask:
+    """The mask in the form that the backbone's attention implementation reads.
+
+    `sdpa` takes a bool tensor, `eager` adds its mask to the scores, `flex_attention` takes a `BlockMask`; a backbone
+    with sliding windows takes a dict by layer type, as a ready mask would switch its windows off. A window of w
+    tokens reaches w - 1 positions to either side, which inside a block is also to the right.
+
+    Raises:
+        ValueError: for an attention implementation that cannot take the mask.
+    """
+    implementation = backbone_config._attn_implementation
+    if implementation not in ("sdpa", "eager", "flex_attention"):
+        raise ValueError(f"`attn_implementation` must be sdpa, eager or flex_attention, but got {implementation!r}")
+
+    def render(window: int | None) -> torch.Tensor | BlockMask:
+        if implementation == "flex_attention":
+            return block_mask(queries, keys, window)
+        mask = dense_mask(queries, keys, window)
+        if implementation == "sdpa":
+            return mask
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+    window = getattr(backbone_config, "sliding_window", None)
+    layer_types = set(getattr(backbone_config, "layer_types", None) or ())
+    if "sliding_attention" in layer_types:
+        return {kind: render(window if kind == "sliding_attention" else None) for kind in sorted(layer_types)}
+    return render(None if layer_types else window)
+
+
+def layout_from_segments(
+    segment_ids: torch.Tensor, plan_block_size: int, execution_block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block and position ids of clean sequences; block edges count from each segment's start, never from a column.
+
+    Args:
+        segment_ids (`torch.LongTensor` of shape `(batch, length)`):
+            0 question, 1 plan, 2 execution, -1 padding (anywhere); the segments of a row stand in this order.
+
+    Returns:
+        `block_ids`, `position_ids`: two `torch.LongTensor` of shape `(batch, length)`. Positions start at 0 at the
+        first real token and skip padding, where they are 0.
+    """
+
+    def rank_in_block(segment: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inside = segment_ids == segment
+        number = inside.long().cumsum(dim=1)  # 1 for the segment's first token
+        return inside, (number - 1) // block_size
+
+    (in_plan, plan_rank), (in_execution, execution_rank) = (
+        rank_in_block(PLAN, plan_block_size),
+        rank_in_block(EXECUTION, execution_block_size),
+    )
+    num_plan_blocks = plan_rank[:, -1:] + 1
+    block_ids = torch.where(segment_ids == PADDING, PADDING, torch.zeros_like(segment_ids))
+    block_ids = torch.where(in_plan, 1 + plan_rank, block_ids)
+    block_ids = torch.where(in_execution, 1 + num_plan_blocks + execution_rank, block_ids)
+    position_ids = ((segment_ids != PADDING).long().cumsum(dim=1) - 1).clamp(min=0)
+    return block_ids, position_ids.masked_fill(segment_ids == PADDING, 0)
+
+
+def create_hierarchical_mask(
+    question_len: int, plan_len: int, execution_len: int, block_size: int, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """The fixed-length training mask in the published order of streams, for comparison and for teaching.
+
+    Rows and columns are `[question | plan xt | plan x0 | execution xt | execution x0]`, without padding.
+
+    Returns:
+        `torch.BoolTensor` of shape `(total, total)` with `total = question_len + 2 * (plan_len + execution_len)`, True
+        where the row's token may attend to the column's.
+
+    Raises:
+        ValueError: if a length is negative or `block_size` does not divide `plan_len` and `execution_len`.
+    """
+    for name, value in (("question_len", question_len), ("plan_len", plan_len), ("execution_len", execution_len)):
+        if value < 0:
+            raise ValueError(f"`{name}` must be at least 0, but got {value}")
+    if block_size < 1 or plan_len % block_size or execution_len % block_size:
+        raise ValueError(
+            f"`block_size` must be positive and divide plan_len={plan_len} and execution_len={execution_len}, "
+            f"but got {block_size}"
+        )
+    layout = fixed_length_layout(question_len, plan_len, execution_len, block_size, device)
+    return dense_mask(layout, layout)[0, 0]
+
+
+def fixed_length_layout(
+    question_len: int, plan_len: int, execution_len: int, block_size: int, device: torch.device | str | None = None
+) -> TokenLayout:
+    """Layout of one unpadded example in the order `[question | plan xt | plan x0 | execution xt | execution x0]`."""
+    lengths = torch.tensor([question_len, plan_len, execution_len], device=device)
+    segment_ids = torch.repeat_interleave(torch.arange(3, device=device), lengths)[None]
+    block_ids, position_ids = layout_from_segments(segment_ids, block_size, block_size)
+    streams = torch.tensor([CLEAN, NOISY, CLEAN, NOISY, CLEAN], device=device)
+    stream_ids = torch.repeat_interleave(streams, lengths[[0, 1, 1, 2, 2]])[None]
+    columns = torch.arange(segment_ids.shape[1], device=device)
+    question, plan, execution = columns.split([question_len, plan_len, execution_len])
+    order = torch.cat([question, plan, plan, execution, execution])
+    return TokenLayout(block_ids[:, order], stream_ids, position_ids[:, order])
+
+
+if __name__ == "__main__":
+    # The picture has its own file, so that a checkpoint's code needs no plotting library.
+    import runpy
+
+    runpy.run_module("hierbd3lm.mask_picture", run_name="__main__")

@@ -1,0 +1,356 @@
+"""The hierarchical block diffusion model: any causal decoder of transformers, run under the hierarchical mask."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_hierbd3lm import HierBD3LMConfig, add_special_tokens, special_token_ids
+from .diffusion_hierbd3lm import corrupt, token_nll
+from .generation_hierbd3lm import HierBD3LMGenerationConfig, HierBD3LMGenerationMixin
+from .masking_hierbd3lm import (
+    CLEAN,
+    EXECUTION,
+    NOISY,
+    PADDING,
+    PLAN,
+    QUESTION,
+    TokenLayout,
+    layout_from_segments,
+    render_mask,
+)
+
+SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+NEW_EMBEDDING_NOISE = 0.02  # of the old rows' standard deviation, so that no two new tokens are the same
+
+
+@dataclass
+class HierBD3LMOutput(ModelOutput):
+    """
+    Args:
+        logits (`torch.FloatTensor` of shape `(batch, length, vocab_size)`, or `(num_true, vocab_size)`):
+            Logits of the noisy stream (of the clean one where there is no noisy one); with a bool `logits_to_keep`
+            those of its true positions in row-major order.
+        past_key_values (`Cache`): The cache that was passed in.
+        hidden_states, attentions (tuples of `torch.FloatTensor`, *optional*):
+            Of the backbone, over its `[clean | noisy]` input.
+    """
+
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
+    """A decoder of `AutoModelForCausalLM`, `self.backbone`, that denoises a plan and then an execution."""
+
+    config: HierBD3LMConfig
+    generation_config_class = HierBD3LMGenerationConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: HierBD3LMConfig):
+        super().__init__(config)
+        check_backbone_config(config)
+        self.backbone = AutoModelForCausalLM.from_config(config.backbone_config)
+        check_backbone_signature(self.backbone)
+        self.post_init()
+
+    @classmethod
+    def from_autoregressive(
+        cls, model_or_path: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **kwargs: Any
+    ) -> "HierBD3LMForBlockDiffusion":
+        """Wraps an open autoregressive checkpoint: every weight is kept, only the special tokens' rows are new.
+
+        A new row is the mean of the old ones plus a little noise from torch's global generator.
+
+        Args:
+            model_or_path: a causal language model of transformers, or what its `from_pretrained` takes.
+            tokenizer: the checkpoint's tokenizer. The special tokens that it lacks are added to it, in place.
+            kwargs: fields of [`HierBD3LMConfig`]; and `dtype`, `attn_implementation`, `revision`, ... for
+                `from_pretrained`.
+
+        Raises:
+            ValueError: if the architecture cannot run under the hierarchical mask; the message says why.
+        """
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in _config_fields()}
+        if isinstance(model_or_path, PreTrainedModel):
+            if kwargs:
+                raise ValueError(
+                    f"`kwargs` must be fields of HierBD3LMConfig for a loaded model, but got {list(kwargs)}"
+                )
+            backbone = model_or_path
+        else:
+            backbone = AutoModelForCausalLM.from_pretrained(model_or_path, **kwargs)
+        num_added = add_special_tokens(tokenizer)
+        add_token_rows(backbone, len(tokenizer) - num_added, len(tokenizer))
+        config = HierBD3LMConfig(backbone_config=backbone.config, **(special_token_ids(tokenizer) | fields))
+        with torch.device("meta"):
+            model = cls(config)
+        model.backbone = backbone
+        check_backbone_behaviour(model)
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_output_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        noisy_input_ids: torch.LongTensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
+        block_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        example_ids: torch.LongTensor | None = None,
+        noisy_block_ids: torch.LongTensor | None = None,
+        noisy_position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        logits_to_keep: torch.BoolTensor | None = None,
+        **kwargs: Any,
+    ) -> HierBD3LMOutput:
+        r"""
+        One pass over `[clean x0 | noisy xt]` under the hierarchical mask.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`):
+                Clean tokens x0: question, plan, execution.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
+                0 on padding; read only when neither `segment_ids` nor `block_ids` are given.
+            noisy_input_ids (`torch.LongTensor` of shape `(batch, noisy_length)`, *optional*):
+                Noisy tokens xt. Without ids of their own they are the noisy copy of `input_ids`, column by column;
+                the copy of question and padding is ignored.
+            segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                0 question, 1 plan, 2 execution, -1 padding. Read from `<|plan|>` and `<|execution|>` if omitted.
+            block_ids, position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                Rank of each token's block (-1 on padding) and its position; derived from the segments if omitted.
+            example_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                Example of each token, in packed rows.
+            noisy_block_ids, noisy_position_ids (`torch.LongTensor` of shape `(batch, noisy_length)`, *optional*):
+                The same for noisy tokens that are no copy of `input_ids`, as in generation.
+            past_key_values (`BlockCache`, *optional*):
+                Finished blocks. A pass reads it and writes its scratch space only; see [`BlockCache`].
+            logits_to_keep (`torch.BoolTensor` of shape `(batch, noisy_length)`, *optional*):
+                Noisy positions whose logits are wanted; no others are computed.
+        """
+        clean = self._clean_layout(input_ids, attention_mask, segment_ids, block_ids, position_ids, example_ids)
+        if noisy_input_ids is None:
+            return self._run_backbone(input_ids, clean, logits_to_keep, past_key_values, **kwargs)
+        if noisy_block_ids is not None:
+            noisy = TokenLayout(noisy_block_ids, torch.full_like(noisy_block_ids, NOISY), noisy_position_ids)
+        else:
+            noisy = self._noisy_copy(clean)
+            if logits_to_keep is not None:
+                num_clean, first_noisy = needed_columns(clean.block_ids)
+                input_ids, clean = input_ids[:, :num_clean], clean.columns(0, num_clean)
+                noisy_input_ids, noisy = noisy_input_ids[:, first_noisy:], noisy.columns(first_noisy)
+                logits_to_keep = logits_to_keep[:, first_noisy:]
+        if logits_to_keep is None:
+            logits_to_keep = noisy.length
+        else:
+            unread = logits_to_keep.new_zeros(input_ids.shape)
+            logits_to_keep = torch.cat([unread, logits_to_keep], dim=1)
+        tokens = torch.cat([input_ids, noisy_input_ids], dim=1)
+        return self._run_backbone(tokens, clean + noisy, logits_to_keep, past_key_values, **kwargs)
+
+    def masked_nll(
+        self, masked: torch.BoolTensor, input_ids: torch.LongTensor, **layout: torch.Tensor
+    ) -> torch.Tensor:
+        """NLL in nats of the clean tokens where `masked`, given everything that the mask lets them see.
+
+        Args:
+            masked (`torch.BoolTensor` of shape `(batch, length)`): where xt is the mask token.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): x0.
+            layout: `segment_ids`, `block_ids`, `position_ids`, ... as for `forward`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_masked,)`, in row-major order.
+        """
+        xt = corrupt(input_ids, masked, self.config.mask_token_id)
+        logits = self(input_ids=input_ids, noisy_input_ids=xt, logits_to_keep=masked, **layout).logits
+        return token_nll(logits, input_ids[masked], self.config.mask_token_id)
+
+    def maskable_tokens(self, input_ids: torch.LongTensor, segment_ids: torch.LongTensor) -> torch.BoolTensor:
+        """Tokens that the forward process may mask: all of plan and execution but their openers."""
+        opener = (input_ids == self.config.plan_token_id) | (input_ids == self.config.execution_token_id)
+        return (segment_ids > QUESTION) & ~opener
+
+    def _clean_layout(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+        block_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        example_ids: torch.Tensor | None,
+    ) -> TokenLayout:
+        if block_ids is None:
+            if segment_ids is None:
+                segment_ids = self._segments_from_openers(input_ids, attention_mask)
+            config = self.config
+            block_ids, positions = layout_from_segments(
+                segment_ids, config.plan_block_size, config.execution_block_size
+            )
+            position_ids = positions if position_ids is None else position_ids
+        elif position_ids is None:
+            raise ValueError("`position_ids` must be given together with `block_ids`, but got None")
+        return TokenLayout(block_ids, torch.full_like(block_ids, CLEAN), position_ids, example_ids)
+
+    def _segments_from_openers(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        in_plan = (input_ids == self.config.plan_token_id).cumsum(dim=1) > 0
+        in_execution = (input_ids == self.config.execution_token_id).cumsum(dim=1) > 0
+        segment_ids = torch.full_like(input_ids, QUESTION).masked_fill(in_plan, PLAN)
+        segment_ids = segment_ids.masked_fill(in_execution, EXECUTION)
+        return segment_ids if attention_mask is None else segment_ids.masked_fill(attention_mask == 0, PADDING)
+
+    @staticmethod
+    def _noisy_copy(clean: TokenLayout) -> TokenLayout:
+        block_ids = clean.block_ids.masked_fill(clean.block_ids == QUESTION, PADDING)  # the question is given
+        return TokenLayout(block_ids, torch.full_like(block_ids, NOISY), clean.position_ids, clean.example_ids)
+
+    def _run_backbone(
+        self,
+        tokens: torch.Tensor,
+        layout: TokenLayout,
+        logits_to_keep: torch.Tensor | int | None,
+        cache: Cache | None,
+        **kwargs: Any,
+    ) -> HierBD3LMOutput:
+        keys = layout if cache is None else layout + cache.layout
+        outputs = self.backbone(
+            input_ids=tokens,
+            attention_mask=render_mask(self.backbone.config, layout, keys, self.dtype),
+            position_ids=layout.position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,  # said aloud: the backbone's own default is to build a cache
+            logits_to_keep=0 if logits_to_keep is None else logits_to_keep,
+            **kwargs,
+        )
+        return HierBD3LMOutput(outputs.logits, cache, outputs.hidden_states, outputs.attentions)
+
+
+def needed_columns(block_ids: torch.Tensor) -> tuple[int, int]:
+    """What a training pass may leave out of `block_ids` of shape `(batch, length)`.
+
+    Returns:
+        The number of leading columns that hold a clean token which somebody attends to (nobody attends to the clean
+        copy of a row's last block), and the first column that holds a token of plan or execution.
+    """
+    last_block = block_ids.amax(dim=1, keepdim=True)
+    read = ((block_ids != PADDING) & (block_ids < last_block)).any(dim=0)
+    answer = (block_ids > QUESTION).any(dim=0)
+    columns = torch.arange(block_ids.shape[1], device=block_ids.device)
+    num_clean = torch.where(read, columns + 1, 0).amax()
+    first_noisy = torch.where(answer, columns, block_ids.shape[1]).amin()
+    return tuple(torch.stack([num_clean, first_noisy]).tolist())
+
+
+def add_token_rows(backbone: PreTrainedModel, first_new: int, length: int) -> None:
+    """Gives the tokens `first_new..length` rows of their own in both embedding matrices, enlarging them if need be."""
+    if length > backbone.get_input_embeddings().weight.shape[0]:
+        backbone.resize_token_embeddings(length, mean_resizing=False)
+    for embeddings in {backbone.get_input_embeddings(), backbone.get_output_embeddings()} - {None}:
+        fill_new_rows(embeddings.weight.data, first_new, length)
+
+
+def fill_new_rows(weight: torch.Tensor, start: int, stop: int) -> None:
+    """Sets rows `start..stop` of an embedding matrix to the mean of the rows before, plus a little noise."""
+    old = weight[:start].float()
+    noise = torch.randn(stop - start, weight.shape[1], device=weight.device) * old.std(dim=0) * NEW_EMBEDDING_NOISE
+    weight[start:stop] = (old.mean(dim=0) + noise).to(weight.dtype)
+
+
+def check_backbone_config(config: HierBD3LMConfig) -> None:
+    """Refuses what cannot take a 4-D mask, with the reason."""
+    backbone = config.backbone_config
+    if backbone.is_encoder_decoder:
+        raise ValueError(f"`backbone_config` must be a decoder, but {backbone.model_type} is an encoder-decoder")
+    unsupported = set(getattr(backbone, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
+    if unsupported:
+        raise ValueError(
+            f"`backbone_config` must have layers of {sorted(SUPPORTED_LAYER_TYPES)}, which take any mask, but "
+            f"{backbone.model_type} has {sorted(unsupported)}"
+        )
+
+
+def check_backbone_signature(backbone: PreTrainedModel) -> None:
+    """Refuses a backbone that cannot be told positions or masks, with the reason."""
+    accepted = inspect.signature(backbone.forward).parameters
+    for name, why in (
+        ("attention_mask", "without attention there is no mask to give it"),
+        ("position_ids", "a token's clean and noisy copies could not share a position"),
+        ("past_key_values", "finished blocks could not be cached"),
+        ("logits_to_keep", "logits could not be limited to masked positions"),
+    ):
+        if name not in accepted:
+            raise ValueError(
+                f"`backbone_config` must be of a model whose forward takes `{name}`, but "
+                f"{type(backbone).__name__}'s does not: {why}"
+            )
+
+
+@torch.no_grad()
+def check_backbone_behaviour(model: HierBD3LMForBlockDiffusion) -> None:
+    """Probes that the backbone obeys mask and positions: some architectures bias or shift attention on their own.
+
+    Raises:
+        ValueError: names the property that does not hold.
+    """
+    device, name = model.device, type(model.backbone).__name__
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randint(model.config.vocab_size, (1, 9), generator=generator).to(device)
+    block_ids = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2]], device=device)
+
+    def logits(x0: torch.Tensor, xt: torch.Tensor, padding: int = 0) -> torch.Tensor:
+        left = (padding, 0)
+        pad = nn.functional.pad
+        positions = pad(torch.arange(9, device=device)[None], left)
+        layout = {"block_ids": pad(block_ids, left, value=PADDING), "position_ids": positions}
+        output = model(input_ids=pad(x0, left), noisy_input_ids=pad(xt, left), **layout)
+        return output.logits[0, padding:].float()
+
+    was_training = model.training
+    model.eval()
+    base = logits(x0, x0)
+    tolerance = 1e-2 * base.std() if model.dtype != torch.float32 else 1e-4 * base.std()
+
+    def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+        return bool((a - b).abs().max() > tolerance)
+
+    other = x0.clone()
+    other[0, 6:] = (other[0, 6:] + 1) % model.config.vocab_size
+    if differ(logits(other, x0)[3:], base[3:]):
+        raise ValueError(f"`backbone_config`: {name} does not obey the mask, a noisy block sees its own clean tokens")
+    last = x0.clone()
+    last[0, 8] = other[0, 8]
+    if not differ(logits(x0, last)[6], base[6]):
+        raise ValueError(f"`backbone_config`: {name} stays causal inside a block, whatever mask it is given")
+    if differ(logits(x0, x0, padding=2)[3:], base[3:]):
+        raise ValueError(f"`backbone_config`: {name} does not obey position_ids, padding moves its positions")
+    model.train(was_training)
+
+
+def _config_fields() -> set[str]:
+    return {*HierBD3LMConfig.__annotations__, "block_size"} - {"backbone_config"}
+
+
+HierBD3LMForBlockDiffusion.register_for_auto_class("AutoModel")
