@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -202,11 +203,6 @@ def _as_draw(blocks: Blocks, chosen: torch.Tensor, weight_of_slot: torch.Tensor)
     return MaskDraw(masked, torch.where(masked, weight_of_slot[blocks.slot], 0.0))
 
 
-def corrupt(x0: torch.Tensor, masked: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    """xt: x0 with the mask token where `masked`."""
-    return x0.masked_fill(masked, mask_token_id)
-
-
 def subs_logits(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     """Zero masking probability (MDLM, section 3.2.3): the model never predicts the mask token.
 
@@ -227,15 +223,38 @@ def token_nll(logits: torch.Tensor, x0: torch.Tensor, mask_token_id: int) -> tor
     return F.cross_entropy(subs_logits(logits.float(), mask_token_id), x0, reduction="none")
 
 
+def masked_nll(
+    model: Callable[..., Any],
+    masked: torch.BoolTensor,
+    input_ids: torch.LongTensor,
+    mask_token_id: int,
+    **layout: torch.Tensor,
+) -> torch.FloatTensor:
+    """NLL in nats of the clean tokens where `masked`, given everything that the mask lets them see.
+
+    Args:
+        model: `HierBD3LMForBlockDiffusion`, or what wraps it.
+        masked (`torch.BoolTensor` of shape `(batch, length)`): where xt is the mask token.
+        input_ids (`torch.LongTensor` of shape `(batch, length)`): x0.
+        layout: `segment_ids`, or `block_ids` and `position_ids`, as for the model's forward.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_masked,)`, in row-major order.
+    """
+    xt = input_ids.masked_fill(masked, mask_token_id)
+    logits = model(input_ids=input_ids, noisy_input_ids=xt, logits_to_keep=masked, **layout).logits
+    return token_nll(logits, input_ids[masked], mask_token_id)
+
+
 def exact_nelbo(
-    masked_nll: Callable[[torch.Tensor], torch.Tensor], block_ids: torch.Tensor, maskable: torch.Tensor
+    nll_of_mask: Callable[[torch.Tensor], torch.Tensor], block_ids: torch.Tensor, maskable: torch.Tensor
 ) -> torch.Tensor:
     """The NELBO by enumeration of every mask of every block, for blocks of at most 8 tokens.
 
     Blocks do not see each other's noise, so one pass takes the same pattern in all of them: 2^B - 1 passes.
 
     Args:
-        masked_nll: maps `masked` (`torch.BoolTensor` of shape `(batch, length)`) to the NLL of the masked tokens,
+        nll_of_mask: maps `masked` (`torch.BoolTensor` of shape `(batch, length)`) to the NLL of the masked tokens,
             `torch.FloatTensor` of shape `(num_masked,)` in row-major order.
         block_ids, maskable: as for [`draw_mask`].
 
@@ -260,7 +279,7 @@ def exact_nelbo(
             count = pattern.sum()
             log_masks = torch.lgamma(size + 1) - torch.lgamma(count + 1.0) - torch.lgamma(size - count + 1)
             weights = torch.exp(-log_masks) / count
-            share[masked] += weights[masked] * masked_nll(masked).double()
+            share[masked] += weights[masked] * nll_of_mask(masked).double()
     return share
 
 

@@ -124,7 +124,9 @@ def render_mask(
         mask = dense_mask(queries, keys, window)
         if implementation == "sdpa":
             return mask
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        # Finite in float32 too, where eager attention takes its softmax: a row of padding must not become NaN.
+        lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, lowest)
 
     window = getattr(backbone_config, "sliding_window", None)
     layer_types = set(getattr(backbone_config, "layer_types", None) or ())

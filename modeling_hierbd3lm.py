@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_hierbd3lm import HierBD3LMConfig, add_special_tokens, special_token_ids
-from .diffusion_hierbd3lm import corrupt, token_nll
+from .diffusion_hierbd3lm import masked_nll
 from .generation_hierbd3lm import HierBD3LMGenerationConfig, HierBD3LMGenerationMixin
 from .masking_hierbd3lm import (
     CLEAN,
@@ -175,19 +175,8 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
     def masked_nll(
         self, masked: torch.BoolTensor, input_ids: torch.LongTensor, **layout: torch.Tensor
     ) -> torch.Tensor:
-        """NLL in nats of the clean tokens where `masked`, given everything that the mask lets them see.
-
-        Args:
-            masked (`torch.BoolTensor` of shape `(batch, length)`): where xt is the mask token.
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): x0.
-            layout: `segment_ids`, `block_ids`, `position_ids`, ... as for `forward`.
-
-        Returns:
-            `torch.FloatTensor` of shape `(num_masked,)`, in row-major order.
-        """
-        xt = corrupt(input_ids, masked, self.config.mask_token_id)
-        logits = self(input_ids=input_ids, noisy_input_ids=xt, logits_to_keep=masked, **layout).logits
-        return token_nll(logits, input_ids[masked], self.config.mask_token_id)
+        """[`~diffusion_hierbd3lm.masked_nll`] of this model: `(num_masked,)`, in nats."""
+        return masked_nll(self, masked, input_ids, self.config.mask_token_id, **layout)
 
     def maskable_tokens(self, input_ids: torch.LongTensor, segment_ids: torch.LongTensor) -> torch.BoolTensor:
         """Tokens that the forward process may mask: all of plan and execution but their openers."""

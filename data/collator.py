@@ -1,0 +1,233 @@
+"""How examples become a batch: the one place that lays out question, plan and execution as tokens in columns."""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
+from ..masking_hierbd3lm import EXECUTION, PADDING, PLAN, QUESTION, layout_from_segments
+
+SEGMENTS = ("question", "plan", "execution")  # in the order of a sequence
+ID_KEYS = tuple(f"{segment}_ids" for segment in SEGMENTS)
+IGNORED_LABEL = -100
+
+ExampleIds = Mapping[str, Sequence[int]]  # `question_ids`, `plan_ids`, `execution_ids`
+
+
+class Columns(NamedTuple):
+    """Neighbouring columns of one row."""
+
+    tokens: list[int]
+    segment_ids: list[int]
+    labels: list[int]
+
+
+class HierarchicalDataCollator:
+    """Makes model inputs from examples.
+
+    An example is a dict with `question_ids`, `plan_ids`, `execution_ids` (content only: no openers, no `<|end|>`; see
+    [`encode_example`]), or with the texts `question`, `plan`, `execution`, or with `text` alone.
+
+    Args:
+        config: gives the lengths, the block sizes and the special token ids.
+        tokenizer: encodes texts; not needed for ids.
+        fixed_length: whether every segment is padded to its greatest length (`config.question_len`, `plan_len`,
+            `execution_len`), instead of the lengths that the batch needs.
+        auto_split: whether a `text` alone is split into question, plan, execution at 25 % and 50 % of its tokens.
+
+    Returns (when called with a list of examples):
+        `torch.LongTensor`s of shape `(batch, length)`. Questions are left-padded, so that all plans start in one
+        column; what follows is right-padded, or each segment is where `fixed_length` is set.
+
+        - `input_ids`: padding is `config.pad_token_id`.
+        - `segment_ids`: question 0, plan 1, execution 2, padding -1.
+        - `block_ids`: question 0, plan blocks 1 to P, execution blocks P + 1 to P + E, padding -1.
+        - `position_ids`: 0 at the first real token, 0 on padding.
+        - `labels`: the token where a likelihood counts it (content and first `<|end|>` of plan and execution), else
+          -100.
+
+    Raises (when called):
+        ValueError: for an example that lacks a key, is longer than the configuration allows, or holds a special token.
+    """
+
+    def __init__(
+        self,
+        config: HierBD3LMConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        fixed_length: bool = False,
+        auto_split: bool = False,
+    ):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.fixed_length = fixed_length
+        self.auto_split = auto_split
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        examples = [self._read_ids(feature) for feature in features]
+        for example in examples:
+            check_content(example, self.config)
+            check_lengths(example, self.config)
+        rows = self._pad_rows([_lay_out_segments(example, self.config) for example in examples])
+        input_ids, segment_ids, labels = (torch.tensor(column, dtype=torch.long) for column in zip(*rows, strict=True))
+        block_ids, position_ids = layout_from_segments(
+            segment_ids, self.config.plan_block_size, self.config.execution_block_size
+        )
+        return {
+            "input_ids": input_ids,
+            "segment_ids": segment_ids,
+            "block_ids": block_ids,
+            "position_ids": position_ids,
+            "labels": labels,
+        }
+
+    def _read_ids(self, feature: dict[str, Any]) -> ExampleIds:
+        if all(key in feature for key in ID_KEYS):
+            return {key: [int(token) for token in feature[key]] for key in ID_KEYS}
+        if self.tokenizer is None:
+            raise ValueError(
+                f"an example must have the keys {', '.join(ID_KEYS)}, as the collator has no `tokenizer` for texts, "
+                f"but got {', '.join(feature)}"
+            )
+        return encode_example(feature, self.tokenizer, self.auto_split)
+
+    def _pad_rows(self, rows: list[list[Columns]]) -> list[Columns]:
+        config = self.config
+        question_width = config.question_len if self.fixed_length else max(len(row[0].tokens) for row in rows)
+        total = max(sum(len(segment.tokens) for segment in row[1:]) for row in rows)
+        padded = []
+        for question, plan, execution in rows:
+            if self.fixed_length:
+                after_plan = config.plan_len - len(plan.tokens)
+                after_execution = config.execution_len - len(execution.tokens)
+            else:
+                after_plan, after_execution = 0, total - len(plan.tokens) - len(execution.tokens)
+            before_question = _padding(question_width - len(question.tokens), config)
+            pieces = [before_question, question, plan, _padding(after_plan, config)]
+            pieces += [execution, _padding(after_execution, config)]
+            padded.append(Columns(*(list(chain.from_iterable(ids)) for ids in zip(*pieces, strict=True))))
+        return padded
+
+
+def encode_example(
+    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, auto_split: bool = False
+) -> dict[str, list[int]]:
+    """Encodes the texts of an example as `question_ids`, `plan_ids`, `execution_ids`.
+
+    The question is encoded with the tokens that the tokenizer adds (such as a BOS token), plan and execution without.
+    A plan may be empty or None. With `auto_split`, an example that has a `text` and none of the three is split at
+    25 % and 50 % of its tokens.
+
+    Raises:
+        ValueError: for an example that lacks a key, or whose value is no text.
+    """
+    if auto_split and "text" in example and not any(segment in example for segment in SEGMENTS):
+        return split_text(example["text"], tokenizer)
+    missing = [segment for segment in SEGMENTS if segment not in example]
+    if missing:
+        hint = "; `auto_split=True` splits a `text` alone" if "text" in example and len(missing) == 3 else ""
+        raise ValueError(
+            f"an example must have the keys {', '.join(SEGMENTS)}, but lacks {', '.join(missing)} among "
+            f"{', '.join(example)}{hint}"
+        )
+    encoded = {}
+    for segment in SEGMENTS:
+        text = "" if segment == "plan" and example["plan"] is None else example[segment]
+        if not isinstance(text, str):
+            raise ValueError(f"`{segment}` must be a text, but got {text!r}")
+        encoded[f"{segment}_ids"] = _encode(text, tokenizer, add_special_tokens=segment == "question")
+    return encoded
+
+
+def split_text(text: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Splits a text into question, plan, execution: the first quarter of its tokens, the second, and the rest."""
+    ids = _encode(text, tokenizer, add_special_tokens=True)
+    quarter = len(ids) // 4
+    parts = ids[:quarter], ids[quarter : 2 * quarter], ids[2 * quarter :]
+    return dict(zip(ID_KEYS, parts, strict=True))
+
+
+def collate_questions(question_ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Left-pads questions for `generate`.
+
+    Returns:
+        `input_ids`, `attention_mask`: two `torch.LongTensor` of shape `(batch, longest)`.
+    """
+    longest = max(map(len, question_ids), default=0)
+    padding = [longest - len(ids) for ids in question_ids]
+    rows = zip(padding, question_ids, strict=True)
+    return {
+        "input_ids": torch.tensor([[pad_token_id] * left + list(ids) for left, ids in rows], dtype=torch.long),
+        "attention_mask": torch.tensor([[0] * left + [1] * (longest - left) for left in padding], dtype=torch.long),
+    }
+
+
+def segment_lengths(example: ExampleIds) -> dict[str, int]:
+    """Tokens that count towards each segment's limit: plan and execution have an opener and one `<|end|>` too."""
+    question, plan, execution = (len(example[key]) for key in ID_KEYS)
+    return {"question": question, "plan": 1 + plan + 1, "execution": 1 + execution + 1}
+
+
+def over_long_segments(example: ExampleIds, config: HierBD3LMConfig) -> list[str]:
+    """Names of the segments that are longer than the configuration allows."""
+    lengths = segment_lengths(example)
+    return [segment for segment, length in lengths.items() if length > getattr(config, f"{segment}_len")]
+
+
+def example_length(example: ExampleIds, config: HierBD3LMConfig) -> int:
+    """Tokens of the example when it is laid out: its segments, plan and execution as whole blocks."""
+    return sum(len(segment.tokens) for segment in _lay_out_segments(example, config))
+
+
+def check_lengths(example: ExampleIds, config: HierBD3LMConfig) -> None:
+    """Raises a ValueError that names the first segment that is too long, its length and the limit."""
+    for segment in over_long_segments(example, config):
+        limit, length = getattr(config, f"{segment}_len"), segment_lengths(example)[segment]
+        counted = "" if segment == "question" else ", opener and <|end|> included"
+        raise ValueError(f"`{segment}` must have at most {segment}_len={limit} tokens{counted}, but got {length}")
+
+
+def check_content(example: ExampleIds, config: HierBD3LMConfig) -> None:
+    """Raises a ValueError for a special token in the content, where it would be read as structure.
+
+    A question may hold the pad token, unless that is `<|end|>` too: some tokenizers pad with their BOS token.
+    """
+    special = {getattr(config, f"{role}_token_id"): role for role in ("pad", *SPECIAL_TOKENS)}
+    for segment, key in zip(SEGMENTS, ID_KEYS, strict=True):
+        found = special.keys() & set(example[key])
+        if segment == "question":
+            found -= {config.pad_token_id} - {config.end_token_id}
+        if found:
+            names = ", ".join(f"{special[token]} ({token})" for token in sorted(found))
+            raise ValueError(f"`{key}` must hold content only, but got the special tokens {names}")
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[int]:
+    return tokenizer(text, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
+
+
+def _lay_out_segments(example: ExampleIds, config: HierBD3LMConfig) -> list[Columns]:
+    """Question, plan, execution, each without padding."""
+    question, plan, execution = (list(example[key]) for key in ID_KEYS)
+    return [
+        Columns(question, [QUESTION] * len(question), [IGNORED_LABEL] * len(question)),
+        _lay_out_segment(plan, PLAN, config.plan_token_id, config.end_token_id, config.plan_block_size),
+        _lay_out_segment(
+            execution, EXECUTION, config.execution_token_id, config.end_token_id, config.execution_block_size
+        ),
+    ]
+
+
+def _lay_out_segment(content: list[int], segment: int, opener: int, end: int, block_size: int) -> Columns:
+    filler = -(len(content) + 2) % block_size
+    tokens = [opener, *content, end] + [end] * filler
+    labels = [IGNORED_LABEL, *content, end] + [IGNORED_LABEL] * filler
+    return Columns(tokens, [segment] * len(tokens), labels)
+
+
+def _padding(length: int, config: HierBD3LMConfig) -> Columns:
+    return Columns([config.pad_token_id] * length, [PADDING] * length, [IGNORED_LABEL] * length)

@@ -1,0 +1,180 @@
+"""How a dataset of reasoning problems is found, and encoded with its over-long examples counted."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..configuration_hierbd3lm import HierBD3LMConfig
+from .collator import (
+    ID_KEYS,
+    SEGMENTS,
+    check_content,
+    check_lengths,
+    encode_example,
+    example_length,
+    over_long_segments,
+)
+from .gsm8k import HUB_IDS, load_gsm8k, load_gsm8k_rows
+
+logger = logging.get_logger(__name__)
+
+JSON_SUFFIXES = (".json", ".jsonl")
+SAVED_FILES = ("dataset_info.json", "dataset_dict.json")  # one of which `save_to_disk` writes
+OVER_LONG = ("drop", "raise")
+ENCODED_FEATURES = {
+    **{key: List(Value("int64")) for key in ID_KEYS},
+    **{"length": Value("int64"), "over_long": List(Value("string"))},
+}
+
+
+def load_reasoning_dataset(
+    path_or_hub_id: str | os.PathLike,
+    split: str | None = None,
+    name: str | None = None,
+    parse_example: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    auto_split: bool = False,
+    **load_dataset_kwargs: Any,
+) -> Dataset:
+    """Loads a dataset with the columns `question`, `plan`, `execution` (others, such as `answer`, are kept).
+
+    Args:
+        path_or_hub_id: a `.json` or `.jsonl` file, a folder written by `save_to_disk`, a folder with data files, or
+            an id of the Hub. `openai/gsm8k` is read by [`load_gsm8k`].
+        split: the split to load; may be left out where there is only one.
+        name: the dataset's configuration; for GSM8K the subset, `main` (default) or `socratic`.
+        parse_example: makes `question`, `plan`, `execution` (and `answer`) from a row of another format. The result
+            has the columns that it returns and no others.
+        auto_split: whether a dataset may have `text` in place of the three, for a collator with `auto_split`.
+        load_dataset_kwargs: for `datasets.load_dataset`; for GSM8K those of [`load_gsm8k`].
+
+    Raises:
+        ValueError: if the split must be chosen, or a column is missing.
+        FileNotFoundError: if a `.json` or `.jsonl` file does not exist.
+    """
+    if str(path_or_hub_id) in HUB_IDS:
+        load = load_gsm8k if parse_example is None else load_gsm8k_rows
+        dataset = load(split, name or "main", **load_dataset_kwargs)
+    else:
+        dataset = _load(os.fspath(path_or_hub_id), split, name, load_dataset_kwargs)
+    if parse_example is not None:
+        # never from the cache: its key does not see what the parser imports
+        dataset = dataset.map(parse_example, remove_columns=dataset.column_names, load_from_cache_file=False)
+    missing = [segment for segment in SEGMENTS if segment not in dataset.column_names]
+    is_text_alone = "text" in dataset.column_names and len(missing) == len(SEGMENTS)
+    if missing and not (auto_split and is_text_alone):
+        raise ValueError(
+            f"`{path_or_hub_id}` must have the columns {', '.join(SEGMENTS)}, but lacks {', '.join(missing)} among "
+            f"{', '.join(dataset.column_names)}; `parse_example` makes them from another format"
+        )
+    return dataset
+
+
+def prepare_dataset(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    config: HierBD3LMConfig,
+    over_long: str = "drop",
+    num_proc: int | None = None,
+    keep_text: bool = False,
+    auto_split: bool = False,
+) -> tuple[Dataset, dict[str, Any]]:
+    """Encodes a dataset for training and evaluation.
+
+    Args:
+        dataset: has `question`, `plan`, `execution`, or `text` where `auto_split` is set.
+        over_long: what is done with an example that has a segment longer than the configuration allows: `drop` or
+            `raise`.
+        num_proc: processes that encode; one by default.
+        keep_text: whether the texts are kept beside `answer`, which always is.
+
+    Returns:
+        the dataset with `question_ids`, `plan_ids`, `execution_ids` (content only) and `length` (tokens when laid
+        out), and a report: `num_examples`, `num_kept`, `num_dropped`, `dropped_by_segment` (an example with two
+        over-long segments counts in both).
+
+    Raises:
+        ValueError: for an unknown `over_long`, an empty dataset, an over-long example with `over_long="raise"`, and
+            an example that [`encode_example`] or [`check_content`] rejects; the message names the row.
+    """
+    if over_long not in OVER_LONG:
+        raise ValueError(f"`over_long` must be one of {', '.join(OVER_LONG)}, but got {over_long!r}")
+    if len(dataset) == 0:
+        raise ValueError("`dataset` must have at least one example, but has none")
+    wanted = {"answer", *((*SEGMENTS, "text") if keep_text else ())}
+    kept_features = {column: feature for column, feature in dataset.features.items() if column in wanted}
+    prepared = dataset.map(
+        partial(_encode_row, tokenizer=tokenizer, config=config, must_fit=over_long == "raise", auto_split=auto_split),
+        with_indices=True,
+        remove_columns=[column for column in dataset.column_names if column not in kept_features],
+        features=Features(kept_features | ENCODED_FEATURES),
+        num_proc=num_proc,
+        load_from_cache_file=False,  # its key does not see the code that encodes
+        desc="Encoding",
+    )
+    too_long = prepared["over_long"][:]
+    kept = [row for row, segments in enumerate(too_long) if not segments]
+    report = {
+        "num_examples": len(dataset),
+        "num_kept": len(kept),
+        "num_dropped": len(dataset) - len(kept),
+        "dropped_by_segment": {segment: sum(segment in row for row in too_long) for segment in SEGMENTS},
+    }
+    log = logger.warning if report["num_dropped"] else logger.info
+    log(f"Kept {report['num_kept']} of {report['num_examples']} examples; over-long: {report['dropped_by_segment']}")
+    return prepared.select(kept).remove_columns("over_long"), report
+
+
+def _load(source: str, split: str | None, name: str | None, kwargs: dict[str, Any]) -> Dataset:
+    path = Path(source)
+    is_saved = any((path / file).is_file() for file in SAVED_FILES)
+    is_file = path.is_file() or (path.suffix in JSON_SUFFIXES and "://" not in source)
+    if name is not None and (is_saved or is_file):
+        raise ValueError(f"`name` must be None for a file or a saved dataset, but got {name!r} for {source}")
+    if is_saved:
+        return _choose_split(load_from_disk(source, **kwargs), source, split)
+    if not is_file:
+        dataset = load_dataset(source, name, split=split, **kwargs)
+        return _choose_split(dataset, source, split if isinstance(dataset, DatasetDict) else None)
+    if path.suffix not in JSON_SUFFIXES or not path.is_file():
+        raise FileNotFoundError(f"`path_or_hub_id` must be a .json or .jsonl file that exists, but got {source}")
+    return load_dataset("json", data_files=source, split=split or "train", **kwargs)
+
+
+def _choose_split(dataset: Any, source: str, split: str | None) -> Dataset:
+    if isinstance(dataset, DatasetDict):
+        if split is None and len(dataset) == 1:
+            return next(iter(dataset.values()))
+        if split not in dataset:
+            raise ValueError(f"`split` must be one of {', '.join(dataset)} for {source}, but got {split!r}")
+        return dataset[split]
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"{source} must load as a Dataset, but got {type(dataset).__name__}: `streaming` is not taken"
+        )
+    if split not in (None, str(dataset.split)):
+        raise ValueError(f"`split` must be None for {source}, whose only split is {dataset.split}, but got {split!r}")
+    return dataset
+
+
+def _encode_row(
+    example: dict[str, Any],
+    row: int,
+    tokenizer: PreTrainedTokenizerBase,
+    config: HierBD3LMConfig,
+    must_fit: bool,
+    auto_split: bool,
+) -> dict[str, Any]:
+    try:
+        ids = encode_example(example, tokenizer, auto_split)
+        check_content(ids, config)
+        if must_fit:
+            check_lengths(ids, config)
+    except ValueError as error:
+        raise ValueError(f"row {row}: {error}") from error
+    return ids | {"length": example_length(ids, config), "over_long": over_long_segments(ids, config)}

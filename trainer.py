@@ -1,0 +1,402 @@
+"""How a hierarchical block diffusion model is trained and its likelihood measured: a `Trainer` of the NELBO."""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .diffusion_hierbd3lm import ESTIMATORS, MaskDraw, draw_mask, masked_nll
+from .masking_hierbd3lm import EXECUTION, PADDING, PLAN, layout_from_segments
+
+logger = logging.get_logger(__name__)
+
+SEGMENT_NAMES = {PLAN: "plan", EXECUTION: "execution"}
+EMA_FILE = "ema.safetensors"
+
+
+@dataclass
+class HierBD3LMTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the settings of block diffusion, and batches grouped by length."""
+
+    estimator: str = field(
+        default="stratified",
+        metadata={"help": "Estimator of the NELBO: `stratified` mask counts or `bernoulli` (a time and coins)."},
+    )
+    filler_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight in the training loss of the <|end|> tokens behind a segment's first; >= 0."},
+    )
+    ema_decay: float = field(
+        default=0.9999,
+        metadata={"help": "Decay of the weights' average, used to evaluate and to save; in [0, 1), 0 for none."},
+    )
+    eval_noise_draws: int = field(
+        default=4, metadata={"help": "Draws of the noise for each example of an evaluation; >= 1."}
+    )
+    eval_seed: int = field(default=0, metadata={"help": "Seed of the noise of every evaluation."})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "As in TrainingArguments; grouped by length here."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "As in TrainingArguments; the collator reads columns that the model lacks."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "As in TrainingArguments; a loss that is not finite is shown here."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATORS)}, but got {self.estimator!r}")
+        if not self.filler_weight >= 0:
+            raise ValueError(f"`filler_weight` must be >= 0, but got {self.filler_weight}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in [0, 1), but got {self.ema_decay}")
+        if self.eval_noise_draws < 1:
+            raise ValueError(f"`eval_noise_draws` must be >= 1, but got {self.eval_noise_draws}")
+        if self.label_smoothing_factor != 0:
+            raise ValueError(f"`label_smoothing_factor` must be 0 for a NELBO, but got {self.label_smoothing_factor}")
+
+
+class EMACallback(TrainerCallback):
+    """An exponential moving average of the trainable weights, in float32.
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)) over the updates n, so that early weights are forgotten.
+    A checkpoint's model.safetensors holds the average; the weights that training goes on with are beside it.
+    """
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.num_updates = 0
+        self.average: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if not self.average:
+            self.restart(model)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        self.num_updates += 1
+        for name, parameter in _trainable(model):
+            self.average[name].lerp_(parameter.detach().float(), 1 - decay)
+
+    def restart(self, model: nn.Module) -> None:
+        """Takes the model's weights as the average."""
+        self.average = {name: parameter.detach().float().clone() for name, parameter in _trainable(model)}
+
+    @contextlib.contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Within the context the model has the averaged weights, if there are any yet."""
+        if not self.average:
+            yield
+            return
+        trained = {name: parameter.detach().clone() for name, parameter in _trainable(model)}
+        _copy_into(model, self.average)
+        try:
+            yield
+        finally:
+            _copy_into(model, trained)
+
+    def save(self, model: nn.Module, folder: str) -> None:
+        """Writes the average and the weights it is of, for [`resume`]."""
+        tensors = {f"average.{name}": tensor for name, tensor in self.average.items()}
+        tensors |= {f"trained.{name}": parameter.detach().clone() for name, parameter in _trainable(model)}
+        save_file(tensors, os.path.join(folder, EMA_FILE), metadata={"num_updates": str(self.num_updates)})
+
+    def resume(self, model: nn.Module, folder: str) -> None:
+        """Reads what [`save`] wrote.
+
+        Raises:
+            ValueError: for a checkpoint of a run without an average.
+        """
+        path = os.path.join(folder, EMA_FILE)
+        if not os.path.exists(path):
+            raise ValueError(
+                f"`ema_decay` must be 0 to resume from {folder}, which has no {EMA_FILE}; got {self.decay}"
+            )
+        with safe_open(path, framework="pt") as file:
+            self.num_updates = int(file.metadata()["num_updates"])
+            for name, parameter in _trainable(model):
+                self.average[name] = file.get_tensor(f"average.{name}").to(parameter.device)
+                parameter.data.copy_(file.get_tensor(f"trained.{name}"))
+
+
+class HierBD3LMTrainer(Trainer):
+    r"""
+    Trains a [`HierBD3LMForBlockDiffusion`] on the NELBO and evaluates its likelihood.
+
+    Batches are what [`HierarchicalDataCollator`] returns. The training loss is the sum of the weighted NLLs of the
+    masked tokens over the number of counted tokens (`labels != -100`: content and the first `<|end|>` of plan and
+    execution) of the whole accumulated batch, in nats per token; `loss_plan` and `loss_execution` are logged beside
+    it, per token of their segment. Clip intervals and `filler_weight` apply to this loss alone.
+
+    The noise of a step depends on `seed`, step, micro-batch and rank only: a resumed run draws what it would have.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model: PreTrainedModel, args: HierBD3LMTrainingArguments, **kwargs: Any):
+        super().__init__(model=model, args=args, **kwargs)
+        if args.ema_decay > 0 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"`ema_decay` must be 0 with FSDP or DeepSpeed, whose shards cannot be averaged yet: {args.ema_decay}"
+            )
+        self.ema = EMACallback(args.ema_decay) if args.ema_decay > 0 else None
+        if self.ema is not None:
+            self.add_callback(self.ema)
+        self._micro_batch = (-1, 0)  # step, number of its micro-batch
+        self._progress = TrainingProgress()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The training loss of one micro-batch: its share of the accumulated batch's mean over counted tokens."""
+        batch = self._diffused(inputs)
+        draw = self._draw(batch, self._clip_intervals(batch["segment_ids"]), self._training_generator())
+        filler = batch["maskable"] & (batch["labels"] == -100)
+        weights = torch.where(filler, self.args.filler_weight * draw.weights, draw.weights)
+        nelbo = self._weighted_nll(model, batch, MaskDraw(draw.masked, weights))
+        self._progress.add(batch, nelbo)
+        if num_items_in_batch is None:
+            num_items_in_batch = (batch["labels"] != -100).sum()
+        loss = nelbo.sum() / num_items_in_batch
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients, the count is over all processes
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Measures the unclipped, unweighted NELBO with the averaged weights, over `eval_noise_draws` fixed draws.
+
+        Returns:
+            `{prefix}_nll` (nats per counted token; a bound: what is behind a segment's first `<|end|>` adds to the
+            sum and not to the tokens), `_bpd` (bits per token), `_ppl` and `_num_tokens` for all tokens, and the same
+            with `plan_` and `execution_` before the name; `_nll_stderr` over the draws; `_loss`, equal to `_nll`.
+        """
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, dict):
+            metrics = {}
+            for name, dataset in eval_dataset.items():
+                metrics |= self.evaluate(dataset, metric_key_prefix=f"{metric_key_prefix}_{name}")
+            return metrics
+        start = time.perf_counter()
+        was_training = self.model.training
+        self.model.eval()
+        with self.ema.applied(self.model) if self.ema is not None else contextlib.nullcontext():
+            nats, num_tokens = self._measure(self.get_eval_dataloader(eval_dataset))
+        self.model.train(was_training)
+        seconds = time.perf_counter() - start
+        self._progress.pause(seconds)
+        metrics = likelihood_metrics(nats, num_tokens)
+        metrics |= {"loss": metrics["nll"], "runtime": seconds, "tokens_per_second": metrics["num_tokens"] / seconds}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _measure(self, dataloader: torch.utils.data.DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
+        """NELBOs of shape `(draws, segments)` in nats, and counted tokens of shape `(segments,)`, over all ranks."""
+        self.callback_handler.eval_dataloader = dataloader
+        generator = self._generator(self.args.eval_seed, self.args.process_index)
+        rows = []
+        for inputs in dataloader:
+            batch = self._diffused(self._prepare_inputs(inputs))
+            draws = [
+                self._weighted_nll(self.model, batch, self._draw(batch, None, generator))
+                for _ in range(self.args.eval_noise_draws)
+            ]
+            counted = per_segment(batch["labels"] != -100, batch["segment_ids"])
+            # (batch, draws + 1, segments); the gathering drops the rows that only even out the last batch
+            row = torch.stack([*(per_segment(nelbo, batch["segment_ids"]) for nelbo in draws), counted], dim=1)
+            rows.append(self.accelerator.gather_for_metrics(row).cpu())
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        total = torch.cat(rows).sum(dim=0)
+        return total[:-1], total[-1]
+
+    def _diffused(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The batch with what the diffusion needs: block and position ids, and the tokens it may mask."""
+        model, batch = self.accelerator.unwrap_model(self.model), dict(inputs)
+        if "block_ids" not in batch:
+            sizes = model.config.plan_block_size, model.config.execution_block_size
+            batch["block_ids"], batch["position_ids"] = layout_from_segments(batch["segment_ids"], *sizes)
+        batch["maskable"] = model.maskable_tokens(batch["input_ids"], batch["segment_ids"])
+        return batch
+
+    def _draw(self, batch: dict[str, torch.Tensor], clip: torch.Tensor | None, generator: torch.Generator) -> MaskDraw:
+        config, estimator = self.model.config, self.args.estimator
+        return draw_mask(
+            batch["block_ids"], batch["maskable"], clip, config.noise, estimator, config.sampling_eps, generator
+        )
+
+    def _weighted_nll(self, model: nn.Module, batch: dict[str, torch.Tensor], draw: MaskDraw) -> torch.Tensor:
+        """Each token's share of the batch's NELBO in nats, `(batch, length)`."""
+        layout = {name: batch[name] for name in ("block_ids", "position_ids")}
+        with self.compute_loss_context_manager():
+            nll = masked_nll(model, draw.masked, batch["input_ids"], self.model.config.mask_token_id, **layout)
+        return draw.weights.masked_scatter(draw.masked, nll * draw.weights[draw.masked])
+
+    def _clip_intervals(self, segment_ids: torch.Tensor) -> torch.Tensor:
+        config = self.model.config
+        intervals = torch.tensor([[0.0, 1.0], config.plan_clip, config.execution_clip], device=segment_ids.device)
+        return intervals[segment_ids.clamp(min=0)]
+
+    def _training_generator(self) -> torch.Generator:
+        step, number = self._micro_batch
+        self._micro_batch = (step, number + 1) if step == self.state.global_step else (self.state.global_step, 0)
+        return self._generator(self.args.seed, self.args.process_index, *self._micro_batch)
+
+    def _generator(self, *key: int) -> torch.Generator:
+        """Random numbers that depend on the key alone."""
+        generator = torch.Generator(device=self.args.device)
+        return generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds each segment's loss and the throughput to the training logs."""
+        if "loss" in logs:
+            logs |= self._progress.take(self.accelerator)
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the averaged weights; in a checkpoint, beside them what training goes on with."""
+        if self.ema is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        with self.ema.applied(self.model):
+            super().save_model(output_dir, _internal_call)
+        if _internal_call and self.args.should_save and not self.args.save_only_model:
+            self.ema.save(self.model, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ema is not None:
+            self.ema.resume(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.ema is not None:
+            self.ema.restart(self.model)
+
+
+class TrainingProgress:
+    """What is logged of training since the last log: each segment's loss and tokens per second."""
+
+    def __init__(self):
+        self._reset()
+
+    def add(self, batch: dict[str, torch.Tensor], nelbo: torch.Tensor) -> None:
+        """Counts a micro-batch. Nothing is read back from the device before `take`."""
+        segment_ids = batch["segment_ids"]
+        sums = torch.stack(
+            [
+                per_segment(nelbo.detach(), segment_ids).sum(dim=0),
+                per_segment(batch["labels"] != -100, segment_ids).sum(dim=0),
+            ]
+        )
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._num_tokens = self._num_tokens + (segment_ids != PADDING).sum()
+
+    def pause(self, seconds: float) -> None:
+        """Leaves time that was not spent on training out of the throughput."""
+        self._start += seconds
+
+    def take(self, accelerator: Any) -> dict[str, float]:
+        """The figures over all processes; counting starts anew."""
+        if self._sums is None:
+            return {}
+        nats, num_tokens = accelerator.reduce(self._sums).tolist()
+        logs = {
+            f"loss_{name}": n / max(d, 1) for name, n, d in zip(SEGMENT_NAMES.values(), nats, num_tokens, strict=True)
+        }
+        total = accelerator.reduce(self._num_tokens).item()
+        logs["tokens_per_second"] = total / (time.perf_counter() - self._start)
+        self._reset()
+        return logs
+
+    def _reset(self) -> None:
+        self._sums: torch.Tensor | None = None
+        self._num_tokens: torch.Tensor | int = 0
+        self._start = time.perf_counter()
+
+
+def per_segment(values: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+    """Sums of `values` of shape `(batch, length)` over plan and execution: `(batch, 2)`, float64."""
+    return torch.stack([(values * (segment_ids == segment)).double().sum(dim=1) for segment in SEGMENT_NAMES], dim=1)
+
+
+def likelihood_metrics(nats: torch.Tensor, num_tokens: torch.Tensor) -> dict[str, float]:
+    """Likelihoods of all tokens and of each segment.
+
+    Args:
+        nats (`torch.DoubleTensor` of shape `(draws, segments)`): NELBO of every draw, summed over the data.
+        num_tokens (`torch.DoubleTensor` of shape `(segments,)`): the tokens that they average over.
+    """
+    metrics = {}
+    columns = {"": slice(None), **{f"{name}_": slice(i, i + 1) for i, name in enumerate(SEGMENT_NAMES.values())}}
+    for prefix, column in columns.items():
+        count = num_tokens[column].sum()
+        nll_of_draws = nats[:, column].sum(dim=1) / count
+        nll = nll_of_draws.mean()
+        metrics[f"{prefix}nll"] = nll.item()
+        if len(nats) > 1:
+            metrics[f"{prefix}nll_stderr"] = (nll_of_draws.std() / math.sqrt(len(nats))).item()
+        metrics[f"{prefix}bpd"] = (nll / math.log(2)).item()
+        metrics[f"{prefix}ppl"] = nll.exp().item()
+        metrics[f"{prefix}num_tokens"] = int(count)
+    return metrics
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """The checkpoint to resume from: the latest that was written to its end, or None.
+
+    The Trainer writes trainer_state.json last, so a checkpoint whose file is missing or torn is passed over.
+    """
+    folders = [
+        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
+    ]
+    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        try:
+            json.loads((folder / TRAINER_STATE_NAME).read_text())
+        except (OSError, json.JSONDecodeError):
+            logger.warning(f"{folder} was not written to its end: an earlier checkpoint is looked for.")
+            continue
+        return str(folder)
+    return None
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _copy_into(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in _trainable(model):
+            parameter.copy_(tensors[name])
