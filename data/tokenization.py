@@ -1,4 +1,4 @@
-"""What a tokenizer of this model is: a word-level one trained on texts, or any that has the special tokens."""
+"""How a tokenizer for a model from scratch is trained on the texts that it will read."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -8,7 +8,7 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from tokenizers.trainers import WordLevelTrainer
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ..configuration_hierbd3lm import SPECIAL_TOKENS
 
@@ -47,27 +47,3 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-
-
-def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Adds those of the four special tokens that the tokenizer lacks, changes no other, and returns how many."""
-    tokens = {"extra_special_tokens": list(SPECIAL_TOKENS.values())}
-    return tokenizer.add_special_tokens(tokens, replace_extra_special_tokens=False)
-
-
-def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The `*_token_id` arguments of [`HierBD3LMConfig`] for a tokenizer; without a pad token, pad is end.
-
-    Raises:
-        ValueError: if the tokenizer lacks one of the four special tokens; the message names them.
-    """
-    vocab = tokenizer.get_vocab()
-    missing = [text for text in SPECIAL_TOKENS.values() if text not in vocab]
-    if missing:
-        raise ValueError(
-            f"`tokenizer` must have the special tokens {', '.join(SPECIAL_TOKENS.values())}, but lacks "
-            f"{', '.join(missing)}; `add_special_tokens(tokenizer)` adds them"
-        )
-    ids = {f"{role}_token_id": vocab[text] for role, text in SPECIAL_TOKENS.items()}
-    pad_token_id = tokenizer.pad_token_id
-    return ids | {"pad_token_id": ids["end_token_id"] if pad_token_id is None else pad_token_id}
