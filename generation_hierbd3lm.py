@@ -1,5 +1,6 @@
 """How a plan and an execution are denoised: generation settings, samplers, the block cache and `generate()`."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
-from .diffusion_hierbd3lm import SCHEDULES, subs_logits
+from .diffusion_hierbd3lm import SCHEDULES
 from .masking_hierbd3lm import CLEAN, EXECUTION, PADDING, PLAN, QUESTION, TokenLayout, layout_from_segments
 
 logger = logging.get_logger(__name__)
@@ -54,6 +55,9 @@ class HierBD3LMGenerationConfig(GenerationConfig):
         ValueError: for an unknown setting or a value out of its range.
     """
 
+    # The Trainer reads these and writes the tokenizer's here; special tokens are the model configuration's to name.
+    bos_token_id = eos_token_id = pad_token_id = property(lambda self: None, lambda self, token_id: None)
+
     def __init__(self, **kwargs: Any):
         # The parent's __init__ is left out on purpose, as in DiffusionGemma: none of its settings apply.
         self.stage: str = kwargs.pop("stage", "full")
@@ -90,7 +94,7 @@ class HierBD3LMGenerationConfig(GenerationConfig):
         _check_number(self, "threshold", int | float, "a number in (0, 1]", lambda value: 0 < value <= 1)
         _check_number(self, "top_p", int | float, "a number in (0, 1]", lambda value: 0 < value <= 1)
         _check_number(self, "entropy_bound", int | float, "a number >= 0", lambda value: value >= 0)
-        _check_number(self, "temperature", int | float, "a number >= 0", lambda value: value >= 0)
+        _check_number(self, "temperature", int | float, "a finite number >= 0", lambda value: 0 <= value < math.inf)
         if not isinstance(self.fill_after_end, bool):
             raise ValueError(f"`fill_after_end` must be True or False, but got {self.fill_after_end!r}")
 
@@ -288,6 +292,7 @@ class BlockDenoiser:
         self.block_sizes = self._per_segment(0, self.config.plan_block_size, self.config.execution_block_size)
         self.openers = self._per_segment(0, self.config.plan_token_id, self.config.execution_token_id)
         self.limits = self._per_segment(0, *segment_limits(self.config, settings))
+        self.never_written = never_written(self.config).to(self.device)
         self.width = max(self.config.plan_block_size, self.config.execution_block_size)
         self.first_segment = EXECUTION if settings.stage == "execution" else PLAN
         self.last_segment = PLAN if settings.stage == "plan" else EXECUTION
@@ -366,7 +371,7 @@ class BlockDenoiser:
             )
             for name in ("pending", "pending_block_ids", "pending_position_ids"):
                 setattr(rows, name, getattr(rows, name)[:, :0])
-        self._reveal(candidates, subs_logits(logits.float(), self.config.mask_token_id))
+        self._reveal(candidates, logits.float().index_fill(-1, self.never_written, -math.inf))
         if self.streamer is not None and hasattr(self.streamer, "put_draft"):
             self.streamer.put_draft(value=rows.canvas[rows.canvas_block_ids != PADDING].cpu())
 
@@ -602,12 +607,14 @@ def segment_limits(config: Any, settings: HierBD3LMGenerationConfig) -> tuple[in
     def limit(segment: str) -> int:
         wanted = getattr(settings, f"max_{segment}_len")
         most, block_size = getattr(config, f"{segment}_len"), getattr(config, f"{segment}_block_size")
-        if wanted is None:
-            return most
+        if wanted is None or (segment == "plan" and settings.stage == "execution"):
+            return most  # a given plan is never cut
         if not block_size <= wanted <= most or wanted % block_size:
             raise ValueError(
                 f"`max_{segment}_len` must be a multiple of the block size {block_size} up to {most}, but got {wanted}"
             )
+        if wanted < 2:
+            raise ValueError(f"`max_{segment}_len` must be at least 2, the opener and a token, but got {wanted}")
         return wanted
 
     return limit("plan"), limit("execution")
@@ -673,6 +680,12 @@ def lay_out_plan(config: Any, plan_ids: torch.LongTensor) -> tuple[torch.LongTen
     tokens[:, 0] = config.plan_token_id
     tokens[:, 1 : plan_ids.shape[1] + 1][content[:, : len(columns) - 1]] = plan_ids[content]
     return tokens, torch.where(columns < total[:, None], PLAN, PADDING)
+
+
+def never_written(config: Any) -> torch.LongTensor:
+    """Ids that no block can hold: the mask token (SUBS), and those by which a reader tells segments and padding."""
+    ids = {config.mask_token_id, config.plan_token_id, config.execution_token_id, config.pad_token_id}
+    return torch.tensor(sorted(ids - {config.end_token_id}))
 
 
 def left_justify(tokens: torch.LongTensor, keep: torch.BoolTensor, pad_token_id: int) -> torch.LongTensor:

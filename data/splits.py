@@ -25,8 +25,8 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "Configuration of the dataset; for GSM8K `main` or `socratic`."}
     )
-    synthetic: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Fields of SyntheticConfig, as JSON, for `dataset: synthetic`."}
+    synthetic: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of SyntheticConfig, as JSON, for `dataset: synthetic`."}
     )
     dataset_train_split: str | None = field(default="train", metadata={"help": "Name of the training split."})
     dataset_validation_split: str | None = field(
@@ -48,6 +48,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
+        self.synthetic = json.loads(self.synthetic) if isinstance(self.synthetic, str) else self.synthetic or {}
         for name, low in (("num_train_examples", 1), ("num_validation_examples", 0)):
             value = getattr(self, name)
             if value is not None and value < low:

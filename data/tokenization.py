@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from itertools import chain
 
 from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from tokenizers.trainers import WordLevelTrainer
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from tokenizers.trainers import BpeTrainer, WordLevelTrainer
 from transformers import PreTrainedTokenizerFast
 
 from ..configuration_hierbd3lm import SPECIAL_TOKENS
@@ -22,13 +23,33 @@ PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
 ALWAYS_KNOWN = (" \n", *(f" {digit}{digit}" for digit in range(10)))
 
 
-def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Makes a word-level tokenizer whose vocabulary is every piece of `texts`, numbered by falling frequency.
+def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+    """Trains a tokenizer that splits numbers into digits; a space belongs to the piece after it.
 
-    Numbers are split into digits, and a space belongs to the piece after it, so `" 12"` is two tokens. `decode` gives
-    back exactly the text that was encoded, as long as its words occur in `texts`; others become `<|unk|>`. No token is
-    added at the start or the end. The special tokens come first: `<|pad|>`, `<|unk|>`, then `SPECIAL_TOKENS`.
+    Args:
+        texts: what its vocabulary is made from.
+        vocab_size: tokens of a byte-level BPE, which encodes any text. If omitted the tokenizer is word-level: every
+            piece of `texts` is a token, numbered by falling frequency, and other words become `<|unk|>`.
+
+    `decode` gives back exactly the text that was encoded, unless it has unknown words. No token is added at the start
+    or the end. The special tokens come first: `<|pad|>`, `<|unk|>` (word-level only), then `SPECIAL_TOKENS`.
+
+    Raises:
+        ValueError: if `vocab_size` is less than what bytes and special tokens need.
     """
+    tokenizer = _train_words(texts) if vocab_size is None else _train_bpe(texts, vocab_size)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD_TOKEN,
+        unk_token=UNK_TOKEN if vocab_size is None else None,
+        extra_special_tokens=list(SPECIAL_TOKENS.values()),
+        model_input_names=["input_ids", "attention_mask"],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _train_words(texts: Iterable[str]) -> Tokenizer:
     tokenizer = Tokenizer(WordLevel(unk_token=UNK_TOKEN))
     tokenizer.pre_tokenizer = Split(Regex(PIECES), behavior="isolated")
     tokenizer.decoder = Fuse()
@@ -38,12 +59,23 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(chain(ALWAYS_KNOWN, texts), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD_TOKEN,
-        unk_token=UNK_TOKEN,
-        extra_special_tokens=list(SPECIAL_TOKENS.values()),
-        model_input_names=["input_ids", "attention_mask"],
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
+    return tokenizer
+
+
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    special_tokens, alphabet = [PAD_TOKEN, *SPECIAL_TOKENS.values()], ByteLevel.alphabet()
+    least = len(special_tokens) + len(alphabet)
+    if vocab_size < least:
+        raise ValueError(f"`vocab_size` must be at least {least}, but got {vocab_size}")
+    tokenizer = Tokenizer(BPE())
+    pieces, bytes_of_piece = (
+        Split(Regex(PIECES), behavior="isolated"),
+        ByteLevel(add_prefix_space=False, use_regex=False),
     )
+    tokenizer.pre_tokenizer = Sequence([pieces, bytes_of_piece])
+    tokenizer.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer

@@ -149,7 +149,10 @@ class SlowDenoiser:
                 use_cache=False,
             ).logits
         logits = logits[0, -len(block) :].float()
-        logits[:, self.config.mask_token_id] = -math.inf
+        config = self.config
+        for token in (config.mask_token_id, config.plan_token_id, config.execution_token_id, config.pad_token_id):
+            if token != config.end_token_id:
+                logits[:, token] = -math.inf
         return [logits[place] for place in places]
 
     def _mask(self, blocks):

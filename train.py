@@ -1,0 +1,208 @@
+"""The command line of training: `accelerate launch train.py configs/quickstart.yaml [--setting value ...]`."""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig, add_special_tokens, special_token_ids
+from hierbd3lm.data.collator import SEGMENTS, HierarchicalDataCollator
+from hierbd3lm.data.loading import prepare_dataset
+from hierbd3lm.data.splits import SYNTHETIC, DataArguments, load_split
+from hierbd3lm.data.synthetic import SyntheticConfig, vocabulary_texts
+from hierbd3lm.data.tokenization import train_tokenizer
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from hierbd3lm.trainer import HierBD3LMTrainer, HierBD3LMTrainingArguments, last_complete_checkpoint
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
+from trl import TrlParser
+
+logger = logging.get_logger(__name__)
+
+CONFIG_FIELDS = ("question_len", "plan_len", "execution_len", "plan_block_size", "execution_block_size", "noise")
+CONFIG_FIELDS += ("sampling_eps", "plan_clip", "execution_clip")
+
+
+@dataclass
+class ModelArguments:
+    """What is trained: an open checkpoint or a new backbone. What is omitted is as in HierBD3LMConfig."""
+
+    init_from: str | None = field(
+        default=None, metadata={"help": "An autoregressive checkpoint, or one of this model, to start from."}
+    )
+    backbone: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Configuration of a new backbone, as JSON: `model_type` (default qwen3) and its fields."},
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Path or id of a tokenizer; that of `init_from`, or trained, if omitted."}
+    )
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Size of a trained byte-level BPE; every word is a token if omitted."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flex_attention."})
+    block_size: int | None = field(default=None, metadata={"help": "Sets both block sizes."})
+    plan_block_size: int | None = field(default=None, metadata={"help": "Tokens of a plan block."})
+    execution_block_size: int | None = field(default=None, metadata={"help": "Tokens of an execution block."})
+    question_len: int | None = field(default=None, metadata={"help": "Most tokens of a question."})
+    plan_len: int | None = field(default=None, metadata={"help": "Most tokens of a plan."})
+    execution_len: int | None = field(default=None, metadata={"help": "Most tokens of an execution."})
+    noise: str | None = field(default=None, metadata={"help": "Noise schedule."})
+    sampling_eps: float | None = field(default=None, metadata={"help": "Least mask probability that is drawn."})
+    plan_clip: list[float] | None = field(default=None, metadata={"help": "Mask rates of a plan block in training."})
+    execution_clip: list[float] | None = field(
+        default=None, metadata={"help": "Mask rates of an execution block in training."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.backbone, str):
+            self.backbone = json.loads(self.backbone)
+        if self.backbone is not None and self.init_from is not None:
+            raise ValueError(f"`backbone` must be None with `init_from`, but got {self.backbone} and {self.init_from}")
+
+    def config_fields(self) -> dict[str, Any]:
+        """The fields of HierBD3LMConfig that are given."""
+        values = {name: getattr(self, name) for name in ("block_size", *CONFIG_FIELDS)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass
+class TrainScriptArguments(HierBD3LMTrainingArguments):
+    """The trainer's arguments, with a word for the last checkpoint."""
+
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "A checkpoint's folder; `last` for the last complete one in output_dir, if there is one."},
+    )
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainScriptArguments]:
+    """Reads `[config.yaml] [--setting value ...]`; a setting on the command line wins over the file."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
+    parser = TrlParser((ModelArguments, DataArguments, TrainScriptArguments))
+    return parser.parse_args_and_config(argv)
+
+
+def main() -> None:
+    """Parses, builds, trains, evaluates, saves."""
+    model_args, data_args, args = parse_arguments(sys.argv[1:])
+    checkpoint = find_checkpoint(args)
+    set_seed(args.seed)
+    tokenizer = make_tokenizer(model_args, data_args, args)
+    model = make_model(model_args, tokenizer)
+    datasets = make_datasets(data_args, args, tokenizer, model.config)
+    trainer = HierBD3LMTrainer(
+        model,
+        args,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets["validation"],
+        data_collator=HierarchicalDataCollator(model.config, tokenizer, auto_split=data_args.auto_split),
+        processing_class=tokenizer,
+    )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    report(trainer, "train", result.metrics)
+    if datasets["validation"] is not None:
+        report(trainer, "eval", trainer.evaluate())
+    save(trainer, data_args)
+
+
+def find_checkpoint(args: TrainScriptArguments) -> str | None:
+    """The checkpoint to resume from, or None to start anew.
+
+    Raises:
+        ValueError: if a new run would mix its checkpoints with those of another in `output_dir`.
+    """
+    last = last_complete_checkpoint(args.output_dir)
+    if args.resume_from_checkpoint is None and last is not None:
+        raise ValueError(
+            f"`output_dir` must hold no checkpoints of another run, but got {args.output_dir} with {last}: give "
+            f"`--resume_from_checkpoint last` to go on with it, or another folder"
+        )
+    return last if args.resume_from_checkpoint == "last" else args.resume_from_checkpoint
+
+
+def make_tokenizer(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainScriptArguments
+) -> PreTrainedTokenizerBase:
+    """The given tokenizer, or one trained on the training split by the first process and kept in `output_dir`."""
+    source = model_args.tokenizer or model_args.init_from
+    if source is not None:
+        return AutoTokenizer.from_pretrained(source)
+    folder = Path(args.output_dir, "tokenizer")
+    with args.main_process_first(desc="tokenizer"):
+        if args.process_index == 0 and not (args.resume_from_checkpoint and folder.is_dir()):
+            train_tokenizer(training_texts(data_args), model_args.vocab_size).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def training_texts(data_args: DataArguments) -> list[str]:
+    """What a tokenizer is trained on: every word of the synthetic problems, or the training split."""
+    if data_args.dataset == SYNTHETIC:
+        return vocabulary_texts(SyntheticConfig(**data_args.synthetic))
+    dataset = load_split(data_args, "train")
+    columns = [column for column in (*SEGMENTS, "text") if column in dataset.column_names]
+    return [text for column in columns for text in dataset[column]]
+
+
+def make_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> HierBD3LMForBlockDiffusion:
+    """A new model, a converted autoregressive checkpoint, or a checkpoint of this model to go on with."""
+    fields = model_args.config_fields()
+    attention = (
+        {} if model_args.attn_implementation is None else {"attn_implementation": model_args.attn_implementation}
+    )
+    if model_args.init_from is None:
+        add_special_tokens(tokenizer)
+        backbone = dict(model_args.backbone or {}) | {"vocab_size": len(tokenizer)}
+        config = HierBD3LMConfig(backbone_config=backbone, **(special_token_ids(tokenizer) | fields))
+        return HierBD3LMForBlockDiffusion._from_config(config, **attention)
+    if AutoConfig.from_pretrained(model_args.init_from).model_type == HierBD3LMConfig.model_type:
+        return HierBD3LMForBlockDiffusion.from_pretrained(model_args.init_from, **fields, **attention)
+    return HierBD3LMForBlockDiffusion.from_autoregressive(model_args.init_from, tokenizer, **fields, **attention)
+
+
+def make_datasets(
+    data_args: DataArguments,
+    args: TrainScriptArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    config: HierBD3LMConfig,
+) -> dict[str, Dataset | None]:
+    """The encoded training and validation examples; what was dropped is written to `output_dir`/data_report.json."""
+    splits = ["train", "validation"] if data_args.num_validation_examples else ["train"]
+    datasets, reports = {"validation": None}, {}
+    for split in splits:
+        with args.main_process_first(desc=f"{split} examples"):
+            datasets[split], reports[split] = prepare_dataset(
+                load_split(data_args, split),
+                tokenizer,
+                config,
+                over_long=data_args.over_long,
+                auto_split=data_args.auto_split,
+            )
+    if args.process_index == 0:
+        os.makedirs(args.output_dir, exist_ok=True)
+        Path(args.output_dir, "data_report.json").write_text(json.dumps(reports, indent=2) + "\n")
+    return datasets
+
+
+def report(trainer: HierBD3LMTrainer, split: str, metrics: dict[str, float]) -> None:
+    """Prints the metrics and writes them to `output_dir`/{split}_results.json."""
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+
+
+def save(trainer: HierBD3LMTrainer, data_args: DataArguments) -> None:
+    """Saves what `AutoModel`, `AutoTokenizer` and eval_gsm8k.py load; pushes it where that is asked for."""
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        data_args.save(trainer.args.output_dir)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()
