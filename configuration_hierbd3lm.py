@@ -1,6 +1,9 @@
 """What a hierarchical block diffusion model is made of: its backbone, segments, blocks, noise and special tokens."""
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 # role -> text of the token; the id of role `r` is `config.<r>_token_id`
 SPECIAL_TOKENS = {
@@ -45,7 +48,8 @@ class HierBD3LMConfig(PreTrainedConfig):
             Whether the backbone's head shares the embedding matrix. Defaults to what `backbone_config` says.
 
     Raises:
-        ValueError: for a value out of its range; the message names the field, the value and the range.
+        ValueError: for a value out of its range; the message names the field, the value and the range. Also for an
+            unknown argument that looks like a misspelt field, which transformers would keep without a word.
     """
 
     model_type = "hierbd3lm"
@@ -69,12 +73,15 @@ class HierBD3LMConfig(PreTrainedConfig):
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
+        _refuse_misspelt_fields(kwargs)
         block_size = kwargs.pop("block_size", None)
         for name in ("plan_block_size", "execution_block_size"):
             setattr(self, name, _resolve_block_size(name, getattr(self, name), block_size))
         self.backbone_config = _resolve_backbone_config(self.backbone_config)
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = self.backbone_config.tie_word_embeddings
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"`tie_word_embeddings` must be True or False, but got {self.tie_word_embeddings!r}")
         self.backbone_config.tie_word_embeddings = self.tie_word_embeddings
         self._check_fields()
         self.plan_clip, self.execution_clip = (
@@ -86,6 +93,15 @@ class HierBD3LMConfig(PreTrainedConfig):
         auto_map = {"AutoConfig": "configuration_hierbd3lm.HierBD3LMConfig"}
         kwargs.setdefault("auto_map", auto_map | {"AutoModel": model_class, "AutoModelForCausalLM": model_class})
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "HierBD3LMConfig":
+        """As in transformers, but fields among `kwargs` are checked like those of the dict that they replace."""
+        _refuse_misspelt_fields(kwargs)
+        replaced = {name: kwargs.pop(name) for name in _own_fields() if name in kwargs and name != "backbone_config"}
+        if "block_size" in replaced:
+            config_dict = {name: value for name, value in config_dict.items() if not name.endswith("_block_size")}
+        return super().from_dict(config_dict | replaced, **kwargs)
 
     @property
     def vocab_size(self) -> int:
@@ -113,8 +129,6 @@ class HierBD3LMConfig(PreTrainedConfig):
             raise ValueError(f"`noise` must be one of {', '.join(NOISE_SCHEDULES)}, but got {self.noise!r}")
         if not _is_number(self.sampling_eps) or not 0 < self.sampling_eps < 1:
             raise ValueError(f"`sampling_eps` must be a number in (0, 1), but got {self.sampling_eps!r}")
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ValueError(f"`tie_word_embeddings` must be True or False, but got {self.tie_word_embeddings!r}")
         self._check_token_ids()
         longest, positions = self.sequence_len, getattr(self.backbone_config, "max_position_embeddings", None)
         if positions is not None and longest > positions:
@@ -171,7 +185,24 @@ def _resolve_backbone_config(value: dict | PreTrainedConfig | None) -> PreTraine
             f"`backbone_config` must be a PreTrainedConfig, a dict or None, but got {type(value).__name__}"
         )
     fields = dict(value or {})
-    return AutoConfig.for_model(fields.pop("model_type", "qwen3"), **fields)
+    model_type = fields.pop("model_type", "qwen3")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"`backbone_config` must have a `model_type` that transformers knows, but got {model_type!r}")
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def _own_fields() -> list[str]:
+    return [*HierBD3LMConfig.__annotations__, "block_size"]
+
+
+def _refuse_misspelt_fields(names: Iterable[str]) -> None:
+    """Unknown names pass, as tools of the ecosystem store their own, unless they are close to one of our fields."""
+    fields = _own_fields()
+    for name in names:
+        if name in fields or name.endswith("_token_id"):  # every tokenizer role has such a name in transformers
+            continue
+        for field in get_close_matches(name, fields, n=1, cutoff=0.8):
+            raise ValueError(f"`{name}` must be a field of HierBD3LMConfig, but is none; did you mean `{field}`?")
 
 
 def _is_number(value: object) -> bool:

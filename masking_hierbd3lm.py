@@ -112,11 +112,16 @@ def render_mask(
     tokens reaches w - 1 positions to either side, which inside a block is also to the right.
 
     Raises:
-        ValueError: for an attention implementation that cannot take the mask.
+        ValueError: for an attention implementation, or a layer type of the backbone, that cannot take the mask.
     """
     implementation = backbone_config._attn_implementation
     if implementation not in ("sdpa", "eager", "flex_attention"):
         raise ValueError(f"`attn_implementation` must be sdpa, eager or flex_attention, but got {implementation!r}")
+    layer_types = set(getattr(backbone_config, "layer_types", None) or ())
+    if unmasked := layer_types - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"`layer_types` of the backbone must be full_attention or sliding_attention, but got {sorted(unmasked)}"
+        )
 
     def render(window: int | None) -> torch.Tensor | BlockMask:
         if implementation == "flex_attention":
@@ -124,12 +129,12 @@ def render_mask(
         mask = dense_mask(queries, keys, window)
         if implementation == "sdpa":
             return mask
-        # Finite in float32 too, where eager attention takes its softmax: a row of padding must not become NaN.
-        lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+        # A row of padding must not become NaN: finite in float32, where eager attention takes its softmax, and halved
+        # so that it stays finite when a score is added (in float16, -65504 - 16 is -inf).
+        lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min) / 2
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, lowest)
 
     window = getattr(backbone_config, "sliding_window", None)
-    layer_types = set(getattr(backbone_config, "layer_types", None) or ())
     if "sliding_attention" in layer_types:
         return {kind: render(window if kind == "sliding_attention" else None) for kind in sorted(layer_types)}
     return render(None if layer_types else window)

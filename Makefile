@@ -1,0 +1,36 @@
+# Both `make demo` and `make test` set up everything that they need in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.done
+
+.PHONY: demo test test-slow lint format bench clean
+
+demo: $(SETUP)
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu \
+		train.py configs/quickstart.yaml --resume_from_checkpoint last
+	$(BIN)/python eval_gsm8k.py --model outputs/quickstart --limit 300 --num_examples_to_print 3
+
+test: $(SETUP)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not slow"
+
+test-slow: $(SETUP)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(SETUP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(SETUP)
+	$(BIN)/python -m hierbd3lm.benchmarks.run
+
+clean:
+	rm -rf .venv outputs
+
+$(SETUP): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
