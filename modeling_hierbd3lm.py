@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -60,7 +60,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
 
     def __init__(self, config: HierBD3LMConfig):
         super().__init__(config)
-        check_backbone_config(config)
+        check_backbone_config(config.backbone_config)
         self.backbone = AutoModelForCausalLM.from_config(config.backbone_config)
         check_backbone_signature(self.backbone)
         self.post_init()
@@ -73,8 +73,11 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
 
         A new row is the mean of the old ones plus a little noise from torch's global generator.
 
+        The model is in the mode of the checkpoint: evaluation, if it was loaded from a path.
+
         Args:
-            model_or_path: a causal language model of transformers, or what its `from_pretrained` takes.
+            model_or_path: a causal language model of transformers, or what its `from_pretrained` takes. A loaded one
+                becomes the backbone itself, not a copy.
             tokenizer: the checkpoint's tokenizer. The special tokens that it lacks are added to it, in place.
             kwargs: fields of [`HierBD3LMConfig`]; and `dtype`, `attn_implementation`, `revision`, ... for
                 `from_pretrained`.
@@ -91,12 +94,20 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             backbone = model_or_path
         else:
             backbone = AutoModelForCausalLM.from_pretrained(model_or_path, **kwargs)
+        check_backbone_config(backbone.config)
+        check_backbone_signature(backbone)
+        check_tied_as_loaded(fields.get("tie_word_embeddings"), backbone)
         num_added = add_special_tokens(tokenizer)
         add_token_rows(backbone, len(tokenizer) - num_added, len(tokenizer))
-        config = HierBD3LMConfig(backbone_config=backbone.config, **(special_token_ids(tokenizer) | fields))
+        config = HierBD3LMConfig(
+            backbone_config=backbone.config,
+            attn_implementation=backbone.config._attn_implementation,  # else the outer default would replace it
+            **(special_token_ids(tokenizer) | fields),
+        )
         with torch.device("meta"):
             model = cls(config)
         model.backbone = backbone
+        model.train(backbone.training)
         check_backbone_behaviour(model)
         return model
 
@@ -144,7 +155,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             block_ids, position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Rank of each token's block (-1 on padding) and its position; derived from the segments if omitted.
             example_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-                Example of each token, in packed rows.
+                Example of each token, in packed rows; these need `block_ids` and `position_ids`.
             noisy_block_ids, noisy_position_ids (`torch.LongTensor` of shape `(batch, noisy_length)`, *optional*):
                 The same for noisy tokens that are no copy of `input_ids`, as in generation.
             past_key_values (`BlockCache`, *optional*):
@@ -193,6 +204,8 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         example_ids: torch.Tensor | None,
     ) -> TokenLayout:
         if block_ids is None:
+            if example_ids is not None:
+                raise ValueError("`block_ids` must be given together with `example_ids`, but got None")
             if segment_ids is None:
                 segment_ids = self._segments_from_openers(input_ids, attention_mask)
             config = self.config
@@ -254,11 +267,15 @@ def needed_columns(block_ids: torch.Tensor) -> tuple[int, int]:
 
 
 def add_token_rows(backbone: PreTrainedModel, first_new: int, length: int) -> None:
-    """Gives the tokens `first_new..length` rows of their own in both embedding matrices, enlarging them if need be."""
-    if length > backbone.get_input_embeddings().weight.shape[0]:
+    """Gives the tokens `first_new..length` rows of their own in both embedding matrices, enlarging them if need be.
+
+    So it does to tokens before `first_new` that have no row yet, as a tokenizer may have been extended earlier.
+    """
+    num_rows = backbone.get_input_embeddings().weight.shape[0]
+    if length > num_rows:
         backbone.resize_token_embeddings(length, mean_resizing=False)
     for embeddings in {backbone.get_input_embeddings(), backbone.get_output_embeddings()} - {None}:
-        fill_new_rows(embeddings.weight.data, first_new, length)
+        fill_new_rows(embeddings.weight.data, min(first_new, num_rows), length)
 
 
 def fill_new_rows(weight: torch.Tensor, start: int, stop: int) -> None:
@@ -268,11 +285,15 @@ def fill_new_rows(weight: torch.Tensor, start: int, stop: int) -> None:
     weight[start:stop] = (old.mean(dim=0) + noise).to(weight.dtype)
 
 
-def check_backbone_config(config: HierBD3LMConfig) -> None:
-    """Refuses what cannot take a 4-D mask, with the reason."""
-    backbone = config.backbone_config
+def check_backbone_config(backbone: PreTrainedConfig) -> None:
+    """Refuses what cannot take a 4-D mask or positions, with the reason."""
     if backbone.is_encoder_decoder:
         raise ValueError(f"`backbone_config` must be a decoder, but {backbone.model_type} is an encoder-decoder")
+    if getattr(backbone, "alibi", False):
+        raise ValueError(
+            f"`backbone_config` must read position_ids, but {backbone.model_type} has alibi=True: it counts "
+            "columns, where a token's clean and noisy copies are far apart"
+        )
     unsupported = set(getattr(backbone, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
     if unsupported:
         raise ValueError(
@@ -297,6 +318,13 @@ def check_backbone_signature(backbone: PreTrainedModel) -> None:
             )
 
 
+def check_tied_as_loaded(tie_word_embeddings: bool | None, backbone: PreTrainedModel) -> None:
+    """Refuses to tie or untie the embeddings of a checkpoint, whose weights are all kept."""
+    loaded = backbone.config.tie_word_embeddings
+    if tie_word_embeddings not in (None, loaded):
+        raise ValueError(f"`tie_word_embeddings` must be {loaded} as in the checkpoint, but got {tie_word_embeddings}")
+
+
 @torch.no_grad()
 def check_backbone_behaviour(model: HierBD3LMForBlockDiffusion) -> None:
     """Probes that the backbone obeys mask and positions: some architectures bias or shift attention on their own.
@@ -319,23 +347,27 @@ def check_backbone_behaviour(model: HierBD3LMForBlockDiffusion) -> None:
 
     was_training = model.training
     model.eval()
-    base = logits(x0, x0)
-    tolerance = 1e-2 * base.std() if model.dtype != torch.float32 else 1e-4 * base.std()
+    try:
+        base = logits(x0, x0)
+        tolerance = (1e-4 if model.dtype == torch.float32 else 1e-2) * base.std()
 
-    def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
-        return bool((a - b).abs().max() > tolerance)
+        def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+            return bool((a - b).abs().max() > tolerance)
 
-    other = x0.clone()
-    other[0, 6:] = (other[0, 6:] + 1) % model.config.vocab_size
-    if differ(logits(other, x0)[3:], base[3:]):
-        raise ValueError(f"`backbone_config`: {name} does not obey the mask, a noisy block sees its own clean tokens")
-    last = x0.clone()
-    last[0, 8] = other[0, 8]
-    if not differ(logits(x0, last)[6], base[6]):
-        raise ValueError(f"`backbone_config`: {name} stays causal inside a block, whatever mask it is given")
-    if differ(logits(x0, x0, padding=2)[3:], base[3:]):
-        raise ValueError(f"`backbone_config`: {name} does not obey position_ids, padding moves its positions")
-    model.train(was_training)
+        other = x0.clone()
+        other[0, 6:] = (other[0, 6:] + 1) % model.config.vocab_size
+        if differ(logits(other, x0)[3:], base[3:]):
+            raise ValueError(
+                f"`backbone_config`: {name} does not obey the mask, a noisy block sees its own clean tokens"
+            )
+        last = x0.clone()
+        last[0, 8] = other[0, 8]
+        if not differ(logits(x0, last)[6], base[6]):
+            raise ValueError(f"`backbone_config`: {name} stays causal inside a block, whatever mask it is given")
+        if differ(logits(x0, x0, padding=2)[3:], base[3:]):
+            raise ValueError(f"`backbone_config`: {name} does not obey position_ids, padding moves its positions")
+    finally:
+        model.train(was_training)
 
 
 def _config_fields() -> set[str]:

@@ -1,0 +1,687 @@
+"""The model is its backbone under our mask: nothing is lost in forward, saving, loading and conversion."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS
+from hierbd3lm.diffusion_hierbd3lm import draw_mask, exact_nelbo, token_nll
+from hierbd3lm.masking_hierbd3lm import layout_from_segments
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion, needed_columns
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BloomConfig,
+    FalconConfig,
+    GPTNeoConfig,
+    Llama4TextConfig,
+    MambaConfig,
+    MistralConfig,
+    MptConfig,
+    PreTrainedTokenizerFast,
+    Qwen3NextConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from .tiny import make_batch, make_config, make_model
+from .tiny_backbones import BACKBONES, SIZES, make_backbone_config
+
+ROWS = [(5, 2, 3), (2, 1, 2), (7, 3, 1)]
+LENGTHS = {"question_len": 16, "plan_len": 24, "execution_len": 24, "block_size": 4}
+
+
+def model_with(backbone, attn_implementation=None, **overrides) -> HierBD3LMForBlockDiffusion:
+    """`backbone` is a name or a configuration; attention is the backbone's default if not given."""
+    if isinstance(backbone, str):
+        backbone = make_backbone_config(backbone)
+    return make_model(backbone_config=backbone, attn_implementation=attn_implementation, **overrides)
+
+
+def noisy_batch(config, rows=ROWS, seed=0):
+    """A batch with its noisy copy and where that is masked."""
+    batch = make_batch(rows, config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    masked = (batch["segment_ids"] > 0) & (torch.rand(batch["input_ids"].shape, generator=generator) < 0.5)
+    return batch | {"noisy_input_ids": batch["input_ids"].masked_fill(masked, config.mask_token_id)}, masked
+
+
+def logits_of(model, rows=ROWS):
+    batch, _ = noisy_batch(model.config, rows)
+    with torch.no_grad():
+        return model(**batch).logits[batch["segment_ids"] > 0]
+
+
+def loss_of(model):
+    batch, masked = noisy_batch(model.config)
+    return token_nll(model(**batch, logits_to_keep=masked).logits, batch["input_ids"][masked], 4).sum()
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_close(actual, expected, atol=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=atol)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Forward, on every backbone
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone_has_logits_of_the_noisy_stream_and_learns_in_every_weight(backbone):
+    model = model_with(backbone)
+    batch, _ = noisy_batch(model.config)
+    logits = model(**batch).logits
+    assert logits.shape == (*batch["noisy_input_ids"].shape, model.config.vocab_size)
+    assert torch.isfinite(logits).all()
+    for name, gradient in gradients(model, loss_of(model)).items():
+        assert torch.isfinite(gradient).all() and gradient.any(), name
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_logits_to_keep_are_the_full_logits_at_those_places(backbone):
+    model = model_with(backbone)
+    batch, masked = noisy_batch(model.config)
+    with torch.no_grad():
+        full = model(**batch).logits
+        assert_close(model(**batch, logits_to_keep=masked).logits, full[masked])
+        clean = {name: batch[name] for name in ("input_ids", "segment_ids")}
+        assert_close(model(**clean, logits_to_keep=masked).logits, model(**clean).logits[masked])
+
+
+def test_only_the_kept_positions_reach_the_head():
+    model = model_with("qwen3")
+    batch, masked = noisy_batch(model.config)
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    model(**batch, logits_to_keep=masked)
+    assert seen == [(int(masked.sum()), model.config.backbone_config.hidden_size)]
+
+
+def test_soft_cap_of_the_backbone_is_kept():
+    capped, free = (model_with(make_backbone_config("gemma2", final_logit_softcapping=cap)) for cap in (3.0, None))
+    free.load_state_dict(capped.state_dict())
+    assert_close(logits_of(capped), 3 * torch.tanh(logits_of(free) / 3))
+    assert logits_of(free).abs().max() > 3
+
+
+def test_a_backbone_may_choose_its_own_attention():
+    """The soft cap on Gemma2's scores is eager only: the mask is for what the backbone runs, not for what we say."""
+    model = model_with("gemma2")
+    assert model.backbone.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM does not support"):
+        model_with("gemma2", attn_implementation="sdpa")
+
+
+WINDOWED = {
+    "gemma3": lambda window: make_backbone_config("gemma3", sliding_window=window),
+    "gemma2": lambda window: make_backbone_config("gemma2", sliding_window=window),
+    "mistral": lambda window: MistralConfig(**SIZES, sliding_window=window),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_sliding_window_is_in_force(name):
+    far, near = (model_with(WINDOWED[name](window)) for window in (512, 4))
+    near.load_state_dict(far.state_dict())
+    assert (logits_of(far) - logits_of(near)).abs().max() > 1e-2
+
+
+def test_a_window_reaches_that_far_and_no_further():
+    """Two layers of window 4 reach 2 * 3 positions back; nothing else carries a token further."""
+    model = model_with(make_backbone_config("gemma3", layer_types=["sliding_attention"] * 2))
+    row = [(12, 1, 1)]
+    batch, _ = noisy_batch(model.config, row)
+    query = 12  # the plan's opener, the first of its block
+    with torch.no_grad():
+        before = model(**batch).logits[0, query]
+        for column in range(query):
+            tokens = batch["input_ids"].clone()
+            tokens[0, column] = 5 + (tokens[0, column] - 4) % 35
+            after = model(**(batch | {"input_ids": tokens})).logits[0, query]
+            assert bool((after - before).abs().max() > 1e-5) == (query - column <= 6), column
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(backbone):
+    without_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0) if backbone == "gpt2" else {}
+    model = model_with(make_backbone_config(backbone, **without_dropout)).train()
+    calls = []
+    for module in model.modules():
+        if type(module).__name__.endswith("MLP"):
+            module.register_forward_pre_hook(lambda *call: calls.append(call))
+    loss = loss_of(model)
+    expected = gradients(model, loss)
+    assert len(calls) == 2
+    model.gradient_checkpointing_enable()
+    checkpointed = loss_of(model)
+    actual = gradients(model, checkpointed)
+    assert len(calls) == 2 + 2 + 2  # the layers have run again in the backward pass
+    assert_close(checkpointed, loss)
+    for name, gradient in expected.items():
+        assert_close(actual[name], gradient, atol=1e-4)
+
+
+def test_return_dict_false_gives_a_tuple():
+    model = model_with("qwen3")
+    batch, _ = noisy_batch(model.config)
+    with torch.no_grad():
+        output = model(**batch, return_dict=False)
+        assert isinstance(output, tuple) and len(output) == 1
+        assert torch.equal(output[0], model(**batch).logits)
+
+
+def test_no_cache_is_built_without_being_asked_for():
+    model = model_with("qwen3")
+    model.backbone.config.use_cache = True
+    batch, _ = noisy_batch(model.config)
+    assert model(**batch).past_key_values is None
+    seen = []
+    model.backbone.register_forward_hook(lambda module, args, output: seen.append(output.past_key_values))
+    model(**batch)
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager", "flex_attention"])
+def test_attn_implementation_reaches_the_backbone(attn_implementation, tmp_path):
+    model = model_with("qwen3", attn_implementation=attn_implementation)
+    assert model.backbone.config._attn_implementation == attn_implementation
+    model.save_pretrained(tmp_path)
+    loaded = HierBD3LMForBlockDiffusion.from_pretrained(tmp_path, attn_implementation=attn_implementation)
+    assert loaded.backbone.config._attn_implementation == attn_implementation
+    loaded.set_attn_implementation("eager")
+    assert loaded.backbone.config._attn_implementation == "eager"
+
+
+def test_flash_attention_is_refused():
+    with pytest.raises(ValueError, match="Flash Attention"):
+        model_with("qwen3", attn_implementation="flash_attention_2")
+
+
+@pytest.mark.parametrize("missing", ["position_ids", "block_ids"])
+def test_layouts_that_cannot_be_derived_are_asked_for(missing):
+    model = model_with("qwen3")
+    batch = make_batch([(5, 1, 1)], model.config)
+    if missing == "position_ids":
+        layout = {"block_ids": batch["segment_ids"]}
+    else:
+        layout = {"segment_ids": batch["segment_ids"], "example_ids": torch.zeros_like(batch["segment_ids"])}
+    with pytest.raises(ValueError, match=f"`{missing}` must be given together with"):
+        model(input_ids=batch["input_ids"], **layout)
+
+
+def test_packed_examples_have_the_logits_that_they_have_alone():
+    model = model_with("qwen3")
+    alone = [noisy_batch(model.config, [row], seed)[0] for seed, row in enumerate(ROWS)]
+    layouts = [layout_from_segments(batch["segment_ids"], 4, 4) for batch in alone]
+    packed = {name: torch.cat([batch[name] for batch in alone], dim=1) for name in ("input_ids", "noisy_input_ids")}
+    block_ids, position_ids = (torch.cat(ids, dim=1) for ids in zip(*layouts, strict=True))
+    example_ids = torch.cat([torch.full_like(ids, i) for i, (ids, _) in enumerate(layouts)], dim=1)
+    with torch.no_grad():
+        logits = model(**packed, block_ids=block_ids, position_ids=position_ids, example_ids=example_ids).logits
+        expected = torch.cat([model(**batch).logits for batch in alone], dim=1)
+    assert_close(logits[block_ids > 0], expected[block_ids > 0])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a training pass leaves out
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", ["qwen3", "gemma3", "gpt2"])
+def test_columns_that_are_left_out_change_neither_loss_nor_gradients(backbone):
+    model = model_with(backbone)
+    batch, masked = noisy_batch(model.config)
+    x0 = batch["input_ids"][masked]
+    kept = token_nll(model(**batch, logits_to_keep=masked).logits, x0, 4).sum()
+    actual = gradients(model, kept)
+    full = token_nll(model(**batch).logits[masked], x0, 4).sum()
+    assert_close(kept, full)
+    for name, gradient in gradients(model, full).items():
+        assert_close(actual[name], gradient, atol=1e-4)
+
+
+def test_left_out_columns_are_those_of_the_longest_last_block_and_the_shared_question():
+    model = model_with("qwen3")
+    lengths = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: lengths.append(args[0].shape[1]))
+    batch, masked = noisy_batch(model.config, [(5, 2, 3), (5, 1, 2)])
+    model(**batch, logits_to_keep=masked)
+    total = 5 + 5 * 4
+    assert lengths == [(total - 4) + (total - 5)]
+
+
+@pytest.mark.parametrize(
+    ("block_ids", "expected"),
+    [
+        ([[0, 0, 1, 1, 2, 2]], (4, 2)),
+        ([[-1, 0, 1, 1, 2, 2], [0, 0, 1, 1, -1, -1]], (4, 2)),
+        ([[-1, -1, 0, 1], [0, 1, 1, 2]], (3, 1)),  # the second row's question ends where the first has not begun
+        ([[1, 1, 2, 2]], (2, 0)),
+        ([[1, 1]], (0, 0)),
+        ([[0, 0]], (0, 2)),
+        ([[-1, -1]], (0, 2)),
+    ],
+)
+def test_needed_columns(block_ids, expected):
+    assert needed_columns(torch.tensor(block_ids)) == expected
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Likelihood
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", ["qwen3", "gpt2"])
+def test_block_size_one_is_the_autoregressive_likelihood(backbone):
+    """The same network token by token: the clean prefix, then one mask token at the position of the next."""
+    model = model_with(backbone, block_size=1)
+    batch = make_batch([(3, 4, 5), (1, 3, 2)], model.config)
+    input_ids, segment_ids = batch["input_ids"], batch["segment_ids"]
+    maskable = model.maskable_tokens(input_ids, segment_ids)
+    with torch.no_grad():
+        share = exact_nelbo(
+            lambda masked: model.masked_nll(masked, input_ids, segment_ids=segment_ids),
+            layout_from_segments(segment_ids, 1, 1)[0],
+            maskable,
+        )
+        for row in range(2):
+            tokens = input_ids[row, segment_ids[row] >= 0].tolist()
+            expected = [
+                0.0
+                if token in (2, 3) or place < (3, 1)[row]
+                else next_token_nll(model, tokens[:place], token, (3, 1)[row])
+                for place, token in enumerate(tokens)
+            ]
+            assert_close(share[row, segment_ids[row] >= 0], torch.tensor(expected, dtype=torch.float64))
+    assert share.count_nonzero() == maskable.sum() == 4 + 5 + 3 + 2 - 4
+
+
+def next_token_nll(model, prefix, token, question_len):
+    """-log p(token | prefix) from one call of the backbone; the question sees itself, the rest its past."""
+    tokens = [*prefix, model.config.mask_token_id]
+    mask = torch.ones(len(tokens), len(tokens)).tril().bool()
+    mask[:question_len, :question_len] = True
+    logits = model.backbone(torch.tensor([tokens]), attention_mask=mask[None, None]).logits[0, -1]
+    logits[model.config.mask_token_id] = -math.inf
+    return float(-logits.log_softmax(dim=-1)[token])
+
+
+def test_exact_nelbo_is_the_sum_over_every_mask_of_every_block():
+    """Each mask in a pass of its own with a loop over blocks, for one row."""
+    model = model_with("qwen3", block_size=2, plan_len=8, execution_len=8)
+    batch = make_batch([(3, 2, 2)], model.config)
+    input_ids, segment_ids = batch["input_ids"], batch["segment_ids"]
+    maskable = model.maskable_tokens(input_ids, segment_ids)
+    blocks = layout_from_segments(segment_ids, 2, 2)[0]
+    expected = torch.zeros(input_ids.shape, dtype=torch.float64)
+    with torch.no_grad():
+        for block in range(1, 5):
+            columns = [column for column in range(11) if blocks[0, column] == block and maskable[0, column]]
+            for size in range(1, len(columns) + 1):
+                subsets = list(itertools.combinations(columns, size))
+                for subset in subsets:
+                    masked = torch.zeros_like(maskable)
+                    masked[0, list(subset)] = True
+                    nll = model.masked_nll(masked, input_ids, segment_ids=segment_ids).double()
+                    expected[masked] += nll / size / len(subsets)
+        actual = exact_nelbo(
+            lambda masked: model.masked_nll(masked, input_ids, segment_ids=segment_ids), blocks, maskable
+        )
+    assert_close(actual, expected)
+
+
+def test_the_stratified_loss_of_the_model_is_an_estimate_of_its_exact_nelbo():
+    model = model_with("qwen3")
+    batch = make_batch([(3, 1, 2)] * 64, model.config)
+    batch = {name: ids[:1].expand(64, -1) for name, ids in batch.items()}
+    input_ids, segment_ids = batch["input_ids"], batch["segment_ids"]
+    blocks = layout_from_segments(segment_ids, 4, 4)[0]
+    maskable = model.maskable_tokens(input_ids, segment_ids)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        exact = exact_nelbo(
+            lambda masked: model.masked_nll(masked, input_ids[:1], segment_ids=segment_ids[:1]),
+            blocks[:1],
+            maskable[:1],
+        ).sum()
+        estimates = []
+        for _ in range(8):
+            draw = draw_mask(blocks, maskable, generator=generator)
+            nll = model.masked_nll(draw.masked, input_ids, segment_ids=segment_ids)
+            row = draw.masked.nonzero()[:, 0]
+            estimates.append(torch.zeros(64).index_add(0, row, nll * draw.weights[draw.masked]))
+    estimates = torch.cat(estimates).double()
+    error = estimates.std() / math.sqrt(len(estimates))
+    assert abs(estimates.mean() - exact) < 4 * error < 0.1 * exact
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Saving and loading
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def plain(config):
+    """Without what loading writes down: where from, and in which type."""
+    fields = config.to_dict()
+    return fields | {
+        "_name_or_path": None,
+        "dtype": None,
+        "backbone_config": fields["backbone_config"] | {"dtype": None},
+    }
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_loaded_model_is_the_saved_one(backbone, tmp_path):
+    model = model_with(backbone)
+    model.save_pretrained(tmp_path)
+    loaded, info = HierBD3LMForBlockDiffusion.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert plain(loaded.config) == plain(model.config)
+    for (name, saved), (other, parameter) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert name == other and torch.equal(saved, parameter)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert not loaded.training
+
+
+@pytest.mark.parametrize("backbone", ["gemma3", "gemma2", "gpt2"])
+def test_tied_embeddings_are_one_tensor_after_loading(backbone, tmp_path):
+    model = model_with(backbone)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    model.save_pretrained(tmp_path)
+    loaded = HierBD3LMForBlockDiffusion.from_pretrained(tmp_path)
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+
+
+def test_untied_embeddings_stay_two_tensors(tmp_path):
+    model = model_with("qwen3", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    loaded = HierBD3LMForBlockDiffusion.from_pretrained(tmp_path)
+    assert not torch.equal(loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize("backbone", ["qwen3", "gemma3"])
+def test_resized_embeddings_survive_saving(backbone, tmp_path):
+    model = model_with(backbone)
+    old = model.get_input_embeddings().weight.detach().clone()
+    model.resize_token_embeddings(47)
+    assert model.config.vocab_size == model.backbone.config.vocab_size == 47
+    model.save_pretrained(tmp_path)
+    loaded = HierBD3LMForBlockDiffusion.from_pretrained(tmp_path)
+    assert loaded.config.vocab_size == 47
+    assert torch.equal(loaded.get_input_embeddings().weight[:40], old)
+    assert loaded.get_output_embeddings().weight.shape[0] == 47
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_missing_weights_are_initialised(tmp_path):
+    model = model_with("qwen3")
+    name = "backbone.model.layers.1.mlp.up_proj.weight"
+    state = {key: value for key, value in model.state_dict().items() if key != name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded, info = HierBD3LMForBlockDiffusion.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {name}
+    weight = loaded.get_parameter(name)
+    initializer_range = model.config.backbone_config.initializer_range
+    assert weight.std().item() == pytest.approx(initializer_range, rel=0.1)
+    assert torch.equal(
+        loaded.get_parameter(name.replace("1.mlp", "0.mlp")), model.get_parameter(name.replace("1.mlp", "0.mlp"))
+    )
+
+
+def test_bfloat16_reaches_every_parameter(tmp_path):
+    model = model_with("qwen3")
+    model.save_pretrained(tmp_path)
+    loaded = HierBD3LMForBlockDiffusion.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.backbone.config.dtype == torch.bfloat16
+    for implementation in ("sdpa", "eager"):
+        loaded.set_attn_implementation(implementation)
+        logits = logits_of(loaded)
+        assert logits.dtype == torch.bfloat16
+        agreement = (logits.argmax(dim=-1) == logits_of(model).argmax(dim=-1)).float().mean()
+        assert agreement > 0.8  # of 40 tokens
+    loaded.save_pretrained(tmp_path / "half")
+    again = HierBD3LMForBlockDiffusion.from_pretrained(tmp_path / "half")
+    assert again.dtype == torch.bfloat16
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Conversion from an autoregressive checkpoint
+# --------------------------------------------------------------------------------------------------------------------
+
+
+NUM_PLAIN = 256 + 2  # bytes, pad and BOS
+
+
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """Without our special tokens, as a checkpoint of others has it."""
+    tokenizer = Tokenizer(BPE(vocab={byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|pad|>", "<|bos|>")])
+    assert tokenizer.get_vocab_size() == NUM_PLAIN
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|bos|>")
+
+
+def autoregressive(backbone="qwen3", vocab_size=NUM_PLAIN, **overrides):
+    """A tiny random causal language model in eval mode, drawn wide."""
+    model = AutoModelForCausalLM.from_config(make_backbone_config(backbone, vocab_size=vocab_size, **overrides))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def copy_of_state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def convert(source, tokenizer=None, **kwargs):
+    return HierBD3LMForBlockDiffusion.from_autoregressive(source, tokenizer or plain_tokenizer(), **LENGTHS, **kwargs)
+
+
+@pytest.fixture(params=["loaded", "path"])
+def source_of(request, tmp_path):
+    """Makes what `from_autoregressive` takes of a model: itself, or the path of its checkpoint."""
+
+    def source(model):
+        if request.param == "loaded":
+            return model
+        model.save_pretrained(tmp_path / "autoregressive")
+        return str(tmp_path / "autoregressive")
+
+    return source
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_conversion_keeps_every_old_weight_bit_for_bit(backbone, source_of):
+    old = autoregressive(backbone)
+    state = copy_of_state(old)
+    model = convert(source_of(old))
+    new_state = model.backbone.state_dict()
+    assert new_state.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(new_state[name][: len(tensor)] if tensor.ndim else new_state[name], tensor), name
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_conversion_leaves_the_autoregressive_logits_unchanged(backbone, source_of):
+    old = autoregressive(backbone)
+    tokens = torch.arange(60, 90)[None]
+    with torch.no_grad():
+        expected = old(tokens).logits
+        actual = convert(source_of(old)).backbone(tokens).logits
+    assert torch.equal(actual[..., :NUM_PLAIN], expected)
+
+
+@pytest.mark.parametrize("backbone", ["qwen3", "gemma3"])
+def test_new_rows_are_near_the_mean_of_the_old_and_differ(backbone, source_of):
+    old = autoregressive(backbone)
+    model = convert(source_of(old))
+    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+        rows, new = embeddings.weight[:NUM_PLAIN], embeddings.weight[NUM_PLAIN:]
+        assert len(new) == len(SPECIAL_TOKENS)
+        distance = (new - rows.mean(dim=0)).norm(dim=1)
+        assert (distance < 0.1 * (rows - rows.mean(dim=0)).norm(dim=1).mean()).all()
+        assert torch.pdist(new).min() > 0
+
+
+def test_special_tokens_are_added_and_their_ids_are_in_the_configuration(source_of):
+    tokenizer = plain_tokenizer()
+    model = convert(source_of(autoregressive()), tokenizer)
+    assert len(tokenizer) == NUM_PLAIN + len(SPECIAL_TOKENS) == model.config.vocab_size
+    for role, text in SPECIAL_TOKENS.items():
+        assert tokenizer(text)["input_ids"] == [getattr(model.config, f"{role}_token_id")]
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    assert (model.config.plan_block_size, model.config.plan_len) == (4, 24)
+
+
+def test_a_padded_embedding_matrix_is_not_enlarged(source_of):
+    """As Qwen's: more rows than tokens. The special tokens take the first spare rows, the others stay."""
+    old = autoregressive(vocab_size=NUM_PLAIN + 10)
+    before = old.get_input_embeddings().weight.detach().clone()
+    after = convert(source_of(old)).get_input_embeddings().weight
+    assert after.shape == before.shape
+    special = slice(NUM_PLAIN, NUM_PLAIN + len(SPECIAL_TOKENS))
+    assert torch.equal(after[: special.start], before[: special.start])
+    assert torch.equal(after[special.stop :], before[special.stop :])
+    assert (after[special] - before[: special.start].mean(dim=0)).abs().max() < 0.05
+
+
+def test_rows_of_tokens_that_were_added_before_are_near_the_mean_too():
+    tokenizer = plain_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": [*SPECIAL_TOKENS.values(), "<|theirs|>"]})
+    model = convert(autoregressive(), tokenizer)
+    weight = model.get_input_embeddings().weight
+    assert len(weight) == len(tokenizer) == NUM_PLAIN + 5
+    assert (weight[NUM_PLAIN:] - weight[:NUM_PLAIN].mean(dim=0)).abs().max() < 0.05
+
+
+def test_trained_rows_of_special_tokens_are_kept():
+    tokenizer = plain_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": list(SPECIAL_TOKENS.values())})
+    old = autoregressive(vocab_size=len(tokenizer))
+    before = old.get_input_embeddings().weight.detach().clone()
+    assert torch.equal(convert(old, tokenizer).get_input_embeddings().weight, before)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_converted_model_is_saved_and_loaded_and_generates(backbone, source_of, tmp_path):
+    model = convert(source_of(autoregressive(backbone)))
+    model.save_pretrained(tmp_path / "converted")
+    loaded = HierBD3LMForBlockDiffusion.from_pretrained(tmp_path / "converted")
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    question = torch.tensor([[60, 61, 62]])
+    sequences = [m.generate(question, max_plan_len=4, max_execution_len=8).sequences for m in (model, loaded)]
+    assert torch.equal(*sequences) and sequences[0].shape[1] > 3
+
+
+def test_conversion_keeps_the_mode_of_the_checkpoint(source_of):
+    """A model from a path is ready for evaluation, as any other: GPT-2 has dropout, which would show."""
+    model = convert(source_of(autoregressive("gpt2")))
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(logits_of(model), logits_of(model))
+    assert all(module.training for module in convert(autoregressive("gpt2").train()).modules())
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager", "flex_attention"])
+def test_conversion_keeps_the_attention_that_was_asked_for(attn_implementation, tmp_path):
+    autoregressive().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attn_implementation)
+    with torch.compiler.set_stance("force_eager"):
+        models = convert(loaded), convert(tmp_path, attn_implementation=attn_implementation)
+    for model in models:
+        assert model.config._attn_implementation == attn_implementation
+        assert model.backbone.config._attn_implementation == attn_implementation
+
+
+def test_conversion_keeps_the_dtype_that_was_asked_for(tmp_path):
+    autoregressive().save_pretrained(tmp_path)
+    model = convert(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_unknown_arguments_for_a_loaded_model_are_refused():
+    with pytest.raises(ValueError, match=r"fields of HierBD3LMConfig for a loaded model, but got \['dtype'\]"):
+        convert(autoregressive(), dtype=torch.bfloat16)
+
+
+def test_tied_embeddings_cannot_be_untied_on_the_way(source_of):
+    source = source_of(autoregressive("gemma3"))
+    assert convert(source, tie_word_embeddings=True).config.tie_word_embeddings
+    with pytest.raises(ValueError, match="`tie_word_embeddings` must be True as in the checkpoint, but got False"):
+        convert(source, tie_word_embeddings=False)
+
+
+SMALL = {"vocab_size": NUM_PLAIN, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+REFUSED = {
+    "bloom": (BloomConfig(vocab_size=NUM_PLAIN, hidden_size=32, n_layer=2, n_head=4), "`position_ids`"),
+    "mpt": (MptConfig(vocab_size=NUM_PLAIN, d_model=32, n_layers=2, n_heads=4), "`position_ids`"),
+    "falcon with alibi": (FalconConfig(**SMALL, alibi=True), "falcon has alibi=True"),
+    "mamba": (MambaConfig(vocab_size=NUM_PLAIN, hidden_size=32, num_hidden_layers=2), "linear_attention"),
+    "qwen3 next": (Qwen3NextConfig(**(SIZES | SMALL)), "linear_attention"),
+    "llama 4": (Llama4TextConfig(**(SIZES | SMALL)), "chunked_attention"),
+    "gpt neo": (
+        GPTNeoConfig(
+            vocab_size=NUM_PLAIN, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global"], 2]]
+        ),
+        "stays causal inside a block",
+    ),
+    "bart": (
+        BartConfig(vocab_size=NUM_PLAIN, d_model=32, decoder_layers=1, is_encoder_decoder=False),
+        "`position_ids`",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_architectures_that_cannot_work_are_refused_with_the_reason(name):
+    config, reason = REFUSED[name]
+    backbone = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=rf"`backbone_config`.*{reason}"):
+        convert(backbone)
+
+
+def test_an_encoder_decoder_is_refused_before_anything_is_changed():
+    config = T5Config(vocab_size=NUM_PLAIN, d_model=32, num_layers=1, num_heads=4, d_kv=8, d_ff=64)
+    tokenizer = plain_tokenizer()
+    with pytest.raises(ValueError, match="must be a decoder, but t5 is an encoder-decoder"):
+        convert(T5ForConditionalGeneration(config), tokenizer)
+    assert len(tokenizer) == NUM_PLAIN
+    with pytest.raises(ValueError, match="must be a decoder, but t5 is an encoder-decoder"):
+        HierBD3LMForBlockDiffusion(make_config(backbone_config=config))
+
+
+@pytest.mark.parametrize("broken", ["mask", "positions"])
+def test_a_backbone_that_ignores_what_it_is_told_is_refused(broken):
+    """An architecture of the future: its signature is right, its attention is not."""
+    backbone = autoregressive()
+    forward = backbone.forward
+
+    def deaf(input_ids, attention_mask, position_ids, past_key_values=None, logits_to_keep=0, **kwargs):
+        if broken == "mask":
+            attention_mask = torch.ones_like(attention_mask)
+        else:
+            position_ids = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
+        return forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    backbone.forward = deaf
+    reason = {"mask": "does not obey the mask", "positions": "does not obey position_ids"}[broken]
+    with pytest.raises(ValueError, match=reason):
+        convert(backbone)
+    assert not backbone.training
