@@ -234,16 +234,17 @@ def masked_nll(
 
     Args:
         model: `HierBD3LMForBlockDiffusion`, or what wraps it.
-        masked (`torch.BoolTensor` of shape `(batch, length)`): where xt is the mask token.
+        masked (`torch.BoolTensor` of shape `(batch, length)` or `(batch, copies, length)`):
+            where xt is the mask token, for one or several noisy copies of x0.
         input_ids (`torch.LongTensor` of shape `(batch, length)`): x0.
         layout: `segment_ids`, or `block_ids` and `position_ids`, as for the model's forward.
 
     Returns:
         `torch.FloatTensor` of shape `(num_masked,)`, in row-major order.
     """
-    xt = input_ids.masked_fill(masked, mask_token_id)
-    logits = model(input_ids=input_ids, noisy_input_ids=xt, logits_to_keep=masked, **layout).logits
-    return token_nll(logits, input_ids[masked], mask_token_id)
+    x0 = (input_ids if masked.ndim == 2 else input_ids[:, None]).expand_as(masked)
+    xt = x0.masked_fill(masked, mask_token_id)
+    return model(input_ids=input_ids, noisy_input_ids=xt, logits_to_keep=masked, target_ids=x0, **layout).nll
 
 
 def exact_nelbo(

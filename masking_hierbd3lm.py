@@ -5,7 +5,8 @@ A token is described by its block (question 0, then plan blocks, then execution 
 packed batches and the teaching mask of fixed lengths are all renderings of it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -52,6 +53,10 @@ class TokenLayout:
     def columns(self, start: int, stop: int | None = None) -> "TokenLayout":
         """The layout of a range of columns."""
         return TokenLayout(*(None if ids is None else ids[:, start:stop] for ids in self._tensors()))
+
+    def in_stream(self, stream: int) -> "TokenLayout":
+        """The same tokens, all in one stream."""
+        return replace(self, stream_ids=torch.full_like(self.stream_ids, stream))
 
     def _tensors(self) -> tuple[torch.Tensor | None, ...]:
         return self.block_ids, self.stream_ids, self.position_ids, self.example_ids
@@ -103,13 +108,21 @@ def block_mask(queries: TokenLayout, keys: TokenLayout, window: int | None = Non
 
 
 def render_mask(
-    backbone_config: PreTrainedConfig, queries: TokenLayout, keys: TokenLayout, dtype: torch.dtype
+    backbone_config: PreTrainedConfig,
+    queries: TokenLayout,
+    keys: TokenLayout,
+    dtype: torch.dtype,
+    render_sdpa: Callable[[TokenLayout, TokenLayout, int | None], torch.Tensor] = dense_mask,
 ) -> AttentionMask:
     """The mask in the form that the backbone's attention implementation reads.
 
     `sdpa` takes a bool tensor, `eager` adds its mask to the scores, `flex_attention` takes a `BlockMask`; a backbone
     with sliding windows takes a dict by layer type, as a ready mask would switch its windows off. A window of w
     tokens reaches w - 1 positions to either side, which inside a block is also to the right.
+
+    Args:
+        dtype: of the scores, which `eager` adds its mask to.
+        render_sdpa: makes the mask for `sdpa` from queries, keys and window.
 
     Raises:
         ValueError: for an attention implementation, or a layer type of the backbone, that cannot take the mask.
@@ -126,9 +139,9 @@ def render_mask(
     def render(window: int | None) -> torch.Tensor | BlockMask:
         if implementation == "flex_attention":
             return block_mask(queries, keys, window)
-        mask = dense_mask(queries, keys, window)
         if implementation == "sdpa":
-            return mask
+            return render_sdpa(queries, keys, window)
+        mask = dense_mask(queries, keys, window)
         # A row of padding must not become NaN: finite in float32, where eager attention takes its softmax, and halved
         # so that it stays finite when a score is added (in float16, -65504 - 16 is -inf).
         lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min) / 2

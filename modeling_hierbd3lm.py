@@ -1,17 +1,21 @@
 """The hierarchical block diffusion model: any causal decoder of transformers, run under the hierarchical mask."""
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .attention_hierbd3lm import tiled_mask, worth_tiling
 from .configuration_hierbd3lm import HierBD3LMConfig, add_special_tokens, special_token_ids
-from .diffusion_hierbd3lm import masked_nll
+from .diffusion_hierbd3lm import masked_nll, token_nll
 from .generation_hierbd3lm import HierBD3LMGenerationConfig, HierBD3LMGenerationMixin
 from .masking_hierbd3lm import (
     CLEAN,
@@ -21,11 +25,13 @@ from .masking_hierbd3lm import (
     PLAN,
     QUESTION,
     TokenLayout,
+    dense_mask,
     layout_from_segments,
     render_mask,
 )
 
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+LOGITS_AT_ONCE = 2**24  # 64 MiB in float32
 NEW_EMBEDDING_NOISE = 0.02  # of the old rows' standard deviation, so that no two new tokens are the same
 
 
@@ -36,12 +42,15 @@ class HierBD3LMOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(batch, length, vocab_size)`, or `(num_true, vocab_size)`):
             Logits of the noisy stream (of the clean one where there is no noisy one); with a bool `logits_to_keep`
             those of its true positions in row-major order.
+        nll (`torch.FloatTensor` of shape `(num_true,)`):
+            In place of logits where `target_ids` are given: -log p of the clean tokens in nats.
         past_key_values (`Cache`): The cache that was passed in.
         hidden_states, attentions (tuples of `torch.FloatTensor`, *optional*):
             Of the backbone, over its `[clean | noisy]` input.
     """
 
     logits: torch.FloatTensor | None = None
+    nll: torch.FloatTensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -137,6 +146,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         noisy_position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         logits_to_keep: torch.BoolTensor | None = None,
+        target_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> HierBD3LMOutput:
         r"""
@@ -149,7 +159,8 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
                 0 on padding; read only when neither `segment_ids` nor `block_ids` are given.
             noisy_input_ids (`torch.LongTensor` of shape `(batch, noisy_length)`, *optional*):
                 Noisy tokens xt. Without ids of their own they are the noisy copy of `input_ids`, column by column;
-                the copy of question and padding is ignored.
+                the copy of question and padding is ignored. Shape `(batch, copies, length)` holds several noisy
+                copies, which do not see each other.
             segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 0 question, 1 plan, 2 execution, -1 padding. Read from `<|plan|>` and `<|execution|>` if omitted.
             block_ids, position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
@@ -160,28 +171,35 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
                 The same for noisy tokens that are no copy of `input_ids`, as in generation.
             past_key_values (`BlockCache`, *optional*):
                 Finished blocks. A pass reads it and writes its scratch space only; see [`BlockCache`].
-            logits_to_keep (`torch.BoolTensor` of shape `(batch, noisy_length)`, *optional*):
+            logits_to_keep (`torch.BoolTensor` of the shape of `noisy_input_ids`, *optional*):
                 Noisy positions whose logits are wanted; no others are computed.
+            target_ids (`torch.LongTensor` of the shape of `noisy_input_ids`, *optional*):
+                Clean tokens of the noisy positions. With it the output holds the NLL of those at `logits_to_keep`
+                and no logits, which are computed and forgotten a few rows at a time.
         """
+        if target_ids is not None and logits_to_keep is None:
+            raise ValueError("`logits_to_keep` must be given together with `target_ids`, but got None")
         clean = self._clean_layout(input_ids, attention_mask, segment_ids, block_ids, position_ids, example_ids)
         if noisy_input_ids is None:
             return self._run_backbone(input_ids, clean, logits_to_keep, past_key_values, **kwargs)
         if noisy_block_ids is not None:
             noisy = TokenLayout(noisy_block_ids, torch.full_like(noisy_block_ids, NOISY), noisy_position_ids)
+            num_clean, wanted = clean.length, slice(None)
         else:
-            noisy = self._noisy_copy(clean)
-            if logits_to_keep is not None:
-                num_clean, first_noisy = needed_columns(clean.block_ids)
-                input_ids, clean = input_ids[:, :num_clean], clean.columns(0, num_clean)
-                noisy_input_ids, noisy = noisy_input_ids[:, first_noisy:], noisy.columns(first_noisy)
-                logits_to_keep = logits_to_keep[:, first_noisy:]
+            if noisy_input_ids.ndim == 2:
+                noisy_input_ids = noisy_input_ids[:, None]
+            num_clean, first_noisy = (clean.length, 0) if logits_to_keep is None else needed_columns(clean.block_ids)
+            wanted = slice(first_noisy, None)
+            noisy = self._noisy_copies(clean.columns(first_noisy), noisy_input_ids.shape[1])
+        input_ids, clean = input_ids[:, :num_clean], clean.columns(0, num_clean)
+        tokens = torch.cat([input_ids, noisy_input_ids[..., wanted].flatten(1)], dim=1)
         if logits_to_keep is None:
-            logits_to_keep = noisy.length
-        else:
-            unread = logits_to_keep.new_zeros(input_ids.shape)
-            logits_to_keep = torch.cat([unread, logits_to_keep], dim=1)
-        tokens = torch.cat([input_ids, noisy_input_ids], dim=1)
-        return self._run_backbone(tokens, clean + noisy, logits_to_keep, past_key_values, **kwargs)
+            return self._run_backbone(tokens, clean + noisy, noisy.length, past_key_values, **kwargs)
+        keep = logits_to_keep[..., wanted].flatten(1)
+        if target_ids is not None:
+            kwargs["targets"] = target_ids[..., wanted].flatten(1)[keep]
+        keep = torch.cat([keep.new_zeros(input_ids.shape), keep], dim=1)
+        return self._run_backbone(tokens, clean + noisy, keep, past_key_values, **kwargs)
 
     def masked_nll(
         self, masked: torch.BoolTensor, input_ids: torch.LongTensor, **layout: torch.Tensor
@@ -225,9 +243,10 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         return segment_ids if attention_mask is None else segment_ids.masked_fill(attention_mask == 0, PADDING)
 
     @staticmethod
-    def _noisy_copy(clean: TokenLayout) -> TokenLayout:
+    def _noisy_copies(clean: TokenLayout, copies: int) -> TokenLayout:
         block_ids = clean.block_ids.masked_fill(clean.block_ids == QUESTION, PADDING)  # the question is given
-        return TokenLayout(block_ids, torch.full_like(block_ids, NOISY), clean.position_ids, clean.example_ids)
+        noisy = TokenLayout(block_ids, torch.full_like(block_ids, NOISY), clean.position_ids, clean.example_ids)
+        return functools.reduce(TokenLayout.__add__, (noisy.in_stream(NOISY + copy) for copy in range(copies)))
 
     def _run_backbone(
         self,
@@ -235,19 +254,69 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         layout: TokenLayout,
         logits_to_keep: torch.Tensor | int | None,
         cache: Cache | None,
+        targets: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> HierBD3LMOutput:
         keys = layout if cache is None else layout + cache.layout
-        outputs = self.backbone(
-            input_ids=tokens,
-            attention_mask=render_mask(self.backbone.config, layout, keys, self.dtype),
-            position_ids=layout.position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,  # said aloud: the backbone's own default is to build a cache
-            logits_to_keep=0 if logits_to_keep is None else logits_to_keep,
-            **kwargs,
-        )
-        return HierBD3LMOutput(outputs.logits, cache, outputs.hidden_states, outputs.attentions)
+        render_sdpa = tiled_mask if cache is None and worth_tiling(layout) else dense_mask
+        kwargs |= {
+            "input_ids": tokens,
+            "attention_mask": render_mask(self.backbone.config, layout, keys, self.dtype, render_sdpa),
+            "position_ids": layout.position_ids,
+            "past_key_values": cache,
+            "use_cache": cache is not None,  # said aloud: the backbone's own default is to build a cache
+        }
+        if targets is None:
+            outputs = self.backbone(logits_to_keep=0 if logits_to_keep is None else logits_to_keep, **kwargs)
+            return HierBD3LMOutput(outputs.logits, None, cache, outputs.hidden_states, outputs.attentions)
+        outputs = self.backbone.base_model(**kwargs)
+        hidden_states = outputs.last_hidden_state[logits_to_keep]  # (num_true, hidden)
+        nll = nll_in_chunks(self.backbone, hidden_states, targets, self.config.mask_token_id)
+        return HierBD3LMOutput(None, nll, cache, outputs.hidden_states, outputs.attentions)
+
+
+def nll_in_chunks(
+    backbone: PreTrainedModel, hidden_states: torch.Tensor, targets: torch.LongTensor, mask_token_id: int
+) -> torch.Tensor:
+    """[`token_nll`] from the last hidden states, never with more than `LOGITS_AT_ONCE` logits in memory.
+
+    Args:
+        hidden_states (`torch.FloatTensor` of shape `(num_tokens, hidden_size)`), targets (`(num_tokens,)`).
+    """
+
+    def nll(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return token_nll(head_logits(backbone, hidden_states), targets, mask_token_id)
+
+    rows = max(1, LOGITS_AT_ONCE // backbone.config.vocab_size)
+    if len(targets) <= rows:
+        return nll(hidden_states, targets)
+    chunks = zip(hidden_states.split(rows), targets.split(rows), strict=True)
+    # A chunk's logits are computed again in the backward pass.
+    return torch.cat([checkpoint(nll, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def head_logits(backbone: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Logits `(num_tokens, vocab_size)` of last hidden states `(num_tokens, hidden_size)`.
+
+    The causal model itself runs, on a body that returns the states: so its bias, scale or soft cap are applied.
+    """
+    name, body = backbone.base_model_prefix, backbone.base_model
+    setattr(backbone, name, _Returned(hidden_states[None]))
+    try:
+        return backbone(inputs_embeds=hidden_states[None], use_cache=False).logits[0]
+    finally:
+        setattr(backbone, name, body)
+
+
+class _Returned(nn.Module):
+    """A body whose last hidden states are known."""
+
+    def __init__(self, hidden_states: torch.Tensor):
+        super().__init__()
+        self.hidden_states = hidden_states
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden_states)
 
 
 def needed_columns(block_ids: torch.Tensor) -> tuple[int, int]:

@@ -73,10 +73,13 @@ def load_split(args: DataArguments, split: str, num_examples: int | None = None)
         num_examples: the first so many of the split.
 
     Raises:
-        ValueError: for a split that there is not, and for synthetic problems without a number of examples.
+        ValueError: for a split that there is not, for less than one example, and for synthetic problems without a
+            number of examples.
     """
     if num_examples is None and split in ("train", "validation"):
         num_examples = getattr(args, f"num_{split}_examples")
+    if num_examples is not None and num_examples < 1:
+        raise ValueError(f"`num_examples` must be at least 1 for the split {split!r}, but got {num_examples}")
     if args.dataset == SYNTHETIC:
         if num_examples is None:
             raise ValueError(f"`num_examples` must be given for the synthetic problems' split {split!r}, but got None")

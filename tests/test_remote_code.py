@@ -15,7 +15,9 @@ from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from .tiny import make_model
 from .tiny_tokenizer import make_config_for, make_tokenizer
 
-CODE = {f"{name}_hierbd3lm.py" for name in ("configuration", "diffusion", "generation", "masking", "modeling")}
+CODE = {
+    f"{name}_hierbd3lm.py" for name in ("attention", "configuration", "diffusion", "generation", "masking", "modeling")
+}
 AUTO_MAP = {
     "AutoConfig": "configuration_hierbd3lm.HierBD3LMConfig",
     "AutoModel": "modeling_hierbd3lm.HierBD3LMForBlockDiffusion",

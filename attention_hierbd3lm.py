@@ -1,0 +1,233 @@
+"""How attention on a CPU passes over the empty part of the mask: tile by tile, each over the keys that it sees.
+
+A tile is a range of neighbouring tokens. Queries of one tile attend to tiles of keys of three kinds: none of their
+pairs may attend (skipped), all may (no mask), or some may (a small mask). The parts are put together by their
+log-sum-exp as in FlashAttention (Dao 2023, section 3.1.3), of which torch's CPU kernel is an implementation.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
+
+from .masking_hierbd3lm import CLEAN, PADDING, TokenLayout, dense_mask
+
+TILE = 64  # tokens
+LEAST_LENGTH = 4 * TILE  # below, tiles are mostly partial
+
+
+def worth_tiling(layout: TokenLayout) -> bool:
+    """Whether attention of these tokens among themselves is faster by tiles."""
+    return layout.block_ids.device.type == "cpu" and layout.length > LEAST_LENGTH and not torch.compiler.is_compiling()
+
+
+def tiled_mask(queries: TokenLayout, keys: TokenLayout, window: int | None) -> "TiledMask":
+    """A [`TiledMask`] of tokens among themselves: `queries` and `keys` are one layout."""
+    return TiledMask(queries, window)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Queries `rows` attend to keys `columns`; `mask` is added to the scores, or None where all pairs attend."""
+
+    rows: slice
+    columns: slice
+    mask: torch.Tensor | None
+
+
+class TiledMask(torch.Tensor):
+    """A bool mask of shape `(batch, 1, length, length)` of tokens among themselves, for attention tile by tile.
+
+    `scaled_dot_product_attention` computes only what the mask allows; anything else sees the dense mask.
+    """
+
+    @staticmethod
+    def __new__(cls: type["TiledMask"], layout: TokenLayout, window: int | None) -> "TiledMask":
+        shape = layout.block_ids.shape[0], 1, layout.length, layout.length
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=layout.block_ids.device)
+
+    def __init__(self, layout: TokenLayout, window: int | None):
+        self.tokens, self.window = layout, window
+        self._parts: dict[torch.dtype, list[list[Part]]] = {}
+
+    def parts(self, dtype: torch.dtype) -> list[list[Part]]:
+        """The parts of every tile of queries, with masks of the scores' dtype; made once for all layers."""
+        if dtype not in self._parts:
+            self._parts[dtype] = plan_parts(self.tokens, self.window, dtype)
+        return self._parts[dtype]
+
+    @functools.cached_property
+    def dense(self) -> torch.Tensor:
+        return dense_mask(self.tokens, self.tokens, self.window)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and not kwargs.get("dropout_p"):
+            query, key, value = args
+            if query.shape[-1] == value.shape[-1]:  # what the kernel takes
+                parts = kwargs["attn_mask"].parts(query.dtype)
+                return TiledAttention.apply(query, key, value, parts, kwargs.get("scale"))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        args, kwargs = tree_map_only(TiledMask, lambda mask: mask.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class TiledAttention(torch.autograd.Function):
+    """Softmax attention over parts; forward and backward allocate nothing of the size queries x keys."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        parts: list[list[Part]],
+        scale: float | None,
+    ) -> torch.Tensor:
+        lse_dtype = torch.promote_types(query.dtype, torch.float32)  # what the kernel sums in
+        output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=lse_dtype)
+        for tile in parts:
+            rows = tile[0].rows
+            output[:, :, rows], lse[:, :, rows] = merge_parts(
+                [
+                    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                        query[:, :, rows],
+                        key[:, :, part.columns],
+                        value[:, :, part.columns],
+                        attn_mask=part.mask,
+                        scale=scale,
+                    )
+                    for part in tile
+                ]
+            )
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.parts, ctx.scale = parts, scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, output, lse = ctx.saved_tensors
+        grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for part in (part for tile in ctx.parts for part in tile):
+            # The kernel forms the probabilities from the scores and the log-sum-exp of *all* parts: they add up.
+            part_grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_output[:, :, part.rows],
+                query[:, :, part.rows],
+                key[:, :, part.columns],
+                value[:, :, part.columns],
+                output[:, :, part.rows],
+                lse[:, :, part.rows],
+                0.0,
+                False,
+                attn_mask=part.mask,
+                scale=ctx.scale,
+            )
+            for grad, place, part_grad in zip(grads, (part.rows, part.columns, part.columns), part_grads, strict=True):
+                grad[:, :, place] += part_grad
+        return *grads, None, None
+
+
+def merge_parts(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp over all keys, from those over each part of them."""
+    if len(parts) == 1:
+        return parts[0]
+    lse = torch.logsumexp(torch.stack([part_lse for _, part_lse in parts]), dim=0)
+    output = sum(part * (part_lse - lse).exp()[..., None].to(part.dtype) for part, part_lse in parts)
+    return output, lse
+
+
+def plan_parts(layout: TokenLayout, window: int | None, dtype: torch.dtype) -> list[list[Part]]:
+    """The parts of every tile of queries; neighbouring tiles of keys of one kind are one part."""
+    may, must = tile_pairs(layout, window)
+    may, must = may.any(dim=0).tolist(), must.all(dim=0).tolist()
+    plan = []
+    for q in range(len(may)):
+        rows, tile = _tile(q, layout), []
+        for start, stop in _runs(may[q], must[q]):
+            columns = slice(start * TILE, min(stop * TILE, layout.length))
+            mask = None if must[q][start] else _additive_mask(layout, rows, columns, window, dtype)
+            tile.append(Part(rows, columns, mask))
+        # Padding alone attends to nothing: its output is never read, and has to be finite.
+        plan.append(tile or [Part(rows, rows, None)])
+    return plan
+
+
+def tile_pairs(layout: TokenLayout, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the mask's predicate says of pairs of tiles, from the least and greatest ids of their tokens.
+
+    Returns:
+        `may`, `must`: two `torch.BoolTensor` of shape `(batch, tiles, tiles)`: whether some pair of a query and a key
+        may attend (never False if one does), and whether all pairs do (never True if one does not).
+    """
+    real = layout.block_ids != PADDING
+    clean = real & (layout.stream_ids == CLEAN)
+    block = _extremes(layout.block_ids, real)
+    stream = _extremes(layout.stream_ids, real)
+    clean_block = _extremes(layout.block_ids, clean)
+    (q_low, q_high), (k_low, k_high) = ([x[:, :, None] for x in block], [x[:, None, :] for x in block])
+
+    finished = clean_block[0][:, None, :] < q_high
+    same_block = _overlap(block) & _overlap(stream)
+    all_finished = _in_all(clean)[:, None, :] & (k_high < q_low)
+    one_block = (k_low == k_high) & (q_low == q_high) & (k_low == q_low)
+    one_stream = (stream[0] == stream[1])[:, :, None] & (stream[0] == stream[1])[:, None, :] & _overlap(stream)
+    may, must = finished | same_block, all_finished | (one_block & one_stream)
+    must &= _in_all(real)[:, :, None] & _in_all(real)[:, None, :]
+    if layout.example_ids is not None:
+        example = _extremes(layout.example_ids, real)
+        alone = example[0] == example[1]
+        may, must = may & _overlap(example), must & _overlap(example) & alone[:, :, None] & alone[:, None, :]
+    if window is not None:
+        must = torch.zeros_like(must)
+    return may, must
+
+
+def _tiles(values: torch.Tensor, fill: int | bool) -> torch.Tensor:
+    """`(batch, length)` cut into `(batch, tiles, TILE)`."""
+    return F.pad(values, (0, -values.shape[1] % TILE), value=fill).unflatten(1, (-1, TILE))
+
+
+def _extremes(ids: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and greatest id of each tile among the tokens `which`: an empty interval where there are none."""
+    ids, which = _tiles(ids, 0), _tiles(which, False)
+    bounds = torch.iinfo(ids.dtype)
+    return ids.masked_fill(~which, bounds.max).amin(dim=2), ids.masked_fill(~which, bounds.min).amax(dim=2)
+
+
+def _overlap(interval: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    low, high = interval
+    return (low[:, :, None] <= high[:, None, :]) & (low[:, None, :] <= high[:, :, None])
+
+
+def _in_all(which: torch.Tensor) -> torch.Tensor:
+    return _tiles(which, True).all(dim=2)
+
+
+def _tile(number: int, layout: TokenLayout) -> slice:
+    return slice(number * TILE, min((number + 1) * TILE, layout.length))
+
+
+def _runs(may: list[bool], must: list[bool]) -> list[tuple[int, int]]:
+    """Ranges of neighbouring tiles that are not skipped and of one kind."""
+    kinds, runs, start = [(a, a and b) for a, b in zip(may, must, strict=True)], [], 0
+    for k in range(1, len(kinds) + 1):
+        if k == len(kinds) or kinds[k] != kinds[start]:
+            if kinds[start][0]:
+                runs.append((start, k))
+            start = k
+    return runs
+
+
+def _additive_mask(
+    layout: TokenLayout, rows: slice, columns: slice, window: int | None, dtype: torch.dtype
+) -> torch.Tensor:
+    mask = dense_mask(layout.columns(rows.start, rows.stop), layout.columns(columns.start, columns.stop), window)
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min / 2)

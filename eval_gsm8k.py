@@ -1,0 +1,199 @@
+"""The command line of evaluation: `python eval_gsm8k.py --model outputs/quickstart [--setting value ...]`.
+
+On GSM8K two floors help to read a score: the best constant answer is right in 2.7 % of the test problems, and the best
+single number of the question in 6.4 %.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from hierbd3lm import __version__
+from hierbd3lm.data.splits import FILE_NAME, SYNTHETIC, DataArguments, load_split
+from hierbd3lm.evaluation import (
+    GIVEN_PLANS,
+    SUMMARY_FILE,
+    checksum_of_weights,
+    format_prediction,
+    format_summary,
+    hash_of_data,
+    predict,
+    start_run,
+    summarize,
+    write_json,
+)
+from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings, segment_limits
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+NUM_SYNTHETIC = 300  # problems, unless `--limit` says otherwise
+
+
+@dataclass
+class EvaluationArguments:
+    """What is evaluated, on what, and how it generates. A generation setting that is omitted is the checkpoint's."""
+
+    model: str = field(metadata={"help": "Folder or id of a checkpoint, with its tokenizer."})
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "`synthetic`, `gsm8k`, a .json or .jsonl file, a folder, or a dataset on the Hub; what the "
+            "checkpoint was trained on if omitted."
+        },
+    )
+    split: str = field(
+        default="test",
+        metadata={
+            "help": "train, validation or test; ood_longer and ood_wider too for `synthetic`. A file is `test`."
+        },
+    )
+    limit: int | None = field(
+        default=None,
+        metadata={"help": f"The first so many examples; if omitted, all, or {NUM_SYNTHETIC} for `synthetic`."},
+    )
+    batch_size: int = field(default=32, metadata={"help": "Examples that are answered together."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of the results; `eval` in `model`."})
+    overwrite: bool = field(default=False, metadata={"help": "Throws away the results that `output_dir` holds."})
+    given_plan: str | None = field(
+        default=None, metadata={"help": "`reference`: the execution is generated from the reference plan."}
+    )
+    device: str | None = field(default=None, metadata={"help": "Such as `cpu` or `cuda:0`; a GPU if there is one."})
+    num_examples_to_print: int = field(default=0, metadata={"help": "Examples that are printed at the end."})
+
+    sampler: str | None = field(default=None, metadata={"help": "first_hitting, ancestral, confidence or entropy."})
+    num_steps: int | None = field(default=None, metadata={"help": "Steps per block of `ancestral`."})
+    threshold: float | None = field(default=None, metadata={"help": "Probability that `confidence` asks for."})
+    entropy_bound: float | None = field(default=None, metadata={"help": "Bound of `entropy`, in nats."})
+    tokens_per_step: int | None = field(default=None, metadata={"help": "Least tokens revealed in a step."})
+    temperature: float | None = field(default=None, metadata={"help": "0 is greedy."})
+    top_p: float | None = field(default=None, metadata={"help": "Nucleus of the tokens' distribution."})
+    fill_after_end: bool | None = field(
+        default=None, metadata={"help": "Whether what follows <|end|> in its block costs no forward pass."}
+    )
+    max_plan_len: int | None = field(default=None, metadata={"help": "Most tokens of a plan; whole blocks."})
+    max_execution_len: int | None = field(default=None, metadata={"help": "Most tokens of an execution."})
+    seed: int = field(default=0, metadata={"help": "Of the random draws; one of its own per batch follows from it."})
+
+    def __post_init__(self):
+        for name, low in (("limit", 1), ("batch_size", 1), ("num_examples_to_print", 0)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"`{name}` must be at least {low}, but got {value}")
+        if self.given_plan not in (None, *GIVEN_PLANS):
+            raise ValueError(f"`given_plan` must be one of {', '.join(GIVEN_PLANS)}, but got {self.given_plan!r}")
+        if self.output_dir is None:
+            self.output_dir = str(Path(self.model, "eval"))
+        if self.device is None:
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def generation_settings(self) -> dict[str, Any]:
+        """The settings of HierBD3LMGenerationConfig that are given; the stage follows from `given_plan`."""
+        names = {item.name for item in fields(self)} & set(vars(HierBD3LMGenerationConfig()))
+        given = {name: getattr(self, name) for name in sorted(names) if getattr(self, name) is not None}
+        return given | {"stage": "full" if self.given_plan is None else "execution"}
+
+
+def parse_arguments(argv: list[str]) -> EvaluationArguments:
+    """Reads `--model DIR [--setting value ...]`."""
+    return HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(argv)[0]
+
+
+def main() -> None:
+    """Parses, evaluates, prints."""
+    args = parse_arguments(sys.argv[1:])
+    predictions, summary = evaluate(args)
+    for prediction in predictions[: args.num_examples_to_print]:
+        print(format_prediction(prediction))
+    print(f"{args.model} on {summary['dataset']}, {args.split} ({args.output_dir}/{SUMMARY_FILE})")
+    print(format_summary(summary))
+
+
+def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Evaluates a checkpoint, or goes on with that; returns the predictions, and the summary that is written."""
+    model, tokenizer = load_model(args)
+    settings = resolve_settings(model.generation_config, args.generation_settings())
+    segment_limits(model.config, settings)
+    data_args = find_data(args)
+    limit = NUM_SYNTHETIC if args.limit is None and data_args.dataset == SYNTHETIC else args.limit
+    dataset = load_split(data_args, args.split, limit)
+    start_run(args.output_dir, describe_run(args, data_args, dataset, model, settings), args.overwrite)
+    predictions = predict(model, tokenizer, dataset, settings, args.output_dir, args.batch_size)
+    summary = summarize(predictions) | {
+        "model": args.model,
+        "dataset": data_args.dataset,
+        "split": args.split,
+        "seed": args.seed,
+        "settings": settings_of(settings),
+        "batch_size": args.batch_size,
+        "device": str(model.device),
+        "versions": {
+            "hierbd3lm": __version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+        },
+    }
+    write_json(Path(args.output_dir, SUMMARY_FILE), summary)
+    return predictions, summary
+
+
+def load_model(args: EvaluationArguments) -> tuple[HierBD3LMForBlockDiffusion, PreTrainedTokenizerBase]:
+    """The checkpoint on its device, with its tokenizer."""
+    model = HierBD3LMForBlockDiffusion.from_pretrained(args.model).to(args.device).eval()
+    # Without a configuration AutoTokenizer asks whether it may run the code that travels with the checkpoint.
+    return model, AutoTokenizer.from_pretrained(args.model, config=model.config)
+
+
+def find_data(args: EvaluationArguments) -> DataArguments:
+    """What the checkpoint was trained on, unless another dataset is given.
+
+    Raises:
+        ValueError: for the test split of a file that the checkpoint was trained on: a file is one split.
+    """
+    trained_on = DataArguments.load(args.model)
+    if args.dataset is None and not Path(args.model, FILE_NAME).is_file():
+        logger.warning(f"{args.model} has no {FILE_NAME}, so that it is evaluated on {trained_on.dataset}")
+    if args.dataset not in (None, trained_on.dataset):
+        return DataArguments(dataset=args.dataset)
+    if args.split == "test" and Path(trained_on.dataset).is_file():
+        raise ValueError(
+            f"`split` must be train or validation for {trained_on.dataset}, which {args.model} was trained on, but "
+            f"got 'test': give `--dataset` for other examples"
+        )
+    return trained_on
+
+
+def describe_run(
+    args: EvaluationArguments,
+    data_args: DataArguments,
+    dataset: Dataset,
+    model: HierBD3LMForBlockDiffusion,
+    settings: HierBD3LMGenerationConfig,
+) -> dict[str, Any]:
+    """All that decides what is predicted, and how fast."""
+    return {
+        "data": asdict(data_args),
+        "split": args.split,
+        "num_examples": len(dataset),
+        "hash_of_data": hash_of_data(dataset),
+        "checksum_of_weights": checksum_of_weights(model),
+        "batch_size": args.batch_size,
+        "device": str(model.device),
+    } | settings_of(settings)
+
+
+def settings_of(settings: HierBD3LMGenerationConfig) -> dict[str, Any]:
+    """The generation settings alone, as JSON takes them."""
+    return {
+        name: value for name, value in settings.to_dict().items() if name[0] != "_" and name != "transformers_version"
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Attention by tiles is attention under the dense mask: outputs, gradients, and what it skips."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hierbd3lm import attention_hierbd3lm as attention
+from hierbd3lm.attention_hierbd3lm import TILE, TiledMask, plan_parts, tile_pairs, worth_tiling
+from hierbd3lm.masking_hierbd3lm import CLEAN, NOISY, PADDING, TokenLayout, dense_mask, layout_from_segments
+from transformers import Gemma3TextConfig
+
+from .tiny import make_batch, make_model
+
+LENGTHS = [(70, 40, 90), (30, 100, 150), (0, 16, 33)]  # tokens of question, plan, execution of each row
+
+
+def clean_layout(lengths=LENGTHS, block_size=8):
+    """Rows side by side: the question left-padded, the rest right-padded."""
+    widest, answer = (max(row[0] for row in lengths), max(row[1] + row[2] for row in lengths))
+    rows = [
+        [PADDING] * (widest - q) + [0] * q + [1] * p + [2] * e + [PADDING] * (answer - p - e) for q, p, e in lengths
+    ]
+    block_ids, position_ids = layout_from_segments(torch.tensor(rows), block_size, block_size)
+    return TokenLayout(block_ids, torch.full_like(block_ids, CLEAN), position_ids)
+
+
+def training_layout(copies=1, packed=False):
+    clean = clean_layout()
+    if packed:  # the second half of each row is another example
+        clean = TokenLayout(clean.block_ids, clean.stream_ids, clean.position_ids, (clean.position_ids > 100).long())
+    noisy = TokenLayout(
+        clean.block_ids.masked_fill(clean.block_ids == 0, PADDING),
+        clean.stream_ids,
+        clean.position_ids,
+        clean.example_ids,
+    )
+    layout = clean
+    for copy in range(copies):
+        layout = layout + noisy.in_stream(NOISY + copy)
+    return layout
+
+
+LAYOUTS = {
+    "two streams": training_layout(),
+    "three noisy copies": training_layout(copies=3),
+    "packed": training_layout(packed=True),
+    "one stream": clean_layout(),
+}
+
+
+def attend(layout, mask, dtype=torch.float64, window=None):
+    """Output where some key is visible, and the gradients of queries, keys and values."""
+    generator = torch.Generator().manual_seed(0)
+    shape = len(layout.block_ids), 2, layout.length, 16
+    tensors = [torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True) for _ in range(3)]
+    seen = dense_mask(layout, layout, window).any(dim=-1)[..., None]  # (batch, 1, length, 1)
+    weights = torch.randn(shape, generator=generator, dtype=dtype) * seen
+    output = F.scaled_dot_product_attention(*tensors, attn_mask=mask)
+    return output.detach() * seen, torch.autograd.grad(output, tensors, weights)
+
+
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_tiled_attention_is_dense_attention(name, window):
+    layout = LAYOUTS[name]
+    output, grads = attend(layout, TiledMask(layout, window), window=window)
+    expected, expected_grads = attend(layout, dense_mask(layout, layout, window), window=window)
+    torch.testing.assert_close(output, expected.nan_to_num(), atol=1e-12, rtol=0)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_other_precisions(dtype, tolerance):
+    layout = LAYOUTS["two streams"]
+    output, grads = attend(layout, TiledMask(layout, None), dtype)
+    expected, expected_grads = attend(layout, dense_mask(layout, layout), dtype)
+    for ours, theirs in zip([output, *grads], [expected, *expected_grads], strict=True):
+        torch.testing.assert_close(ours, theirs.nan_to_num(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_is_said_of_pairs_of_tiles_holds_for_their_tokens(name, window):
+    layout = LAYOUTS[name]
+    may, must = tile_pairs(layout, window)
+    mask = dense_mask(layout, layout, window)[:, 0]
+    num_tiles = may.shape[1]
+    for b, q, k in itertools.product(range(len(mask)), range(num_tiles), range(num_tiles)):
+        pairs = mask[b, q * TILE : (q + 1) * TILE, k * TILE : (k + 1) * TILE]
+        assert may[b, q, k] or not pairs.any()
+        assert pairs.all() or not must[b, q, k]
+
+
+def test_most_of_a_long_text_is_skipped_or_needs_no_mask():
+    # Flat text: of the dense (2L)^2 pairs the mask allows little more than L^2, of which only block edges need a mask.
+    layout = training_text(1024)
+    parts = [part for tile in plan_parts(layout, None, torch.float32) for part in tile]
+
+    def pairs(parts):
+        return sum((part.rows.stop - part.rows.start) * (part.columns.stop - part.columns.start) for part in parts)
+
+    allowed = int(dense_mask(layout, layout).sum())
+    assert pairs(parts) < 1.3 * allowed
+    assert pairs(part for part in parts if part.mask is not None) < 0.25 * allowed
+
+
+def training_text(length):
+    clean = clean_layout([(0, 0, length)], block_size=16)
+    return clean + clean.in_stream(NOISY)
+
+
+def test_dropout_falls_back_to_the_dense_mask():
+    layout = LAYOUTS["two streams"]
+    query = torch.randn(len(layout.block_ids), 2, layout.length, 16)
+
+    def attend(mask):
+        torch.manual_seed(0)
+        return F.scaled_dot_product_attention(query, query, query, attn_mask=mask, dropout_p=0.5)
+
+    seen = dense_mask(layout, layout).any(dim=-1)[..., None]
+    torch.testing.assert_close(
+        (attend(TiledMask(layout, None)) * seen).nan_to_num(),
+        (attend(dense_mask(layout, layout)) * seen).nan_to_num(),
+    )
+
+
+def test_anything_but_attention_sees_the_dense_mask():
+    layout = LAYOUTS["two streams"]
+    mask, dense = TiledMask(layout, None), dense_mask(layout, layout)
+    assert (mask.shape, mask.dtype, mask.device) == (dense.shape, dense.dtype, dense.device)
+    assert torch.equal(mask[:, :, :5], dense[:, :, :5])
+    assert torch.equal(torch.logical_not(mask), ~dense)
+
+
+def long_batch(model):
+    batch = make_batch([(60, 8, 30), (20, 12, 25), (45, 3, 31)], model.config)
+    masked = model.maskable_tokens(**batch) & (torch.arange(batch["input_ids"].shape[1]) % 3 != 0)
+    return batch, masked
+
+
+def nll_and_gradients(model):
+    batch, masked = long_batch(model)
+    model.zero_grad()
+    nll = model.masked_nll(masked, **batch)
+    nll.sum().backward()
+    return nll.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+def test_a_training_pass_by_tiles_is_the_pass_under_the_dense_mask(sliding, monkeypatch):
+    lengths = {"question_len": 64, "plan_len": 64, "execution_len": 128}
+    if sliding:
+        lengths["backbone_config"] = Gemma3TextConfig(
+            vocab_size=40,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=20,
+            layer_types=["sliding_attention", "full_attention"],
+            max_position_embeddings=512,
+        )
+    model = make_model(**lengths).double()
+    used = []
+    monkeypatch.setattr(attention, "plan_parts", lambda *args: used.append(args) or plan_parts(*args))
+    nll, grads = nll_and_gradients(model)
+    assert len(used) == 1 + sliding  # one plan for all layers of a kind
+    monkeypatch.setattr("hierbd3lm.modeling_hierbd3lm.worth_tiling", lambda layout: False)
+    expected, expected_grads = nll_and_gradients(model)
+    torch.testing.assert_close(nll, expected)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_short_sequences_are_not_tiled():
+    assert not worth_tiling(training_text(TILE))
+    assert worth_tiling(training_text(4 * TILE))

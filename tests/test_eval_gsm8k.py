@@ -1,0 +1,533 @@
+"""What the evaluation reports is what the model wrote, however often it was interrupted."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from hierbd3lm import eval_gsm8k
+from hierbd3lm.configuration_hierbd3lm import special_token_ids
+from hierbd3lm.data.answers import wilson_interval
+from hierbd3lm.data.splits import DataArguments, load_split
+from hierbd3lm.data.synthetic import SyntheticConfig, vocabulary_texts
+from hierbd3lm.data.tokenization import train_tokenizer
+from hierbd3lm.eval_gsm8k import EvaluationArguments, evaluate, find_data, parse_arguments
+from hierbd3lm.evaluation import cut_at_stops, make_batches, read_problems
+from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from transformers import AutoTokenizer, Qwen3Config
+
+from .tiny import make_model
+
+SYNTHETIC = SyntheticConfig()
+FOREIGN_TOKEN = "<|im_end|>"  # a special token of the backbone's tokenizer that ends a generated text
+SHORT = {"max_plan_len": 8, "max_execution_len": 8}
+MODEL_SETTINGS = {name for name in vars(HierBD3LMGenerationConfig()) if name[0] != "_"} - {"transformers_version"}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A random model that was "trained" on the synthetic problems."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_tokenizer([*vocabulary_texts(SYNTHETIC), " Question: ####"])
+    tokenizer.add_special_tokens({"extra_special_tokens": [FOREIGN_TOKEN]}, replace_extra_special_tokens=False)
+    backbone = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    torch.manual_seed(0)
+    model = make_model(
+        **special_token_ids(tokenizer), backbone_config=backbone, question_len=96, plan_len=32, execution_len=32
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    DataArguments(synthetic={"num_steps": [1, 2]}).save(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def args(checkpoint, tmp_path):
+    def make(**fields):
+        defaults = {"model": checkpoint, "output_dir": str(tmp_path / "eval"), "limit": 10, "batch_size": 3}
+        return EvaluationArguments(**(defaults | {"device": "cpu"} | SHORT | fields))
+
+    return make
+
+
+@pytest.fixture
+def rows():
+    return load_split(DataArguments(synthetic={"num_steps": [1, 2]}), "test", 10).to_list()
+
+
+@pytest.fixture
+def dataset_of(tmp_path):
+    def write(rows):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def read_lines(args):
+    return [json.loads(line) for line in Path(args.output_dir, "predictions.jsonl").read_text("utf-8").splitlines()]
+
+
+def read_summary(args):
+    return json.loads(Path(args.output_dir, "summary.json").read_text("utf-8"))
+
+
+def without_time(values):
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in values]
+
+
+class Scripted:
+    """Stands in for `generate`: writes texts that are looked up by the question, in a pass per 4 tokens."""
+
+    def __init__(self, checkpoint, texts):
+        self.tokenizer, self.texts, self.batches = AutoTokenizer.from_pretrained(checkpoint + "/tokenizer"), texts, []
+
+    def __call__(self, model, input_ids, attention_mask, plan_ids=None, generation_config=None):
+        questions = [
+            self.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(input_ids, attention_mask, strict=True)
+        ]
+        self.batches.append(questions)
+        plans, executions = (
+            [self.tokenizer(self.texts[question][part])["input_ids"] for question in questions] for part in (0, 1)
+        )
+        num_tokens = torch.tensor([len(plan) + len(steps) + 2 for plan, steps in zip(plans, executions, strict=True)])
+        passes = (num_tokens + 3) // 4
+        return SimpleNamespace(
+            plan=self.pad(plans),
+            execution=self.pad(executions),
+            num_forward_passes=passes,
+            tokens_per_forward=num_tokens / passes,
+            finished=torch.ones(len(questions), dtype=torch.bool),
+        )
+
+    def pad(self, rows):
+        widest = max(map(len, rows))
+        return torch.tensor([row + [self.tokenizer.pad_token_id] * (widest - len(row)) for row in rows])
+
+
+@pytest.fixture
+def script(checkpoint, monkeypatch, tmp_path):
+    def install(texts):
+        AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False).save_pretrained(tmp_path / "tokenizer")
+        scripted = Scripted(str(tmp_path), texts)
+        monkeypatch.setattr(HierBD3LMForBlockDiffusion, "generate", lambda model, **kwargs: scripted(model, **kwargs))
+        return scripted
+
+    return install
+
+
+# Scores
+
+
+def test_reference_texts_score_one(args, rows, script):
+    script({row["question"]: (row["plan"], row["execution"]) for row in rows})
+    _, summary = evaluate(args())
+    for name in ("exact_match_strict", "exact_match_flexible", "exact_match_numeric", "plan_match", "finished"):
+        assert summary[name] == 1.0
+    assert summary["unparsable"] == 0.0
+
+
+def test_wrong_texts_score_zero(args, rows, script):
+    script({row["question"]: ("Mia = 1", f"#### {int(row['answer']) + 1}") for row in rows})
+    _, summary = evaluate(args())
+    for name in ("exact_match_strict", "exact_match_flexible", "exact_match_numeric", "plan_match", "unparsable"):
+        assert summary[name] == 0.0
+
+
+# execution of a problem whose answer is 5 -> (strict, flexible, numeric, unparsable)
+CASES = {
+    "2 + 3 = 5\n#### 5": (True, True, True, False),
+    "#### 05": (False, False, True, False),
+    " 1 2 5": (False, True, False, True),
+    "": (False, False, False, True),
+    "#### 5 Question: #### 7": (True, True, True, False),
+    f"#### 5{FOREIGN_TOKEN} 7": (True, True, True, False),
+    f"2{FOREIGN_TOKEN}#### 5": (False, False, False, True),
+}
+NAMES = ("exact_match_strict", "exact_match_flexible", "exact_match_numeric", "unparsable")
+
+
+def test_summary_is_what_the_lines_say(args, script, dataset_of):
+    """Against cases judged by hand, and sums over the lines."""
+    rows = [{"question": f"{i}", "plan": " Mia", "execution": "#### 5"} for i in range(len(CASES))]
+    script({f"{i}": ("Mia\n" if i < 2 else "Tom", text) for i, text in enumerate(CASES)})
+    run = args(dataset=dataset_of(rows), limit=None)
+    predictions, summary = evaluate(run)
+    lines = read_lines(run)
+    assert lines == predictions
+    assert [line["execution"] for line in lines] == list(CASES)
+    assert [tuple(line[name] for name in NAMES) for line in lines] == list(CASES.values())
+    assert [line["plan_match"] for line in lines] == [True, True, *[False] * (len(CASES) - 2)]
+    n = len(CASES)
+    rates = dict(zip(NAMES, ([sum(column) for column in zip(*CASES.values(), strict=True)]), strict=True))
+    for name, count in (rates | {"plan_match": 2, "finished": n}).items():
+        assert summary[name] == count / n
+        assert summary[f"{name}_interval"] == list(wilson_interval(count, n))
+    assert (summary["n"], summary["num_reference_plans"]) == (n, n)
+    assert summary["num_tokens"] == sum(line["num_plan_tokens"] + line["num_execution_tokens"] + 2 for line in lines)
+    assert summary["num_forward_passes"] == sum(-(-line["num_tokens"] // 4) for line in lines)
+    assert summary["num_forward_passes_mean"] == summary["num_forward_passes"] / n
+    assert summary["tokens_per_forward"] == summary["num_tokens"] / summary["num_forward_passes"]
+    assert summary["seconds"] == pytest.approx(sum(line["seconds"] for line in lines))
+    assert summary["seconds"] > 0
+    assert summary["tokens_per_second"] == pytest.approx(summary["num_tokens"] / summary["seconds"])
+    assert summary == read_summary(run)
+
+
+def test_summary_names_the_run(args, checkpoint):
+    _, summary = evaluate(args(limit=2, sampler="entropy", entropy_bound=0.5, seed=7))
+    named = {"model": checkpoint, "dataset": "synthetic", "split": "test", "seed": 7, "batch_size": 3}
+    assert summary == summary | named
+    assert summary["versions"].keys() == {"hierbd3lm", "torch", "transformers"}
+    assert summary["settings"].keys() == MODEL_SETTINGS
+    given = {"sampler": "entropy", "entropy_bound": 0.5, "seed": 7, "stage": "full", "threshold": 0.9}
+    assert summary["settings"] == summary["settings"] | given
+
+
+@pytest.mark.parametrize("text", ["Question: a", "</s>a", "<|im_end|>a", "<|im_end|></s>Question:"])
+def test_text_is_cut_at_the_first_stop(text):
+    assert cut_at_stops(f"#### 5{text}") == "#### 5"
+    assert cut_at_stops("#### 5 question </S>") == "#### 5 question </S>"
+
+
+# What is generated
+
+
+def test_every_problem_is_answered_as_if_alone(args, checkpoint, rows):
+    model = HierBD3LMForBlockDiffusion.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    predictions, _ = evaluate(args())
+    assert [prediction["index"] for prediction in predictions] == list(range(10))
+    assert len({prediction["execution"] for prediction in predictions}) > 1
+    for row, prediction in zip(rows, predictions, strict=True):
+        question = torch.tensor([tokenizer(row["question"])["input_ids"]])
+        output = model.generate(question, **SHORT)
+        answer = output.sequences[0, question.shape[1] :].tolist()
+        plan, execution = output.plan[0].tolist(), output.execution[0].tolist()
+        assert prediction["question"] == row["question"]
+        assert prediction["reference_answer"] == row["answer"]
+        assert prediction["reference_plan"] == row["plan"]
+        assert (prediction["plan"], prediction["execution"]) == (tokenizer.decode(plan), tokenizer.decode(execution))
+        assert prediction["num_forward_passes"] == output.num_forward_passes.item()
+        num_closed = (model.config.end_token_id in answer[: len(plan) + 2]) + (
+            model.config.end_token_id in answer[answer.index(model.config.execution_token_id) :]
+        )
+        assert prediction["num_tokens"] == len(plan) + len(execution) + num_closed
+        assert (prediction["num_plan_tokens"], prediction["num_execution_tokens"]) == (len(plan), len(execution))
+        assert prediction["tokens_per_forward"] == pytest.approx(
+            prediction["num_tokens"] / prediction["num_forward_passes"]
+        )
+        assert prediction["finished"] == (num_closed == 2) == output.finished.item()
+
+
+def test_problems_of_a_batch_are_alike_in_length_and_the_order_is_restored(args, rows, script):
+    scripted = script({row["question"]: (row["plan"], row["execution"]) for row in rows})
+    predictions, _ = evaluate(args())
+    assert [prediction["question"] for prediction in predictions] == [row["question"] for row in rows]
+    lengths = [len(scripted.tokenizer(question)["input_ids"]) for batch in scripted.batches for question in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths != [len(scripted.tokenizer(row["question"])["input_ids"]) for row in rows]
+    assert [len(batch) for batch in scripted.batches] == [3, 3, 3, 1]
+
+
+def test_limit_takes_the_first_examples(args, rows, dataset_of):
+    run = args(dataset=dataset_of(rows), limit=4)
+    predictions, summary = evaluate(run)
+    assert summary["n"] == 4
+    assert [prediction["question"] for prediction in predictions] == [row["question"] for row in rows[:4]]
+
+
+def test_all_of_a_dataset_is_taken_but_so_many_synthetic_problems(args, rows, dataset_of, script, monkeypatch):
+    monkeypatch.setattr(eval_gsm8k, "NUM_SYNTHETIC", 6)
+    script({row["question"]: (row["plan"], row["execution"]) for row in rows})
+    assert evaluate(args(dataset=dataset_of(rows), limit=None))[1]["n"] == 10
+    assert evaluate(args(limit=None, overwrite=True))[1]["n"] == 6
+
+
+@pytest.mark.parametrize("given_plan", [None, "reference"])
+def test_too_long_prompts_stay_in_n_and_are_wrong(args, rows, dataset_of, script, given_plan):
+    rows[1]["question"] = "How many apples does Mia have?" * 20
+    rows[3]["plan"] = "Mia = Tom + 1\n" * 20
+    scripted = script({row["question"]: (row["plan"], row["execution"]) for row in rows})
+    run = args(dataset=dataset_of(rows), given_plan=given_plan)
+    predictions, summary = evaluate(run)
+    is_left_out = [i == 1 or (i == 3 and given_plan is not None) for i in range(10)]
+    assert [bool(prediction["too_long"]) for prediction in predictions] == is_left_out
+    assert sum(map(len, scripted.batches)) == 10 - sum(is_left_out)
+    assert (summary["n"], summary["num_too_long"]) == (10, 1)
+    assert summary["num_plan_too_long"] == sum(is_left_out) - 1
+    assert summary["exact_match_strict"] == 1 - sum(is_left_out) / 10
+    assert summary["unparsable"] == sum(is_left_out) / 10
+    assert summary["num_forward_passes_mean"] == summary["num_forward_passes"] / (10 - sum(is_left_out))
+    assert predictions[1]["execution"] == "" and predictions[1]["num_forward_passes"] == 0
+
+
+def test_nothing_but_too_long_questions_still_gives_a_report(args, rows, dataset_of):
+    rows[0]["question"] *= 20
+    _, summary = evaluate(args(dataset=dataset_of(rows[:1])))
+    assert (summary["n"], summary["num_too_long"], summary["exact_match_strict"]) == (1, 1, 0.0)
+    assert summary["tokens_per_forward"] is summary["num_forward_passes_mean"] is None
+
+
+def test_given_plan_is_used_and_is_not_scored(args, rows, checkpoint):
+    model = HierBD3LMForBlockDiffusion.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    predictions, summary = evaluate(args(given_plan="reference"))
+    own = [prediction["execution"] for prediction in evaluate(args(overwrite=True))[0]]
+    for row, prediction in zip(rows, predictions, strict=True):
+        ids = {name: torch.tensor([tokenizer(row[name])["input_ids"]]) for name in ("question", "plan")}
+        output = model.generate(ids["question"], plan_ids=ids["plan"], stage="execution", **SHORT)
+        assert prediction["plan"] == row["plan"]
+        assert prediction["execution"] == tokenizer.decode(output.execution[0])
+        assert prediction["num_tokens"] == prediction["num_execution_tokens"] + output.finished.item()
+    assert [prediction["execution"] for prediction in predictions] != own
+    assert summary["settings"]["stage"] == "execution"
+    assert summary["num_reference_plans"] == 0 and "plan_match" not in summary
+
+
+def test_plan_that_is_not_there_cannot_be_given(args, rows, dataset_of):
+    rows[2]["plan"] = ""
+    with pytest.raises(ValueError, match="row 2: `plan` must be a text"):
+        evaluate(args(dataset=dataset_of(rows), given_plan="reference"))
+    assert evaluate(args(dataset=dataset_of(rows), overwrite=True))[1]["num_reference_plans"] == 9
+
+
+def test_special_token_in_a_question_raises(args, rows, dataset_of):
+    rows[2]["question"] = "<|mask|>"
+    with pytest.raises(ValueError, match="row 2: `question_ids` must hold content only"):
+        evaluate(args(dataset=dataset_of(rows)))
+
+
+def test_reference_without_an_answer_raises(args, rows, dataset_of):
+    rows[2]["execution"] = "5"
+    with pytest.raises(ValueError, match="row 2: `text` must end with '#### '"):
+        evaluate(args(dataset=dataset_of(rows)))
+
+
+# Interruptions
+
+
+def interrupt(monkeypatch, after):
+    """Lets so many batches through, then fails."""
+    generate, calls = HierBD3LMForBlockDiffusion.generate, []
+
+    def failing(model, **kwargs):
+        calls.append(len(kwargs["input_ids"]))
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return generate(model, **kwargs)
+
+    monkeypatch.setattr(HierBD3LMForBlockDiffusion, "generate", failing)
+    return calls
+
+
+@pytest.mark.parametrize(("after", "cut"), [(0, 0), (1, 0), (3, 0), (1, 1), (3, 40)])
+def test_resumed_run_equals_an_uninterrupted_one(args, monkeypatch, tmp_path, after, cut):
+    """Interrupted after so many batches, with the last bytes of the file cut off."""
+    sampling = {"temperature": 1.0, "sampler": "first_hitting", "seed": 3}
+    whole = args(output_dir=str(tmp_path / "whole"), **sampling)
+    evaluate(whole)
+    run = args(**sampling)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, after)
+        evaluate(run)
+    path = Path(run.output_dir, "predictions.jsonl")
+    content = path.read_bytes()
+    assert content.count(b"\n") == 3 * after
+    path.write_bytes(content[: len(content) - cut])
+    seconds = [json.loads(line)["seconds"] for line in content.splitlines()]
+    kept_batches = after if cut == 0 else max(after - 1, 0)
+    calls = interrupt(monkeypatch, after=10)
+    evaluate(run)
+    assert len(calls) == 4 - kept_batches
+    assert without_time(read_lines(run)) == without_time(read_lines(whole))
+    is_time = {"seconds", "tokens_per_second"}
+    assert {name: value for name, value in read_summary(run).items() if name not in is_time} == {
+        name: value for name, value in read_summary(whole).items() if name not in is_time
+    }
+    times = [line["seconds"] for line in read_lines(run)]
+    assert set(seconds[: 3 * kept_batches]) <= set(times)  # the time of the first part counts
+    assert read_summary(run)["seconds"] == pytest.approx(sum(times))
+
+
+def test_run_that_is_interrupted_again_after_a_torn_line_goes_on(args, monkeypatch):
+    run = args()
+    path = Path(run.output_dir, "predictions.jsonl")
+    for after, num_lines in [(2, 6), (1, 5 + 3)]:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt(patch, after)
+            evaluate(run)
+        assert len(read_lines(run)) == num_lines
+        path.write_bytes(path.read_bytes()[:-40])
+    evaluate(run)
+    assert [line["index"] for line in read_lines(run)] == list(range(10))
+
+
+def test_answers_are_on_the_disk_before_the_next_batch_begins(args, monkeypatch):
+    run, on_disk, generate = args(), [], HierBD3LMForBlockDiffusion.generate
+
+    def counting(model, **kwargs):
+        on_disk.append(len(read_lines(run)))
+        return generate(model, **kwargs)
+
+    monkeypatch.setattr(HierBD3LMForBlockDiffusion, "generate", counting)
+    evaluate(run)
+    assert on_disk == [0, 3, 6, 9]
+
+
+def test_batches_draw_different_numbers(args, rows, dataset_of):
+    run = args(dataset=dataset_of(rows[:1] * 4), batch_size=1, temperature=1.0)
+    assert len({prediction["execution"] for prediction in evaluate(run)[0]}) > 1
+
+
+def test_finished_run_is_only_summarised_again(args, monkeypatch):
+    run = args()
+    first = evaluate(run)
+    calls = interrupt(monkeypatch, after=0)
+    assert evaluate(run) == first
+    assert calls == []
+
+
+CHANGES = {"threshold": 0.5, "limit": 9, "split": "validation", "seed": 1, "batch_size": 4, "given_plan": "reference"}
+
+
+@pytest.mark.parametrize(("name", "value"), CHANGES.items())
+def test_other_settings_are_refused_until_overwritten(args, name, value):
+    first = evaluate(args())
+    before = {path.name: path.read_bytes() for path in Path(args().output_dir).iterdir()}
+    with pytest.raises(ValueError, match="`output_dir` must be new or hold this run"):
+        evaluate(args(**{name: value}))
+    assert {path.name: path.read_bytes() for path in Path(args().output_dir).iterdir()} == before
+    second = evaluate(args(overwrite=True, **{name: value}))
+    assert second[1]["n"] == (9 if name == "limit" else 10)
+    assert evaluate(args(**{name: value}))[0] == second[0] != first[0]
+
+
+def test_refusal_names_what_differs(args):
+    evaluate(args())
+    with pytest.raises(ValueError, match=r"another one \(threshold: 0\.9 there, 0\.5 now\)"):
+        evaluate(args(threshold=0.5))
+
+
+def test_other_weights_and_other_rows_in_the_same_place_are_refused(args, rows, dataset_of, monkeypatch):
+    evaluate(args(dataset=dataset_of(rows)))
+    load_model = eval_gsm8k.load_model
+
+    def retrained(arguments):
+        model, tokenizer = load_model(arguments)
+        with torch.no_grad():
+            next(model.parameters())[0, 0] += 1
+        return model, tokenizer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_gsm8k, "load_model", retrained)
+        with pytest.raises(ValueError, match="checksum_of_weights"):
+            evaluate(args(dataset=dataset_of(rows)))
+    rows[0]["execution"] = "#### 1"
+    with pytest.raises(ValueError, match="hash_of_data"):
+        evaluate(args(dataset=dataset_of(rows)))
+
+
+def test_predictions_of_nobody_knows_what_are_refused(args):
+    evaluate(args())
+    Path(args().output_dir, "settings.json").unlink()
+    with pytest.raises(ValueError, match="`output_dir` must be new"):
+        evaluate(args())
+
+
+# Arguments
+
+
+def test_data_is_what_the_checkpoint_was_trained_on_unless_given(args):
+    trained_on = DataArguments(synthetic={"num_steps": [1, 2]})
+    assert find_data(args()) == find_data(args(dataset="synthetic")) == trained_on
+    assert find_data(args(dataset="gsm8k")) == DataArguments(dataset="gsm8k")
+
+
+def test_file_that_was_trained_on_is_no_test_split(args, rows, dataset_of, tmp_path):
+    path = dataset_of(rows)
+    DataArguments(dataset=path).save(tmp_path)
+    for dataset in (None, path):
+        with pytest.raises(ValueError, match="`split` must be train or validation"):
+            find_data(args(model=str(tmp_path), dataset=dataset))
+    assert find_data(args(model=str(tmp_path), split="validation")).dataset == path
+
+
+def test_every_generation_setting_can_be_given():
+    values = {"sampler": "entropy", "num_steps": 3, "threshold": 0.5, "entropy_bound": 0.2, "tokens_per_step": 2}
+    values |= {"temperature": 0.7, "top_p": 0.8, "fill_after_end": False, "max_plan_len": 8, "max_execution_len": 8}
+    values |= {"seed": 5}
+    assert values.keys() | {"stage"} == MODEL_SETTINGS
+    argv = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    assert parse_arguments(["--model", "a", *argv]).generation_settings() == values | {"stage": "full"}
+    assert parse_arguments(["--model", "a"]).generation_settings() == {"stage": "full", "seed": 0}
+    given = parse_arguments(["--model", "a", "--given_plan", "reference"]).generation_settings()
+    assert given == {"stage": "execution", "seed": 0}
+
+
+def test_results_lie_beside_the_checkpoint_by_default():
+    assert parse_arguments(["--model", "a"]).output_dir == str(Path("a", "eval"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("limit", 0), ("batch_size", 0), ("num_examples_to_print", -1), ("given_plan", "mine")]
+)
+def test_argument_out_of_range_raises(args, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be .*, but got .*{value}"):
+        args(**{name: value})
+
+
+def test_generation_setting_out_of_range_raises_before_anything_is_written(args):
+    for name, value in (("threshold", 2.0), ("max_plan_len", 5)):
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            evaluate(args(**{name: value}))
+    assert not Path(args().output_dir).exists()
+
+
+def test_batches_are_grouped_by_length_in_any_order_of_the_problems(checkpoint, rows):
+    config = HierBD3LMForBlockDiffusion.from_pretrained(checkpoint).config
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    problems = read_problems(datasets.Dataset.from_list(rows), tokenizer, config, plans_are_given=False)
+    shuffled = random.Random(0).sample(problems, len(problems))
+    widths = [[len(problem.question_ids) for problem in batch] for batch in make_batches(problems, 3)]
+    assert widths == [[len(problem.question_ids) for problem in batch] for batch in make_batches(shuffled, 3)]
+
+
+def test_main_prints_examples_and_the_table(args, rows, checkpoint, script, monkeypatch, capsys, tmp_path):
+    script({row["question"]: (row["plan"], row["execution"]) for row in rows})
+    argv = ["--model", checkpoint, "--limit", "10", "--output_dir", str(tmp_path / "eval"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["eval_gsm8k.py", *argv, "--num_examples_to_print", "2"])
+    eval_gsm8k.main()
+    printed = capsys.readouterr().out
+    for i in range(3):
+        assert (f"Question: {rows[i]['question']}\nPlan:\n{rows[i]['plan']}\n" in printed) == (i < 2)
+    assert "exact match strict        100.00 %  [72.25, 100.00]" in printed
+
+
+@pytest.mark.slow
+def test_script_runs_from_the_root(checkpoint, tmp_path):
+    argv = ["--model", checkpoint, "--limit", "3", "--output_dir", str(tmp_path / "eval"), "--device", "cpu"]
+    subprocess.run(
+        [sys.executable, "eval_gsm8k.py", *argv],
+        cwd=Path(eval_gsm8k.__file__).parent,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads((tmp_path / "eval" / "summary.json").read_text())["n"] == 3
