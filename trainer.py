@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -28,6 +29,7 @@ logger = logging.get_logger(__name__)
 
 SEGMENT_NAMES = {PLAN: "plan", EXECUTION: "execution"}
 EMA_FILE = "ema.safetensors"
+LOWER_IS_BETTER = ("loss", "nll", "bpd", "ppl")
 
 
 @dataclass
@@ -61,6 +63,8 @@ class HierBD3LMTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LOWER_IS_BETTER):
+            self.greater_is_better = False  # TrainingArguments knows this of names in "loss" only
         super().__post_init__()
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATORS)}, but got {self.estimator!r}")
@@ -72,6 +76,11 @@ class HierBD3LMTrainingArguments(TrainingArguments):
             raise ValueError(f"`eval_noise_draws` must be >= 1, but got {self.eval_noise_draws}")
         if self.label_smoothing_factor != 0:
             raise ValueError(f"`label_smoothing_factor` must be 0 for a NELBO, but got {self.label_smoothing_factor}")
+        if self.dataloader_drop_last:
+            raise ValueError("`dataloader_drop_last` must be False, but got True: evaluations would lose examples")
+        for name in ("fp16_full_eval", "bf16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(f"`{name}` must be False, but got True: evaluations use the precision of training")
 
 
 class EMACallback(TrainerCallback):
@@ -89,7 +98,7 @@ class EMACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        if not self.average:
+        if state.global_step == 0:  # a resumed run has read its average already
             self.restart(model)
 
     def on_step_end(
@@ -101,7 +110,8 @@ class EMACallback(TrainerCallback):
             self.average[name].lerp_(parameter.detach().float(), 1 - decay)
 
     def restart(self, model: nn.Module) -> None:
-        """Takes the model's weights as the average."""
+        """Takes the model's weights as the average, which warms up anew."""
+        self.num_updates = 0
         self.average = {name: parameter.detach().float().clone() for name, parameter in _trainable(model)}
 
     @contextlib.contextmanager
@@ -129,16 +139,35 @@ class EMACallback(TrainerCallback):
         Raises:
             ValueError: for a checkpoint of a run without an average.
         """
-        path = os.path.join(folder, EMA_FILE)
-        if not os.path.exists(path):
+        if not has_average(folder):
             raise ValueError(
                 f"`ema_decay` must be 0 to resume from {folder}, which has no {EMA_FILE}; got {self.decay}"
             )
-        with safe_open(path, framework="pt") as file:
+        with safe_open(os.path.join(folder, EMA_FILE), framework="pt") as file:
             self.num_updates = int(file.metadata()["num_updates"])
             for name, parameter in _trainable(model):
                 self.average[name] = file.get_tensor(f"average.{name}").to(parameter.device)
                 parameter.data.copy_(file.get_tensor(f"trained.{name}"))
+
+
+class EpochLengthSampler(LengthGroupedSampler):
+    """Batches of like lengths, in an order that depends on seed and epoch only.
+
+    The order of its base class depends on all that torch's global generator was used for before: a resumed run would
+    repeat some examples of its epoch and miss others, and so would processes whose generators are not in step.
+
+    Args:
+        epoch: gives the number of the epoch when its iteration starts.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = _seeded("cpu", self.seed, self.epoch())
+        return super().__iter__()
 
 
 class HierBD3LMTrainer(Trainer):
@@ -150,13 +179,27 @@ class HierBD3LMTrainer(Trainer):
     execution) of the whole accumulated batch, in nats per token; `loss_plan` and `loss_execution` are logged beside
     it, per token of their segment. Clip intervals and `filler_weight` apply to this loss alone.
 
-    The noise of a step depends on `seed`, step, micro-batch and rank only: a resumed run draws what it would have.
+    The noise of a step depends on `seed`, step, micro-batch and rank only, the order of the examples on `data_seed`
+    (`seed` if None) and epoch only: a resumed run goes on as it would have.
+
+    Evaluations measure the averaged weights and `save_model` writes them; `model` itself keeps the trained ones.
     """
 
     loss_is_scaled_for_ga = True
 
     def __init__(self, model: PreTrainedModel, args: HierBD3LMTrainingArguments, **kwargs: Any):
+        for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` must be None, but got {kwargs[name]}: the loss and metrics are the NELBO's"
+                )
         super().__init__(model=model, args=args, **kwargs)
+        ranks_of_a_batch = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+        if ranks_of_a_batch > 1:
+            raise ValueError(
+                f"`args` must be of data parallel training, but {ranks_of_a_batch} processes share a batch: each "
+                f"would draw noise of its own"
+            )
         if args.ema_decay > 0 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"`ema_decay` must be 0 with FSDP or DeepSpeed, whose shards cannot be averaged yet: {args.ema_decay}"
@@ -164,7 +207,7 @@ class HierBD3LMTrainer(Trainer):
         self.ema = EMACallback(args.ema_decay) if args.ema_decay > 0 else None
         if self.ema is not None:
             self.add_callback(self.ema)
-        self._micro_batch = (-1, 0)  # step, number of its micro-batch
+        self._num_micro_batches = 0  # of the update at work
         self._progress = TrainingProgress()
 
     def compute_loss(
@@ -181,11 +224,12 @@ class HierBD3LMTrainer(Trainer):
         weights = torch.where(filler, self.args.filler_weight * draw.weights, draw.weights)
         nelbo = self._weighted_nll(model, batch, MaskDraw(draw.masked, weights))
         self._progress.add(batch, nelbo)
-        if num_items_in_batch is None:
-            num_items_in_batch = (batch["labels"] != -100).sum()
-        loss = nelbo.sum() / num_items_in_batch
-        if self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # DDP averages gradients, the count is over all processes
+        if num_items_in_batch is None:  # called by hand: the mean of this batch
+            loss = nelbo.sum() / (batch["labels"] != -100).sum()
+        else:
+            loss = nelbo.sum() / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # DDP averages gradients, the count is over all processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
     @torch.no_grad()
@@ -202,16 +246,18 @@ class HierBD3LMTrainer(Trainer):
             sum and not to the tokens), `_bpd` (bits per token), `_ppl` and `_num_tokens` for all tokens, and the same
             with `plan_` and `execution_` before the name; `_nll_stderr` over the draws; `_loss`, equal to `_nll`.
         """
-        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(eval_dataset, dict):
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(datasets, dict):
             metrics = {}
-            for name, dataset in eval_dataset.items():
+            for name, dataset in datasets.items():
+                # the Trainer keeps the workers of a dataset of its own under the dataset's name
+                dataset = name if eval_dataset is None else dataset
                 metrics |= self.evaluate(dataset, metric_key_prefix=f"{metric_key_prefix}_{name}")
             return metrics
         start = time.perf_counter()
         was_training = self.model.training
         self.model.eval()
-        with self.ema.applied(self.model) if self.ema is not None else contextlib.nullcontext():
+        with self._averaged_weights():
             nats, num_tokens = self._measure(self.get_eval_dataloader(eval_dataset))
         self.model.train(was_training)
         seconds = time.perf_counter() - start
@@ -226,7 +272,7 @@ class HierBD3LMTrainer(Trainer):
     def _measure(self, dataloader: torch.utils.data.DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
         """NELBOs of shape `(draws, segments)` in nats, and counted tokens of shape `(segments,)`, over all ranks."""
         self.callback_handler.eval_dataloader = dataloader
-        generator = self._generator(self.args.eval_seed, self.args.process_index)
+        generator = _seeded(self.args.device, self.args.eval_seed, self.args.process_index)
         rows = []
         for inputs in dataloader:
             batch = self._diffused(self._prepare_inputs(inputs))
@@ -260,7 +306,7 @@ class HierBD3LMTrainer(Trainer):
     def _weighted_nll(self, model: nn.Module, batch: dict[str, torch.Tensor], draw: MaskDraw) -> torch.Tensor:
         """Each token's share of the batch's NELBO in nats, `(batch, length)`."""
         layout = {name: batch[name] for name in ("block_ids", "position_ids")}
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():  # also around a model that no training has prepared yet
             nll = masked_nll(model, draw.masked, batch["input_ids"], self.model.config.mask_token_id, **layout)
         return draw.weights.masked_scatter(draw.masked, nll * draw.weights[draw.masked])
 
@@ -270,14 +316,46 @@ class HierBD3LMTrainer(Trainer):
         return intervals[segment_ids.clamp(min=0)]
 
     def _training_generator(self) -> torch.Generator:
-        step, number = self._micro_batch
-        self._micro_batch = (step, number + 1) if step == self.state.global_step else (self.state.global_step, 0)
-        return self._generator(self.args.seed, self.args.process_index, *self._micro_batch)
+        step, number = self.state.global_step, self._num_micro_batches
+        self._num_micro_batches += 1
+        return _seeded(self.args.device, self.args.seed, self.args.process_index, step, number)
 
-    def _generator(self, *key: int) -> torch.Generator:
-        """Random numbers that depend on the key alone."""
-        generator = torch.Generator(device=self.args.device)
-        return generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """The micro-batches of the next update, and the tokens that they count together."""
+        if self.state.global_step == self._initial_global_step:
+            self._progress = TrainingProgress()
+        self._num_micro_batches = 0
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self._groups_by_length(dataset):
+            return super()._get_train_sampler(dataset)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochLengthSampler(batch_size, self._lengths(dataset), seed, lambda: int(self.state.epoch or 0))
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
+        if not self._groups_by_length(eval_dataset):
+            return super()._get_eval_sampler(eval_dataset)
+        # one order for all evaluations, as their noise goes by the places in a batch
+        return EpochLengthSampler(
+            self.args.eval_batch_size, self._lengths(eval_dataset), self.args.eval_seed, lambda: 0
+        )
+
+    def _groups_by_length(self, dataset: Dataset) -> bool:
+        return self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__")
+
+    def _lengths(self, dataset: Dataset) -> list[int]:
+        column, columns = self.args.length_column_name, getattr(dataset, "column_names", [])
+        if column not in columns:
+            raise ValueError(
+                f"a dataset must have the column `{column}` for batches of like lengths, but has {columns}; "
+                f"`train_sampling_strategy='random'` needs none"
+            )
+        return dataset[column][:]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each segment's loss and the throughput to the training logs."""
@@ -286,19 +364,27 @@ class HierBD3LMTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the averaged weights; in a checkpoint, beside them what training goes on with."""
-        if self.ema is None:
+        """Saves the averaged weights."""
+        with self._averaged_weights():
             super().save_model(output_dir, _internal_call)
-            return
-        with self.ema.applied(self.model):
-            super().save_model(output_dir, _internal_call)
-        if _internal_call and self.args.should_save and not self.args.save_only_model:
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Writes what a checkpoint has beside its model: what training goes on with."""
+        if self.ema is not None and self.args.should_save:
             self.ema.save(self.model, output_dir)
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ema is None and has_average(resume_from_checkpoint):
+            raise ValueError(
+                f"`ema_decay` must be > 0 to resume from {resume_from_checkpoint}, whose model is an average; got 0"
+            )
         if self.ema is not None:
             self.ema.resume(self.model, resume_from_checkpoint)
+
+    def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.ema is None else self.ema.applied(self.model)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -349,7 +435,10 @@ class TrainingProgress:
 
 def per_segment(values: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
     """Sums of `values` of shape `(batch, length)` over plan and execution: `(batch, 2)`, float64."""
-    return torch.stack([(values * (segment_ids == segment)).double().sum(dim=1) for segment in SEGMENT_NAMES], dim=1)
+    # selected, not multiplied: a value that is not finite stays in its segment
+    return torch.stack(
+        [torch.where(segment_ids == segment, values, 0).double().sum(dim=1) for segment in SEGMENT_NAMES], dim=1
+    )
 
 
 def likelihood_metrics(nats: torch.Tensor, num_tokens: torch.Tensor) -> dict[str, float]:
@@ -385,11 +474,22 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
         try:
             json.loads((folder / TRAINER_STATE_NAME).read_text())
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError):
             logger.warning(f"{folder} was not written to its end: an earlier checkpoint is looked for.")
             continue
         return str(folder)
     return None
+
+
+def has_average(checkpoint: str) -> bool:
+    """Whether a checkpoint is of a run with an average of the weights."""
+    return os.path.isfile(os.path.join(checkpoint, EMA_FILE))
+
+
+def _seeded(device: torch.device | str, *key: int) -> torch.Generator:
+    """Random numbers that depend on the key alone."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device=device).manual_seed(seed)
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
