@@ -57,8 +57,9 @@ class MaskDraw:
     """One draw of the forward process.
 
     Args:
-        masked (`torch.BoolTensor` of shape `(batch, length)`): positions where xt is the mask token.
-        weights (`torch.FloatTensor` of shape `(batch, length)`):
+        masked (`torch.BoolTensor` of shape `(batch, length)`, or `(batch, copies, length)` for several noisy copies):
+            positions where xt is the mask token.
+        weights (`torch.FloatTensor` of the same shape):
             what the negative log-likelihood of a masked token is multiplied by; constant within a block.
     """
 
@@ -92,6 +93,7 @@ def draw_mask(
     estimator: str = "stratified",
     sampling_eps: float = 1e-3,
     generator: torch.Generator | None = None,
+    noisy_copies: int | None = None,
 ) -> MaskDraw:
     """Draws which tokens are masked, with the weights that make the weighted sum of NLLs an estimate of the NELBO.
 
@@ -105,6 +107,7 @@ def draw_mask(
             interval of mask rates of the token's block, [0, 1] if omitted: unclipped, the estimate is unbiased.
         noise, estimator, sampling_eps: see `HierBD3LMConfig` and `ESTIMATORS`.
         generator: source of the random numbers, on the device of `block_ids`.
+        noisy_copies: draws of every row, each with its share of the weight; levels are spread over all of them.
 
     Raises:
         ValueError: for an unknown `noise` or `estimator`.
@@ -113,6 +116,13 @@ def draw_mask(
         raise ValueError(f"`noise` must be one of {', '.join(SCHEDULES)}, but got {noise!r}")
     if estimator not in ESTIMATORS:
         raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATORS)}, but got {estimator!r}")
+    if noisy_copies is not None:
+        repeated = [
+            None if x is None else x.repeat_interleave(noisy_copies, dim=0) for x in (block_ids, maskable, clip)
+        ]
+        draw = draw_mask(*repeated, noise, estimator, sampling_eps, generator)
+        shape = len(block_ids), noisy_copies, -1
+        return MaskDraw(draw.masked.view(shape), draw.weights.view(shape) / noisy_copies)
     schedule, blocks = SCHEDULES[noise], number_blocks(block_ids, maskable, clip)
     levels = draw_levels(blocks.size > 0, generator)
     times = schedule.time(blocks.low) + levels * (schedule.time(blocks.high) - schedule.time(blocks.low))

@@ -22,6 +22,12 @@ ADAPTIVE_SAMPLERS = ("confidence", "entropy")  # the predictions say which token
 SAMPLERS = SCHEDULED_SAMPLERS + ADAPTIVE_SAMPLERS
 
 
+DOWNLOAD_ARGUMENTS = (
+    *("cache_dir", "force_download", "local_files_only", "proxies"),
+    *("revision", "subfolder", "token", "_commit_hash"),
+)
+
+
 class HierBD3LMGenerationConfig(GenerationConfig):
     r"""
     Settings of [`HierBD3LMGenerationMixin.generate`].
@@ -578,7 +584,8 @@ class HierBD3LMGenerationMixin:
         if generation_config is not None:
             self.generation_config = resolve_settings(generation_config, {})
             return
-        kwargs.pop("trust_remote_code", None)
+        # Fields of the model's configuration may be among them; the generation configuration refuses what it lacks.
+        kwargs = {name: value for name, value in kwargs.items() if name in (*DOWNLOAD_ARGUMENTS, *_settings())}
         try:
             self.generation_config = self.generation_config_class.from_pretrained(
                 pretrained_model_name_or_path, _from_auto=from_auto_class, _from_pipeline=from_pipeline, **kwargs

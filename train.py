@@ -16,7 +16,7 @@ from hierbd3lm.data.synthetic import SyntheticConfig, vocabulary_texts
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.trainer import HierBD3LMTrainer, HierBD3LMTrainingArguments, last_complete_checkpoint
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 from trl import TrlParser
 
@@ -159,7 +159,7 @@ def make_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
         backbone = dict(model_args.backbone or {}) | {"vocab_size": len(tokenizer)}
         config = HierBD3LMConfig(backbone_config=backbone, **(special_token_ids(tokenizer) | fields))
         return HierBD3LMForBlockDiffusion._from_config(config, **attention)
-    if AutoConfig.from_pretrained(model_args.init_from).model_type == HierBD3LMConfig.model_type:
+    if HierBD3LMConfig.get_config_dict(model_args.init_from)[0].get("model_type") == HierBD3LMConfig.model_type:
         return HierBD3LMForBlockDiffusion.from_pretrained(model_args.init_from, **fields, **attention)
     return HierBD3LMForBlockDiffusion.from_autoregressive(model_args.init_from, tokenizer, **fields, **attention)
 

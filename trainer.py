@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from .diffusion_hierbd3lm import ESTIMATORS, MaskDraw, draw_mask, masked_nll
 from .masking_hierbd3lm import EXECUTION, PADDING, PLAN, layout_from_segments
+from .optimization import MuonAdamW, split_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -39,6 +40,14 @@ class HierBD3LMTrainingArguments(TrainingArguments):
     estimator: str = field(
         default="stratified",
         metadata={"help": "Estimator of the NELBO: `stratified` mask counts or `bernoulli` (a time and coins)."},
+    )
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Trains the backbone's matrices by Muon at this rate, all else by AdamW; > 0."},
+    )
+    noisy_copies: int = field(
+        default=1,
+        metadata={"help": "Noisy copies of each example in a training pass; they share its clean tokens; >= 1."},
     )
     filler_weight: float = field(
         default=1.0,
@@ -68,6 +77,10 @@ class HierBD3LMTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATORS)}, but got {self.estimator!r}")
+        if self.muon_learning_rate is not None and not self.muon_learning_rate > 0:
+            raise ValueError(f"`muon_learning_rate` must be > 0 or None, but got {self.muon_learning_rate}")
+        if self.noisy_copies < 1:
+            raise ValueError(f"`noisy_copies` must be >= 1, but got {self.noisy_copies}")
         if not self.filler_weight >= 0:
             raise ValueError(f"`filler_weight` must be >= 0, but got {self.filler_weight}")
         if not 0 <= self.ema_decay < 1:
@@ -210,6 +223,22 @@ class HierBD3LMTrainer(Trainer):
         self._num_micro_batches = 0  # of the update at work
         self._progress = TrainingProgress()
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in transformers; Muon for the matrices where `muon_learning_rate` is given."""
+        args = self.args
+        if args.muon_learning_rate is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        betas = args.adam_beta1, args.adam_beta2
+        self.optimizer = MuonAdamW(
+            *split_parameters(self.model if model is None else model),
+            muon_lr=args.muon_learning_rate,
+            lr=args.learning_rate,
+            betas=betas,
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+        )
+        return self.optimizer
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -219,9 +248,10 @@ class HierBD3LMTrainer(Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The training loss of one micro-batch: its share of the accumulated batch's mean over counted tokens."""
         batch = self._diffused(inputs)
-        draw = self._draw(batch, self._clip_intervals(batch["segment_ids"]), self._training_generator())
+        clip, copies = self._clip_intervals(batch["segment_ids"]), self.args.noisy_copies
+        draw = self._draw(batch, clip, self._training_generator(), copies)
         filler = batch["maskable"] & (batch["labels"] == -100)
-        weights = torch.where(filler, self.args.filler_weight * draw.weights, draw.weights)
+        weights = torch.where(filler[:, None], self.args.filler_weight * draw.weights, draw.weights)
         nelbo = self._weighted_nll(model, batch, MaskDraw(draw.masked, weights))
         self._progress.add(batch, nelbo)
         if num_items_in_batch is None:  # called by hand: the mean of this batch
@@ -297,10 +327,23 @@ class HierBD3LMTrainer(Trainer):
         batch["maskable"] = model.maskable_tokens(batch["input_ids"], batch["segment_ids"])
         return batch
 
-    def _draw(self, batch: dict[str, torch.Tensor], clip: torch.Tensor | None, generator: torch.Generator) -> MaskDraw:
-        config, estimator = self.model.config, self.args.estimator
+    def _draw(
+        self,
+        batch: dict[str, torch.Tensor],
+        clip: torch.Tensor | None,
+        generator: torch.Generator,
+        noisy_copies: int = 1,
+    ) -> MaskDraw:
+        config = self.model.config
         return draw_mask(
-            batch["block_ids"], batch["maskable"], clip, config.noise, estimator, config.sampling_eps, generator
+            batch["block_ids"],
+            batch["maskable"],
+            clip,
+            config.noise,
+            self.args.estimator,
+            config.sampling_eps,
+            generator,
+            noisy_copies,
         )
 
     def _weighted_nll(self, model: nn.Module, batch: dict[str, torch.Tensor], draw: MaskDraw) -> torch.Tensor:
@@ -308,7 +351,7 @@ class HierBD3LMTrainer(Trainer):
         layout = {name: batch[name] for name in ("block_ids", "position_ids")}
         with self.accelerator.autocast():  # also around a model that no training has prepared yet
             nll = masked_nll(model, draw.masked, batch["input_ids"], self.model.config.mask_token_id, **layout)
-        return draw.weights.masked_scatter(draw.masked, nll * draw.weights[draw.masked])
+        return draw.weights.masked_scatter(draw.masked, nll * draw.weights[draw.masked]).sum(dim=1)
 
     def _clip_intervals(self, segment_ids: torch.Tensor) -> torch.Tensor:
         config = self.model.config

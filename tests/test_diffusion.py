@@ -63,6 +63,17 @@ def test_weighted_mask_of_every_token_has_expectation_one(noise, estimator):
     assert deviation.abs().max() < 4.5
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_noisy_copies_share_the_weight_of_one(estimator):
+    count = 3000
+    both = [draw.weights for draw in draws(count, estimator=estimator, noisy_copies=2)]
+    weights = torch.stack(both).sum(dim=2)  # over the copies
+    error = weights.std(dim=0) / math.sqrt(count)
+    deviation = (weights.mean(dim=0) - 1)[MASKABLE] / error[MASKABLE].clamp(min=1e-9)
+    assert deviation.abs().max() < 4.5
+    assert not (both[0][:, 0] == both[0][:, 1]).all()
+
+
 def brute_force_nelbo(cost_of_mask, size):
     """Sum over masks of a block by their definition: E over t of (1/t) * expected cost, by quadrature over t."""
     nodes = torch.linspace(0, 1, 20001, dtype=torch.float64)[1:] - 0.5 / 20000

@@ -147,3 +147,21 @@ def test_added_special_tokens_survive_saving(tmp_path):
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert special_token_ids(loaded) == special_token_ids(tokenizer)
     assert add_special_tokens(loaded) == 0
+
+
+def test_a_bpe_gives_any_text_back_and_splits_digits():
+    texts = [row[column] for row in generate_problems("train", 200, CONFIG) for column in COLUMNS]
+    tokenizer = train_tokenizer(texts, vocab_size=400)
+    assert len(tokenizer) <= 400
+    for text in (*texts[:50], "Żółw: 12 naïve 🐢s cost $1,234.50\n\n#### 7"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer.tokenize("1234") == ["1", "2", "3", "4"]
+    assert len(tokenizer.encode(texts[0])) < len(texts[0].encode()) / 2
+    assert special_token_ids(tokenizer)["mask_token_id"] == tokenizer.convert_tokens_to_ids("<|mask|>")
+
+
+def test_a_bpe_needs_room_for_all_bytes():
+    with pytest.raises(ValueError, match="`vocab_size` must be at least 261, but got 260"):
+        train_tokenizer(["a"], vocab_size=260)

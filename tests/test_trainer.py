@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from hierbd3lm.data.collator import HierarchicalDataCollator, example_length
 from hierbd3lm.data.loading import prepare_dataset
-from hierbd3lm.diffusion_hierbd3lm import draw_mask, exact_nelbo
+from hierbd3lm.diffusion_hierbd3lm import MaskDraw, draw_mask, exact_nelbo
 from hierbd3lm.masking_hierbd3lm import EXECUTION, PLAN
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.trainer import (
@@ -139,7 +139,8 @@ def draws(monkeypatch):
 
     def recording_draw_mask(block_ids, maskable, clip, *args):
         draw = draw_mask(block_ids, maskable, clip, *args)
-        record.append(SimpleNamespace(draw=draw, clip=clip, block_ids=block_ids, maskable=maskable))
+        one_copy = MaskDraw(draw.masked[:, 0], draw.weights[:, 0])
+        record.append(SimpleNamespace(draw=one_copy, clip=clip, block_ids=block_ids, maskable=maskable, copies=draw))
         return draw
 
     monkeypatch.setattr(hierbd3lm.trainer, "draw_mask", recording_draw_mask)
@@ -174,6 +175,22 @@ def test_loss_is_the_weighted_nll_of_the_masked_tokens_per_counted_token(tmp_pat
         weights = torch.where(is_filler, filler_weight * draw.weights, draw.weights)
         nats = nelbo_by_hand(trainer.model, batch, draw.masked, weights)
     assert loss.item() == pytest.approx(nats.item() / sum(counted_tokens(dataset).values()), rel=1e-5)
+
+
+def test_loss_of_several_noisy_copies_is_the_mean_of_theirs(tmp_path, draws):
+    trainer = make_trainer(tmp_path, noisy_copies=3)
+    batch = whole_batch(trainer)
+    loss = trainer.compute_loss(trainer.model, batch).detach()
+    copies, num_tokens = draws[0].copies, (batch["labels"] != -100).sum()
+    assert copies.masked.shape == (len(batch["input_ids"]), 3, batch["input_ids"].shape[1])
+    assert not torch.equal(copies.masked[:, 0], copies.masked[:, 1])
+    nats = sum(
+        nelbo_by_hand(trainer.model, batch, copies.masked[:, copy], copies.weights[:, copy]) for copy in range(3)
+    )
+    assert loss.item() == pytest.approx(float(nats / num_tokens), rel=1e-5)
+    single = make_trainer(tmp_path, noisy_copies=1)
+    single.compute_loss(single.model, batch)
+    assert copies.weights.sum() < 2 * draws[1].draw.weights.sum()  # each copy has a third of the weight
 
 
 def test_only_masked_positions_reach_the_head(tmp_path, draws):
@@ -502,6 +519,20 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, draws, sam
         assert losses_of(resumed, "eval_nll") == losses_of(whole, "eval_nll")
 
 
+def test_a_resumed_run_with_muon_is_the_uninterrupted_one(tmp_path):
+    settings = RUN | {"muon_learning_rate": 0.02, "lr_scheduler_type": "cosine"}
+    whole = make_trainer(tmp_path, make_dropout_model(), **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path, make_dropout_model(), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_bit_equal(weights_of(resumed.model), weights_of(whole.model))
+    adam_only = make_trainer(tmp_path / "adam", make_dropout_model(), **(settings | {"muon_learning_rate": None}))
+    adam_only.train()
+    assert not torch.equal(
+        *(next(t for n, t in weights_of(x.model).items() if "proj" in n) for x in (whole, adam_only))
+    )
+
+
 def test_two_runs_with_one_seed_are_bit_equal_and_with_another_not(tmp_path):
     def run(seed):
         trainer = make_trainer(tmp_path, make_dropout_model(), seed=seed, **(RUN | {"save_strategy": "no"}))
@@ -679,6 +710,8 @@ def test_a_loss_that_is_not_finite_is_shown(tmp_path):
         ({"filler_weight": math.nan}, "`filler_weight` must be >= 0, but got nan"),
         ({"ema_decay": 1.0}, r"`ema_decay` must be in \[0, 1\), but got 1.0"),
         ({"ema_decay": -0.5}, r"`ema_decay` must be in \[0, 1\), but got -0.5"),
+        ({"muon_learning_rate": 0.0}, "`muon_learning_rate` must be > 0 or None, but got 0.0"),
+        ({"noisy_copies": 0}, "`noisy_copies` must be >= 1, but got 0"),
         ({"eval_noise_draws": 0}, "`eval_noise_draws` must be >= 1, but got 0"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` must be 0 for a NELBO, but got 0.1"),
         ({"dataloader_drop_last": True}, "`dataloader_drop_last` must be False, but got True"),

@@ -1,0 +1,117 @@
+"""What generation costs, against the greedy `generate()` of the same weights as an autoregressive model.
+
+`python -m hierbd3lm.benchmarks.generation`. Random weights, 256 new tokens, block size 16, float32, 2 threads; ratios
+of medians, interleaved in one run.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hierbd3lm.generation_hierbd3lm import BlockCache, HierBD3LMGenerationOutput
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+
+from .measure import bar, interleaved_medians
+from .models import BACKBONE, FIRST_CONTENT_ID, SPECIAL_IDS, make_model
+
+NEW_TOKENS = 256  # a plan of 128 and an execution of 128, their openers counted
+QUESTION_LEN = 57  # GSM8K's mean
+
+
+def endless_model(**fields: object) -> HierBD3LMForBlockDiffusion:
+    """A model that never says `<|end|>`, so that every answer has its full length."""
+    model = make_model(**fields).eval()
+    bias = torch.zeros(model.config.vocab_size)
+    bias[SPECIAL_IDS["end"]] = -1e4
+    model.backbone.lm_head.bias = torch.nn.Parameter(bias)
+    return model
+
+
+def questions(batch_size: int, length: int = QUESTION_LEN) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(FIRST_CONTENT_ID, 4096, (batch_size, length), generator=generator)
+
+
+def autoregressive(model: HierBD3LMForBlockDiffusion, input_ids: torch.Tensor, new_tokens: int) -> Callable[[], Any]:
+    """Greedy `generate()` of transformers with its own cache."""
+    mask = torch.ones_like(input_ids)
+    settings = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
+    return lambda: model.backbone.generate(input_ids, attention_mask=mask, **settings)
+
+
+def measure_samplers(repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Bars 6 and 6b."""
+    model = endless_model(question_len=64, plan_len=NEW_TOKENS // 2, execution_len=NEW_TOKENS // 2)
+    bars, details = [], {}
+    for batch_size, exact_limit, fast_limit in ((1, 0.8, 2.5), (8, 1.0, 2.0)):
+        input_ids = questions(batch_size)
+        outputs: dict[str, HierBD3LMGenerationOutput] = {}
+
+        def run(name: str, input_ids: torch.Tensor, outputs: dict, **settings: Any) -> None:
+            outputs[name] = model.generate(input_ids, **settings)
+
+        cases = {
+            "ar": autoregressive(model, input_ids, NEW_TOKENS),
+            "first_hitting": lambda: run("first_hitting", input_ids, outputs, sampler="first_hitting"),  # noqa: B023
+            "four": lambda: run("four", input_ids, outputs, sampler="ancestral", num_steps=4),  # noqa: B023
+        }
+        seconds = interleaved_medians(cases, repeats)
+        passes = {name: int(output.num_forward_passes.max()) for name, output in outputs.items()}
+        details[f"batch {batch_size}"] = seconds | {"passes": passes}
+        exact, fast = (seconds["ar"] / seconds[name] for name in ("first_hitting", "four"))
+        where = f"batch {batch_size}: tokens/s / AR tokens/s"
+        bars.append(bar(f"{where}, first_hitting ({passes['first_hitting']} passes)", exact, exact_limit, False))
+        bars.append(bar(f"{where}, 4 tokens a step ({passes['four']} passes)", fast, fast_limit, False))
+        if batch_size == 1:
+            claim = "first_hitting: forward passes for 256 tokens"
+            bars.append(bar(claim, passes["first_hitting"], NEW_TOKENS + 2, True))
+    return bars, details
+
+
+def measure_context(repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Bar 8: a step behind 4,096 cached tokens and behind 512; the added attention is timed on its own."""
+    model = endless_model(question_len=4096, plan_len=64, execution_len=64)
+    lengths, cases = (512, 4096), {}
+    for length in lengths:
+        cache = filled_cache(model, length)
+        cases[f"step {length}"] = lambda cache=cache, length=length: denoising_step(model, cache, length)
+        query = torch.randn(1, 8, 16, 32)
+        keys = torch.randn(1, 8, length + 16, 32)
+        cases[f"attention {length}"] = lambda query=query, keys=keys: attention_of_all_layers(query, keys)
+    seconds = interleaved_medians(cases, repeats)
+    added = seconds["attention 4096"] - seconds["attention 512"]
+    ratio = seconds["step 4096"] / (seconds["step 512"] + added)
+    return [bar("step at 4,096 cached tokens / (step at 512 + added attention)", ratio, 1.5, True)], seconds
+
+
+@torch.no_grad()
+def filled_cache(model: HierBD3LMForBlockDiffusion, length: int) -> BlockCache:
+    """A cache that holds a question of `length` tokens."""
+    cache = BlockCache(BACKBONE["num_hidden_layers"], 1, length + 64, length + 64, torch.device("cpu"))
+    input_ids, positions = questions(1, length), torch.arange(length)[None]
+    blocks = torch.zeros_like(input_ids)
+    model(input_ids, block_ids=blocks, position_ids=positions, past_key_values=cache)
+    cache.commit(blocks, positions, length)
+    return cache
+
+
+@torch.no_grad()
+def denoising_step(model: HierBD3LMForBlockDiffusion, cache: BlockCache, length: int) -> None:
+    empty = torch.zeros(1, 0, dtype=torch.long)
+    model(
+        empty,
+        block_ids=empty,
+        position_ids=empty,
+        noisy_input_ids=torch.full((1, 16), SPECIAL_IDS["mask"]),
+        noisy_block_ids=torch.ones(1, 16, dtype=torch.long),
+        noisy_position_ids=length + torch.arange(16)[None],
+        past_key_values=cache,
+        logits_to_keep=torch.arange(16)[None] == 0,
+    )
+
+
+@torch.no_grad()
+def attention_of_all_layers(query: torch.Tensor, keys: torch.Tensor) -> None:
+    mask = torch.ones(1, 1, query.shape[2], keys.shape[2], dtype=torch.bool)
+    for _ in range(BACKBONE["num_hidden_layers"]):
+        torch.nn.functional.scaled_dot_product_attention(query, keys, keys, attn_mask=mask)

@@ -1,0 +1,87 @@
+"""How things are timed side by side in one run, and where their figures are written."""
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved_medians(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each case: all run once unmeasured, then in turns, so that a slow moment hits them alike."""
+    for run in cases.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, run in cases.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def describe_machine() -> dict[str, Any]:
+    """Machine, versions and commit, for every file of results."""
+    return {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "date": date.today().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).parent
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def bar(claim: str, measured: float, limit: float, at_most: bool) -> dict[str, Any]:
+    """One line of the table: a figure, and the limit that it is to keep."""
+    met = measured <= limit if at_most else measured >= limit
+    return {"claim": claim, "measured": measured, "limit": limit, "direction": "<=" if at_most else ">=", "met": met}
+
+
+def write_results(name: str, bars: list[dict[str, Any]], details: dict[str, Any]) -> None:
+    """Writes results/{name}.json and .md, and prints the table."""
+    RESULTS.mkdir(exist_ok=True)
+    machine = describe_machine()
+    content = {"command": f"python -m hierbd3lm.benchmarks.{name}", "machine": machine, "bars": bars}
+    (RESULTS / f"{name}.json").write_text(json.dumps(content | {"details": details}, indent=2) + "\n")
+    table = format_table(bars)
+    note = ", ".join(f"{key} {value}" for key, value in machine.items())
+    (RESULTS / f"{name}.md").write_text(f"`{content['command']}`: {note}\n\n{table}\n")
+    print(table)
+
+
+def format_table(bars: list[dict[str, Any]]) -> str:
+    """The bars as a Markdown table."""
+    lines = ["| what | measured | bar | met |", "|---|---|---|---|"]
+    for row in bars:
+        verdict = "yes" if row["met"] else "**no**"
+        lines.append(f"| {row['claim']} | {row['measured']:.3g} | {row['direction']} {row['limit']:.3g} | {verdict} |")
+    return "\n".join(lines)

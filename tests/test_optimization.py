@@ -1,0 +1,81 @@
+"""Muon and AdamW together take the steps that each takes alone, and resume from a saved state."""
+
+import copy
+
+import pytest
+import torch
+from hierbd3lm.optimization import MuonAdamW, split_parameters
+from transformers import GPT2Config
+
+from .tiny import make_batch, make_model
+
+SETTINGS = {"muon_lr": 0.03, "lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-9, "weight_decay": 0.1}
+
+
+def take_steps(model, optimizers, count, first=0):
+    batch = make_batch([(5, 2, 2), (3, 1, 2)], model.config)
+    maskable = model.maskable_tokens(**batch)
+    for number in range(first, first + count):
+        masked = maskable & (torch.rand(maskable.shape, generator=torch.Generator().manual_seed(number)) < 0.7)
+        model.masked_nll(masked, **batch).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(first, second):
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_it_takes_the_steps_of_muon_and_of_adamw():
+    model = make_model()
+    alone = copy.deepcopy(model)
+    together = take_steps(model, [MuonAdamW(*split_parameters(model), **SETTINGS)], 3)
+    inner = [parameter for name, parameter in alone.named_parameters() if "proj" in name]
+    outer = [parameter for name, parameter in alone.named_parameters() if "proj" not in name]
+    muon = torch.optim.Muon(inner, lr=0.03, weight_decay=0.1)
+    adamw = torch.optim.AdamW(outer, lr=0.01, betas=(0.9, 0.95), eps=1e-9, weight_decay=0.0)
+    assert_same(together, take_steps(alone, [muon, adamw], 3))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_head_and_positions_are_no_matrices(tied):
+    sizes = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    model = make_model(backbone_config=GPT2Config(**sizes, tie_word_embeddings=tied))
+    matrices, others = split_parameters(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert {names[parameter].rsplit(".", 2)[1] for parameter in matrices} == {"c_attn", "c_proj", "c_fc"}
+    assert len(matrices) + len(others) == len(names)
+    assert {"backbone.transformer.wte.weight", "backbone.transformer.wpe.weight"} <= {names[p] for p in others}
+
+
+def test_frozen_weights_are_left_out():
+    model = make_model()
+    model.backbone.model.layers[0].requires_grad_(False)
+    matrices, others = split_parameters(model)
+    assert all(parameter.requires_grad for parameter in matrices + others)
+    assert len(matrices) == 7  # of the other layer
+
+
+def test_one_schedule_sets_both_rates_before_and_after_a_resume():
+    model = make_model()
+    optimizer = MuonAdamW(*split_parameters(model), **SETTINGS)
+    optimizer.load_state_dict(optimizer.state_dict())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.step()
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.015, 0.005]
+    assert optimizer.parts["muon"].param_groups[0]["lr"] == 0.015
+    assert optimizer.parts["adamw"].param_groups[0]["lr"] == 0.005
+
+
+def test_a_saved_state_goes_on_as_if_it_had_not_been_saved():
+    model = make_model()
+    optimizer = MuonAdamW(*split_parameters(model), **SETTINGS)
+    take_steps(model, [optimizer], 2)
+    resumed = copy.deepcopy(model)
+    other = MuonAdamW(*split_parameters(resumed), **SETTINGS)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert_same(take_steps(model, [optimizer], 2, first=2), take_steps(resumed, [other], 2, first=2))

@@ -1,0 +1,153 @@
+"""The command line of training: what it reads, what it leaves behind, and where it goes on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hierbd3lm import train
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from .tiny_tokenizer import make_tokenizer
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "dataset": "synthetic",
+    "num_train_examples": 24,
+    "num_validation_examples": 8,
+    "backbone": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    | {"num_key_value_heads": 1, "head_dim": 16},
+    "question_len": 96,
+    "plan_len": 32,
+    "execution_len": 48,
+    "block_size": 4,
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "save_steps": 2,
+    "eval_noise_draws": 1,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+def write_config(folder, **settings):
+    settings = TINY | {"output_dir": str(folder / "out")} | settings
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in settings.items() if value is not None}))
+    return str(path)
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    train.main()
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    config = write_config(tmp_path, plan_clip=[0.3, 0.8])
+    arguments = ["--max_steps", "9", "--plan_block_size", "8", "--execution_clip", "0.2", "0.9"]
+    model_args, data_args, args = train.parse_arguments([config, *arguments])
+    assert (args.max_steps, args.save_steps, data_args.num_train_examples) == (9, 2, 24)
+    assert model_args.plan_clip == [0.3, 0.8] and model_args.execution_clip == [0.2, 0.9]
+    _, data_args, _ = train.parse_arguments([config, "--synthetic", '{"max_value": 30}'])
+    assert data_args.synthetic == {"max_value": 30}
+
+
+def test_a_misspelt_setting_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="max_stepz"):
+        train.parse_arguments([write_config(tmp_path, max_stepz=3)])
+
+
+@pytest.mark.parametrize("name", ["quickstart", "gsm8k_small", "gsm8k_qwen"])
+def test_the_recipes_are_read(name, tmp_path):
+    model_args, _, args = train.parse_arguments(
+        [str(ROOT / "configs" / f"{name}.yaml"), "--output_dir", str(tmp_path), "--bf16", "false"]
+    )
+    assert model_args.config_fields() and args.learning_rate > 0
+
+
+def test_a_run_leaves_a_checkpoint_that_says_what_it_was_trained_on(tmp_path, monkeypatch):
+    run(monkeypatch, write_config(tmp_path, synthetic={"max_value": 30}))
+    out = tmp_path / "out"
+    model = HierBD3LMForBlockDiffusion.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out, config=model.config)
+    assert len(tokenizer) == model.config.vocab_size
+    assert json.loads((out / "data_config.json").read_text())["synthetic"] == {"max_value": 30}
+    assert json.loads((out / "data_report.json").read_text())["train"]["num_kept"] == 24
+    assert json.loads((out / "eval_results.json").read_text())["eval_num_tokens"] > 0
+    assert "train_loss" in json.loads((out / "train_results.json").read_text())
+    assert (out / "modeling_hierbd3lm.py").is_file()
+
+
+def test_a_new_run_does_not_mix_with_an_old_one_and_last_goes_on(tmp_path, monkeypatch):
+    whole = write_config(tmp_path, output_dir=str(tmp_path / "whole"))
+    run(monkeypatch, whole)
+    config = write_config(tmp_path)
+    run(monkeypatch, config, "--max_steps", "2", "--lr_scheduler_type", "constant")
+    with pytest.raises(ValueError, match="`output_dir` must hold no checkpoints of another run"):
+        run(monkeypatch, config)
+    run(monkeypatch, config, "--resume_from_checkpoint", "last")
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+
+
+def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch):
+    run(monkeypatch, write_config(tmp_path, output_dir=str(tmp_path / "whole")))
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    config = write_config(tmp_path)
+
+    def interrupt(trainer, *args, **kwargs):
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    step = train.HierBD3LMTrainer.training_step
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.HierBD3LMTrainer, "training_step", interrupt)
+        run(monkeypatch, config)
+    run(monkeypatch, config, "--resume_from_checkpoint", "last")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_an_autoregressive_checkpoint_is_converted_and_gone_on_with(tmp_path, monkeypatch):
+    tokenizer = make_tokenizer()
+    backbone = Qwen3Config(vocab_size=len(tokenizer), **TINY["backbone"])
+    Qwen3ForCausalLM(backbone).save_pretrained(tmp_path / "ar")
+    tokenizer.save_pretrained(tmp_path / "ar")
+    lengths = {"question_len": 400, "plan_len": 128, "execution_len": 128}
+    run(monkeypatch, write_config(tmp_path, backbone=None, init_from=str(tmp_path / "ar"), **lengths))
+    again = {"backbone": None, "init_from": str(tmp_path / "out"), "output_dir": str(tmp_path / "again")}
+    run(monkeypatch, write_config(tmp_path, max_steps=1, save_strategy="no", **(lengths | again)))
+    assert HierBD3LMForBlockDiffusion.from_pretrained(tmp_path / "again").config.question_len == 400
+
+
+def test_a_backbone_and_a_checkpoint_exclude_each_other():
+    with pytest.raises(ValueError, match="`backbone` must be None with `init_from`"):
+        train.ModelArguments(init_from="somewhere", backbone={"hidden_size": 8})
+
+
+@pytest.mark.slow
+def test_two_processes_train_together_through_gloo(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command += [str(ROOT / "train.py"), write_config(tmp_path, per_device_train_batch_size=2)]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=300)
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 4
+    model = HierBD3LMForBlockDiffusion.from_pretrained(tmp_path / "out")
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_script(tmp_path):
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "1", "--cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command += [str(ROOT / "train.py"), write_config(tmp_path), "--max_steps", "1"]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=300)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
