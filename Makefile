@@ -25,7 +25,8 @@ format: $(SETUP)
 	$(BIN)/ruff format .
 
 bench: $(SETUP)
-	$(BIN)/python -m hierbd3lm.benchmarks.run
+	$(BIN)/python -m hierbd3lm.benchmarks.training
+	$(BIN)/python -m hierbd3lm.benchmarks.generation
 
 clean:
 	rm -rf .venv outputs

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -29,7 +30,7 @@ from .data.answers import (
     reference_answer,
     wilson_interval,
 )
-from .data.collator import check_content, encode_example, over_long_segments
+from .data.collator import check_content, collate_questions, encode_example, over_long_segments
 from .generation_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
 from .modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
@@ -204,17 +205,10 @@ def collate_prompts(problems: list[Problem], pad_token_id: int) -> dict[str, tor
     Returns:
         `input_ids`, `attention_mask` of shape `(batch, question_length)`, `plan_ids` of `(batch, plan_length)`.
     """
-    questions = [torch.tensor(problem.question_ids, dtype=torch.long) for problem in problems]
-
-    def pad(rows: list[torch.Tensor], value: int, side: str) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
-
-    prompt = {
-        "input_ids": pad(questions, pad_token_id, "left"),
-        "attention_mask": pad([torch.ones_like(question) for question in questions], 0, "left"),
-    }
+    prompt = collate_questions([problem.question_ids for problem in problems], pad_token_id)
     if problems[0].plan_ids is not None:
-        prompt["plan_ids"] = pad([torch.tensor(problem.plan_ids) for problem in problems], pad_token_id, "right")
+        plans = [torch.tensor(problem.plan_ids, dtype=torch.long) for problem in problems]
+        prompt["plan_ids"] = pad_sequence(plans, batch_first=True, padding_value=pad_token_id)
     return prompt
 
 

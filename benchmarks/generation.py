@@ -4,14 +4,16 @@
 of medians, interleaved in one run.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
-from hierbd3lm.generation_hierbd3lm import BlockCache, HierBD3LMGenerationOutput
+from hierbd3lm.generation_hierbd3lm import BlockCache, BlockDenoiser, HierBD3LMGenerationOutput
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
-from .measure import bar, interleaved_medians
+from .measure import bar, interleaved_medians, write_results
 from .models import BACKBONE, FIRST_CONTENT_ID, SPECIAL_IDS, make_model
 
 NEW_TOKENS = 256  # a plan of 128 and an execution of 128, their openers counted
@@ -115,3 +117,53 @@ def attention_of_all_layers(query: torch.Tensor, keys: torch.Tensor) -> None:
     mask = torch.ones(1, 1, query.shape[2], keys.shape[2], dtype=torch.bool)
     for _ in range(BACKBONE["num_hidden_layers"]):
         torch.nn.functional.scaled_dot_product_attention(query, keys, keys, attn_mask=mask)
+
+
+RAGGED_BLOCKS = [2, 4, 8, 16] * 8  # blocks of the execution of each of 32 rows
+
+
+class EndingDenoiser(BlockDenoiser):
+    """Makes row i say `<|end|>` in the block of its execution that `blocks` says."""
+
+    blocks = torch.tensor(RAGGED_BLOCKS)
+
+    def _reveal(self, candidates: torch.BoolTensor, logits: torch.FloatTensor) -> None:
+        number = self.rows.block - 1  # the given plan is one block
+        ends = number >= self.blocks[self.rows.index]
+        logits[ends[candidates.nonzero()[:, 0]], SPECIAL_IDS["end"]] = 1e4
+        super()._reveal(candidates, logits)
+
+
+def measure_ragged(repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Bar 9: 32 answers of 2 to 16 blocks together, against what each costs in a batch of 32 of its own length."""
+    model = endless_model(question_len=64, plan_len=16, execution_len=NEW_TOKENS)
+    input_ids, plan_ids = questions(32), torch.full((32, 1), FIRST_CONTENT_ID)
+
+    def run(blocks: list[int]) -> None:
+        denoiser = type("Denoiser", (EndingDenoiser,), {"blocks": torch.tensor(blocks)})
+        with mock.patch("hierbd3lm.generation_hierbd3lm.BlockDenoiser", denoiser):
+            model.generate(input_ids, plan_ids=plan_ids, stage="execution", sampler="ancestral", num_steps=4)
+
+    lengths = sorted(set(RAGGED_BLOCKS))
+    cases = {f"all {length} blocks": functools.partial(run, [length] * 32) for length in lengths}
+    seconds = interleaved_medians({"ragged": functools.partial(run, RAGGED_BLOCKS)} | cases, repeats)
+    own = sum(seconds[f"all {length} blocks"] for length in RAGGED_BLOCKS) / 32
+    claim = "ragged batch of 32: time / that of its rows in equal-length batches"
+    return [bar(claim, seconds["ragged"] / own, 1.3, True)], seconds
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    bars, details = [], {}
+    for name, measured in (
+        ("samplers", measure_samplers(repeats=3)),
+        ("context", measure_context(repeats=15)),
+        ("ragged", measure_ragged(repeats=2)),
+    ):
+        bars += measured[0]
+        details[name] = measured[1]
+    write_results("generation", bars, details)
+
+
+if __name__ == "__main__":
+    main()
