@@ -158,7 +158,7 @@ def main() -> None:
     for name, measured in (
         ("samplers", measure_samplers(repeats=3)),
         ("context", measure_context(repeats=15)),
-        ("ragged", measure_ragged(repeats=2)),
+        ("ragged", measure_ragged(repeats=1)),
     ):
         bars += measured[0]
         details[name] = measured[1]

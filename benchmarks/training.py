@@ -191,9 +191,9 @@ def main() -> None:
     torch.set_num_threads(2)
     bars, details = [], {}
     for name, measured in (
-        ("problems", measure_problems(repeats=7)),
-        ("text", measure_text(repeats=7)),
-        ("mask", measure_mask(repeats=2)),
+        ("problems", measure_problems(repeats=3)),
+        ("text", measure_text(repeats=5)),
+        ("mask", measure_mask(repeats=1)),
         ("memory", measure_memory()),
     ):
         bars += measured[0]
