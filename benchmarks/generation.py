@@ -1,10 +1,11 @@
 """What generation costs, against the greedy `generate()` of the same weights as an autoregressive model.
 
-`python -m hierbd3lm.benchmarks.generation`. Random weights, 256 new tokens, block size 16, float32, 2 threads; ratios
-of medians, interleaved in one run.
+`python -m hierbd3lm.benchmarks.generation [part ...]`. Random weights, 256 new tokens, block size 16, float32, 2
+threads; ratios of medians, interleaved in one run.
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -15,6 +16,8 @@ from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .measure import bar, interleaved_medians, write_results
 from .models import BACKBONE, FIRST_CONTENT_ID, SPECIAL_IDS, make_model
+
+Measured = tuple[list[dict[str, Any]], dict[str, Any]]  # bars, and the figures behind them
 
 NEW_TOKENS = 256  # a plan of 128 and an execution of 128, their openers counted
 QUESTION_LEN = 57  # GSM8K's mean
@@ -41,7 +44,7 @@ def autoregressive(model: HierBD3LMForBlockDiffusion, input_ids: torch.Tensor, n
     return lambda: model.backbone.generate(input_ids, attention_mask=mask, **settings)
 
 
-def measure_samplers(repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure_samplers(repeats: int) -> Measured:
     """Bars 6 and 6b."""
     model = endless_model(question_len=64, plan_len=NEW_TOKENS // 2, execution_len=NEW_TOKENS // 2)
     bars, details = [], {}
@@ -70,7 +73,7 @@ def measure_samplers(repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]
     return bars, details
 
 
-def measure_context(repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure_context(repeats: int) -> Measured:
     """Bar 8: a step behind 4,096 cached tokens and behind 512; the added attention is timed on its own."""
     model = endless_model(question_len=4096, plan_len=64, execution_len=64)
     lengths, cases = (512, 4096), {}
@@ -134,7 +137,7 @@ class EndingDenoiser(BlockDenoiser):
         super()._reveal(candidates, logits)
 
 
-def measure_ragged(repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure_ragged(repeats: int) -> Measured:
     """Bar 9: 32 answers of 2 to 16 blocks together, against what each costs in a batch of 32 of its own length."""
     model = endless_model(question_len=64, plan_len=16, execution_len=NEW_TOKENS)
     input_ids, plan_ids = questions(32), torch.full((32, 1), FIRST_CONTENT_ID)
@@ -152,17 +155,18 @@ def measure_ragged(repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return [bar(claim, seconds["ragged"] / own, 1.3, True)], seconds
 
 
+PARTS: dict[str, Callable[[], Measured]] = {
+    "samplers": lambda: measure_samplers(repeats=3),
+    "context": lambda: measure_context(repeats=15),
+    "ragged": lambda: measure_ragged(repeats=1),
+}
+
+
 def main() -> None:
+    """Measures the parts that are named, or all."""
     torch.set_num_threads(2)
-    bars, details = [], {}
-    for name, measured in (
-        ("samplers", measure_samplers(repeats=3)),
-        ("context", measure_context(repeats=15)),
-        ("ragged", measure_ragged(repeats=1)),
-    ):
-        bars += measured[0]
-        details[name] = measured[1]
-    write_results("generation", bars, details)
+    for part in sys.argv[1:] or PARTS:
+        write_results("generation", part, *PARTS[part]())
 
 
 if __name__ == "__main__":

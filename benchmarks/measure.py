@@ -2,7 +2,6 @@
 
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import time
@@ -30,9 +29,17 @@ def interleaved_medians(cases: dict[str, Callable[[], Any]], repeats: int) -> di
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peak_memory() -> int:
-    """Most bytes that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def added_memory(run: Callable[[], Any]) -> int:
+    """Most bytes that this process holds during a call, beyond what it holds before (Linux only)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
+    before = _memory("VmRSS")
+    run()
+    return _memory("VmHWM") - before
+
+
+def _memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def describe_machine() -> dict[str, Any]:
@@ -66,11 +73,11 @@ def bar(claim: str, measured: float, limit: float, at_most: bool) -> dict[str, A
     return {"claim": claim, "measured": measured, "limit": limit, "direction": "<=" if at_most else ">=", "met": met}
 
 
-def write_results(name: str, bars: list[dict[str, Any]], details: dict[str, Any]) -> None:
-    """Writes results/{name}.json and .md, and prints the table."""
+def write_results(script: str, part: str, bars: list[dict[str, Any]], details: dict[str, Any]) -> None:
+    """Writes results/{script}_{part}.json and .md, and prints the table."""
     RESULTS.mkdir(exist_ok=True)
-    machine = describe_machine()
-    content = {"command": f"python -m hierbd3lm.benchmarks.{name}", "machine": machine, "bars": bars}
+    name, machine = f"{script}_{part}", describe_machine()
+    content = {"command": f"python -m hierbd3lm.benchmarks.{script} {part}", "machine": machine, "bars": bars}
     (RESULTS / f"{name}.json").write_text(json.dumps(content | {"details": details}, indent=2) + "\n")
     table = format_table(bars)
     note = ", ".join(f"{key} {value}" for key, value in machine.items())

@@ -1,6 +1,7 @@
 """What a training step costs, against the autoregressive model and the layouts of earlier work.
 
-`python -m hierbd3lm.benchmarks.training`. All ratios are of medians, interleaved in one run, float32, 2 threads.
+`python -m hierbd3lm.benchmarks.training [part ...]`. All ratios are of medians, interleaved in one run, float32, 2
+threads.
 """
 
 import subprocess
@@ -18,10 +19,11 @@ from hierbd3lm.masking_hierbd3lm import dense_mask, fixed_length_layout, layout_
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion, needed_columns
 from transformers import PreTrainedModel
 
-from .measure import bar, interleaved_medians, peak_memory, write_results
+from .measure import added_memory, bar, interleaved_medians, write_results
 from .models import make_model, problem_batches, text_batch
 
 Step = Callable[[], None]
+Measured = tuple[list[dict[str, Any]], dict[str, Any]]  # bars, and the figures behind them
 LARGE_VOCABULARY = 151_936
 
 
@@ -96,7 +98,7 @@ def all_logits_step(model: HierBD3LMForBlockDiffusion, batch: dict[str, torch.Te
     return step
 
 
-def measure_problems(repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure_problems(repeats: int) -> Measured:
     """Bars 1 and 2, on length-grouped batches of 16 problems."""
     batches, tokenizer, groups = problem_batches(num_batches=4, batch_size=16)
     ids = special_token_ids(tokenizer)
@@ -132,7 +134,7 @@ def measure_problems(repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]
     return bars, {"seconds": seconds, "ours_tokens": ours_tokens, "ar_tokens": ar_tokens}
 
 
-def measure_text(repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure_text(repeats: int) -> Measured:
     """Bar 5, on plain text, batch 4."""
     bars, details = [], {}
     for length, limit in ((512, 2.0), (1024, 2.3)):
@@ -149,7 +151,7 @@ def measure_text(repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return bars, details
 
 
-def measure_mask(repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure_mask(repeats: int) -> Measured:
     """Bar 4, on plain text of 8,192 tokens, batch 1."""
     model, batch = make_model(), text_batch(1, 8192, 4096)
     clean = model._clean_layout(batch["input_ids"], None, batch["segment_ids"], None, None, None)
@@ -163,42 +165,40 @@ def measure_mask(repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return [bar(claim, seconds["mask"] / seconds["step"], 0.02, True)], seconds
 
 
-def measure_memory() -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Bar 3: each path in a process of its own, as a process's peak never falls."""
+def measure_memory() -> Measured:
+    """Bar 3: each path in a process of its own."""
     peaks = {}
     for path in ("ours", "all_logits"):
-        command = [sys.executable, "-m", "hierbd3lm.benchmarks.training", path]
+        command = [sys.executable, "-m", "hierbd3lm.benchmarks.training", "added_memory", path]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         peaks[path] = int(output.split()[-1])
-    claim = f"peak memory of a step at vocabulary {LARGE_VOCABULARY:,}, against all logits"
+    claim = f"memory that a step adds at vocabulary {LARGE_VOCABULARY:,}, against all logits"
     return [bar(claim, peaks["ours"] / peaks["all_logits"], 0.35, True)], peaks
 
 
-def print_peak_memory(path: str) -> None:
-    """Prints the bytes that a step adds to what the process held before it, weights not counted."""
+def print_added_memory(path: str) -> None:
+    """Prints the bytes that a step holds beyond what the process held before it, the weights among that."""
     model = make_model(LARGE_VOCABULARY)
     batches, _, _ = problem_batches(num_batches=1, batch_size=16)
-    step = {"ours": block_diffusion_step, "all_logits": all_logits_step}[path](model, batches[0])
-    before = peak_memory()
-    step()
-    print(peak_memory() - before)
+    print(added_memory({"ours": block_diffusion_step, "all_logits": all_logits_step}[path](model, batches[0])))
+
+
+PARTS: dict[str, Callable[[], Measured]] = {
+    "problems": lambda: measure_problems(repeats=3),
+    "text": lambda: measure_text(repeats=5),
+    "mask": lambda: measure_mask(repeats=1),
+    "memory": measure_memory,
+}
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        print_peak_memory(sys.argv[1])
-        return
+    """Measures the parts that are named, or all."""
     torch.set_num_threads(2)
-    bars, details = [], {}
-    for name, measured in (
-        ("problems", measure_problems(repeats=3)),
-        ("text", measure_text(repeats=5)),
-        ("mask", measure_mask(repeats=1)),
-        ("memory", measure_memory()),
-    ):
-        bars += measured[0]
-        details[name] = measured[1]
-    write_results("training", bars, details)
+    if sys.argv[1:2] == ["added_memory"]:
+        print_added_memory(sys.argv[2])
+        return
+    for part in sys.argv[1:] or PARTS:
+        write_results("training", part, *PARTS[part]())
 
 
 if __name__ == "__main__":
