@@ -22,10 +22,7 @@ ADAPTIVE_SAMPLERS = ("confidence", "entropy")  # the predictions say which token
 SAMPLERS = SCHEDULED_SAMPLERS + ADAPTIVE_SAMPLERS
 
 
-DOWNLOAD_ARGUMENTS = (
-    *("cache_dir", "force_download", "local_files_only", "proxies"),
-    *("revision", "subfolder", "token", "_commit_hash"),
-)
+DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class HierBD3LMGenerationConfig(GenerationConfig):
@@ -585,7 +582,11 @@ class HierBD3LMGenerationMixin:
             self.generation_config = resolve_settings(generation_config, {})
             return
         # Fields of the model's configuration may be among them; the generation configuration refuses what it lacks.
-        kwargs = {name: value for name, value in kwargs.items() if name in (*DOWNLOAD_ARGUMENTS, *_settings())}
+        kwargs = {
+            name: value
+            for name, value in kwargs.items()
+            if name in (*DOWNLOAD_ARGUMENTS, "_commit_hash", *_settings())
+        }
         try:
             self.generation_config = self.generation_config_class.from_pretrained(
                 pretrained_model_name_or_path, _from_auto=from_auto_class, _from_pipeline=from_pipeline, **kwargs

@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 
 QUESTION, PLAN, EXECUTION = 0, 1, 2  # segment ids
+SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}  # of a backbone: those that take any mask
 PADDING = -1  # segment id and block id of padding
 CLEAN, NOISY = 0, 1  # stream ids; further noisy streams are 2, 3, ...
 
@@ -131,7 +132,7 @@ def render_mask(
     if implementation not in ("sdpa", "eager", "flex_attention"):
         raise ValueError(f"`attn_implementation` must be sdpa, eager or flex_attention, but got {implementation!r}")
     layer_types = set(getattr(backbone_config, "layer_types", None) or ())
-    if unmasked := layer_types - {"full_attention", "sliding_attention"}:
+    if unmasked := layer_types - SUPPORTED_LAYER_TYPES:
         raise ValueError(
             f"`layer_types` of the backbone must be full_attention or sliding_attention, but got {sorted(unmasked)}"
         )

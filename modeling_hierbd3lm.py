@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,13 +24,13 @@ from .masking_hierbd3lm import (
     PADDING,
     PLAN,
     QUESTION,
+    SUPPORTED_LAYER_TYPES,
     TokenLayout,
     dense_mask,
     layout_from_segments,
     render_mask,
 )
 
-SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 LOGITS_AT_ONCE = 2**24  # 64 MiB in float32
 NEW_EMBEDDING_NOISE = 0.02  # of the old rows' standard deviation, so that no two new tokens are the same
 
@@ -245,7 +245,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
     @staticmethod
     def _noisy_copies(clean: TokenLayout, copies: int) -> TokenLayout:
         block_ids = clean.block_ids.masked_fill(clean.block_ids == QUESTION, PADDING)  # the question is given
-        noisy = TokenLayout(block_ids, torch.full_like(block_ids, NOISY), clean.position_ids, clean.example_ids)
+        noisy = replace(clean, block_ids=block_ids)
         return functools.reduce(TokenLayout.__add__, (noisy.in_stream(NOISY + copy) for copy in range(copies)))
 
     def _run_backbone(

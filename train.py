@@ -17,13 +17,11 @@ from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.trainer import HierBD3LMTrainer, HierBD3LMTrainingArguments, last_complete_checkpoint
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from transformers.utils import logging
 from trl import TrlParser
 
-logger = logging.get_logger(__name__)
-
-CONFIG_FIELDS = ("question_len", "plan_len", "execution_len", "plan_block_size", "execution_block_size", "noise")
-CONFIG_FIELDS += ("sampling_eps", "plan_clip", "execution_clip")
+# of HierBD3LMConfig, where they are given
+CONFIG_FIELDS = ("block_size", "plan_block_size", "execution_block_size", "question_len", "plan_len", "execution_len")
+CONFIG_FIELDS += ("noise", "sampling_eps", "plan_clip", "execution_clip")
 
 
 @dataclass
@@ -65,7 +63,7 @@ class ModelArguments:
 
     def config_fields(self) -> dict[str, Any]:
         """The fields of HierBD3LMConfig that are given."""
-        values = {name: getattr(self, name) for name in ("block_size", *CONFIG_FIELDS)}
+        values = {name: getattr(self, name) for name in CONFIG_FIELDS}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -129,9 +127,13 @@ def make_tokenizer(
     model_args: ModelArguments, data_args: DataArguments, args: TrainScriptArguments
 ) -> PreTrainedTokenizerBase:
     """The given tokenizer, or one trained on the training split by the first process and kept in `output_dir`."""
-    source = model_args.tokenizer or model_args.init_from
-    if source is not None:
-        return AutoTokenizer.from_pretrained(source)
+    if model_args.tokenizer is not None:
+        return AutoTokenizer.from_pretrained(model_args.tokenizer)
+    if model_args.init_from is not None:
+        # Without its configuration AutoTokenizer asks whether it may run the code that travels with our checkpoint.
+        is_ours = is_own_checkpoint(model_args.init_from)
+        config = HierBD3LMConfig.from_pretrained(model_args.init_from) if is_ours else None
+        return AutoTokenizer.from_pretrained(model_args.init_from, config=config)
     folder = Path(args.output_dir, "tokenizer")
     with args.main_process_first(desc="tokenizer"):
         if args.process_index == 0 and not (args.resume_from_checkpoint and folder.is_dir()):
@@ -159,9 +161,14 @@ def make_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
         backbone = dict(model_args.backbone or {}) | {"vocab_size": len(tokenizer)}
         config = HierBD3LMConfig(backbone_config=backbone, **(special_token_ids(tokenizer) | fields))
         return HierBD3LMForBlockDiffusion._from_config(config, **attention)
-    if HierBD3LMConfig.get_config_dict(model_args.init_from)[0].get("model_type") == HierBD3LMConfig.model_type:
+    if is_own_checkpoint(model_args.init_from):
         return HierBD3LMForBlockDiffusion.from_pretrained(model_args.init_from, **fields, **attention)
     return HierBD3LMForBlockDiffusion.from_autoregressive(model_args.init_from, tokenizer, **fields, **attention)
+
+
+def is_own_checkpoint(path: str) -> bool:
+    """Whether a checkpoint is of this model, not of an autoregressive one."""
+    return HierBD3LMConfig.get_config_dict(path)[0].get("model_type") == HierBD3LMConfig.model_type
 
 
 def make_datasets(

@@ -14,10 +14,8 @@ import torch
 from hierbd3lm.generation_hierbd3lm import BlockCache, BlockDenoiser, HierBD3LMGenerationOutput
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
-from .measure import bar, interleaved_medians, write_results
+from .measure import Measured, bar, interleaved_medians, measure_parts
 from .models import BACKBONE, FIRST_CONTENT_ID, SPECIAL_IDS, make_model
-
-Measured = tuple[list[dict[str, Any]], dict[str, Any]]  # bars, and the figures behind them
 
 NEW_TOKENS = 256  # a plan of 128 and an execution of 128, their openers counted
 QUESTION_LEN = 57  # GSM8K's mean
@@ -162,12 +160,5 @@ PARTS: dict[str, Callable[[], Measured]] = {
 }
 
 
-def main() -> None:
-    """Measures the parts that are named, or all."""
-    torch.set_num_threads(2)
-    for part in sys.argv[1:] or PARTS:
-        write_results("generation", part, *PARTS[part]())
-
-
 if __name__ == "__main__":
-    main()
+    measure_parts("generation", PARTS, sys.argv[1:])

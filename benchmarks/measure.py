@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import transformers
 
+Measured = tuple[list[dict[str, Any]], dict[str, Any]]  # bars, and the figures behind them
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -71,6 +73,13 @@ def bar(claim: str, measured: float, limit: float, at_most: bool) -> dict[str, A
     """One line of the table: a figure, and the limit that it is to keep."""
     met = measured <= limit if at_most else measured >= limit
     return {"claim": claim, "measured": measured, "limit": limit, "direction": "<=" if at_most else ">=", "met": met}
+
+
+def measure_parts(script: str, parts: dict[str, Callable[[], Measured]], names: list[str]) -> None:
+    """Measures the parts that are named, or all, on two threads, and writes their results."""
+    torch.set_num_threads(2)
+    for name in names or parts:
+        write_results(script, name, *parts[name]())
 
 
 def write_results(script: str, part: str, bars: list[dict[str, Any]], details: dict[str, Any]) -> None:

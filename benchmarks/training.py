@@ -7,7 +7,6 @@ threads.
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +18,10 @@ from hierbd3lm.masking_hierbd3lm import dense_mask, fixed_length_layout, layout_
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion, needed_columns
 from transformers import PreTrainedModel
 
-from .measure import added_memory, bar, interleaved_medians, write_results
+from .measure import Measured, added_memory, bar, interleaved_medians, measure_parts
 from .models import make_model, problem_batches, text_batch
 
 Step = Callable[[], None]
-Measured = tuple[list[dict[str, Any]], dict[str, Any]]  # bars, and the figures behind them
 LARGE_VOCABULARY = 151_936
 
 
@@ -193,12 +191,11 @@ PARTS: dict[str, Callable[[], Measured]] = {
 
 def main() -> None:
     """Measures the parts that are named, or all."""
-    torch.set_num_threads(2)
     if sys.argv[1:2] == ["added_memory"]:
+        torch.set_num_threads(2)
         print_added_memory(sys.argv[2])
-        return
-    for part in sys.argv[1:] or PARTS:
-        write_results("training", part, *PARTS[part]())
+    else:
+        measure_parts("training", PARTS, sys.argv[1:])
 
 
 if __name__ == "__main__":
