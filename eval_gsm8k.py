@@ -15,20 +15,23 @@ from datasets import Dataset
 from hierbd3lm import __version__
 from hierbd3lm.data.splits import FILE_NAME, SYNTHETIC, DataArguments, load_split
 from hierbd3lm.evaluation import (
-    GIVEN_PLANS,
+    REFERENCE_PLANS,
     SUMMARY_FILE,
+    check_samples,
     checksum_of_weights,
     format_prediction,
     format_summary,
     hash_of_data,
+    load_model,
     predict,
     start_run,
     summarize,
+    with_given_plans,
     write_json,
 )
 from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings, segment_limits
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import HfArgumentParser
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -62,7 +65,14 @@ class EvaluationArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Folder of the results; `eval` in `model`."})
     overwrite: bool = field(default=False, metadata={"help": "Throws away the results that `output_dir` holds."})
     given_plan: str | None = field(
-        default=None, metadata={"help": "`reference`: the execution is generated from the reference plan."}
+        default=None,
+        metadata={
+            "help": "Plans that the execution is generated from: `reference`, or a .jsonl file of `question` and "
+            "`plan`, such as the predictions.jsonl of another run."
+        },
+    )
+    num_samples: int = field(
+        default=1, metadata={"help": "Answers to each example; several ask for a temperature > 0."}
     )
     device: str | None = field(default=None, metadata={"help": "Such as `cpu` or `cuda:0`; a GPU if there is one."})
     num_examples_to_print: int = field(default=0, metadata={"help": "Examples that are printed at the end."})
@@ -77,17 +87,18 @@ class EvaluationArguments:
     fill_after_end: bool | None = field(
         default=None, metadata={"help": "Whether what follows <|end|> in its block costs no forward pass."}
     )
+    compile_steps: bool | None = field(default=None, metadata={"help": "Whether denoising passes are compiled."})
     max_plan_len: int | None = field(default=None, metadata={"help": "Most tokens of a plan; whole blocks."})
     max_execution_len: int | None = field(default=None, metadata={"help": "Most tokens of an execution."})
     seed: int = field(default=0, metadata={"help": "Of the random draws; one of its own per batch follows from it."})
 
     def __post_init__(self):
-        for name, low in (("limit", 1), ("batch_size", 1), ("num_examples_to_print", 0)):
+        for name, low in (("limit", 1), ("batch_size", 1), ("num_samples", 1), ("num_examples_to_print", 0)):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"`{name}` must be at least {low}, but got {value}")
-        if self.given_plan not in (None, *GIVEN_PLANS):
-            raise ValueError(f"`given_plan` must be one of {', '.join(GIVEN_PLANS)}, but got {self.given_plan!r}")
+        if self.given_plan not in (None, REFERENCE_PLANS) and not Path(self.given_plan).is_file():
+            raise ValueError(f"`given_plan` must be {REFERENCE_PLANS!r} or a file, but got {self.given_plan!r}")
         if self.output_dir is None:
             self.output_dir = str(Path(self.model, "eval"))
         if self.device is None:
@@ -109,26 +120,31 @@ def main() -> None:
     """Parses, evaluates, prints."""
     args = parse_arguments(sys.argv[1:])
     predictions, summary = evaluate(args)
-    for prediction in predictions[: args.num_examples_to_print]:
-        print(format_prediction(prediction))
+    for prediction in predictions:
+        if prediction["index"] < args.num_examples_to_print:
+            print(format_prediction(prediction))
     print(f"{args.model} on {summary['dataset']}, {args.split} ({args.output_dir}/{SUMMARY_FILE})")
     print(format_summary(summary))
 
 
 def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Evaluates a checkpoint, or goes on with that; returns the predictions, and the summary that is written."""
-    model, tokenizer = load_model(args)
+    model, tokenizer = load_model(args.model, args.device)
     settings = resolve_settings(model.generation_config, args.generation_settings())
     segment_limits(model.config, settings)
+    check_samples(args.num_samples, settings)
     data_args = find_data(args)
     limit = NUM_SYNTHETIC if args.limit is None and data_args.dataset == SYNTHETIC else args.limit
     dataset = load_split(data_args, args.split, limit)
+    if args.given_plan is not None:
+        dataset = with_given_plans(dataset, args.given_plan, args.num_samples)
     start_run(args.output_dir, describe_run(args, data_args, dataset, model, settings), args.overwrite)
-    predictions = predict(model, tokenizer, dataset, settings, args.output_dir, args.batch_size)
+    predictions = predict(model, tokenizer, dataset, settings, args.output_dir, args.batch_size, args.num_samples)
     summary = summarize(predictions) | {
         "model": args.model,
         "dataset": data_args.dataset,
         "split": args.split,
+        "given_plan": args.given_plan,
         "seed": args.seed,
         "settings": settings_of(settings),
         "batch_size": args.batch_size,
@@ -141,13 +157,6 @@ def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str,
     }
     write_json(Path(args.output_dir, SUMMARY_FILE), summary)
     return predictions, summary
-
-
-def load_model(args: EvaluationArguments) -> tuple[HierBD3LMForBlockDiffusion, PreTrainedTokenizerBase]:
-    """The checkpoint on its device, with its tokenizer."""
-    model = HierBD3LMForBlockDiffusion.from_pretrained(args.model).to(args.device).eval()
-    # Without a configuration AutoTokenizer asks whether it may run the code that travels with the checkpoint.
-    return model, AutoTokenizer.from_pretrained(args.model, config=model.config)
 
 
 def find_data(args: EvaluationArguments) -> DataArguments:
@@ -184,6 +193,7 @@ def describe_run(
         "hash_of_data": hash_of_data(dataset),
         "checksum_of_weights": checksum_of_weights(model),
         "batch_size": args.batch_size,
+        "num_samples": args.num_samples,
         "device": str(model.device),
     } | settings_of(settings)
 

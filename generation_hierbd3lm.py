@@ -52,6 +52,9 @@ class HierBD3LMGenerationConfig(GenerationConfig):
             `False` these tokens are denoised like any other before they are replaced.
         max_plan_len, max_execution_len (`int`, *optional*):
             Most tokens of each segment, opener and `<|end|>` counted; whole blocks. The model's lengths if omitted.
+        compile_steps (`bool`, defaults to `False`):
+            Runs denoising passes through `torch.compile`, once for each shape that occurs: a minute at first, less
+            time for every pass after that. The cache has its full length from the start, as shapes must not change.
         seed (`int`, *optional*): of the random draws; torch's global generator draws one if omitted.
 
     Raises:
@@ -74,6 +77,7 @@ class HierBD3LMGenerationConfig(GenerationConfig):
         self.fill_after_end: bool = kwargs.pop("fill_after_end", True)
         self.max_plan_len: int | None = kwargs.pop("max_plan_len", None)
         self.max_execution_len: int | None = kwargs.pop("max_execution_len", None)
+        self.compile_steps: bool = kwargs.pop("compile_steps", False)
         self.seed: int | None = kwargs.pop("seed", None)
         self._commit_hash: str | None = kwargs.pop("_commit_hash", None)
         self._from_model_config: bool | None = kwargs.pop("_from_model_config", None)
@@ -98,8 +102,9 @@ class HierBD3LMGenerationConfig(GenerationConfig):
         _check_number(self, "top_p", int | float, "a number in (0, 1]", lambda value: 0 < value <= 1)
         _check_number(self, "entropy_bound", int | float, "a number >= 0", lambda value: value >= 0)
         _check_number(self, "temperature", int | float, "a finite number >= 0", lambda value: 0 <= value < math.inf)
-        if not isinstance(self.fill_after_end, bool):
-            raise ValueError(f"`fill_after_end` must be True or False, but got {self.fill_after_end!r}")
+        for name in ("fill_after_end", "compile_steps"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, but got {getattr(self, name)!r}")
 
     def get_generation_mode(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("block diffusion has samplers instead of autoregressive generation modes")
@@ -186,12 +191,22 @@ class BlockCache(Cache):
         num_rows: rows of the batch.
         scratch: most tokens that a pass may have.
         capacity: most tokens that a row may keep.
+        compiled_length: passes of at most so many tokens are compiled, and see all columns, filled or not.
     """
 
-    def __init__(self, num_layers: int, num_rows: int, scratch: int, capacity: int, device: torch.device):
+    def __init__(
+        self,
+        num_layers: int,
+        num_rows: int,
+        scratch: int,
+        capacity: int,
+        device: torch.device,
+        compiled_length: int = 0,
+    ):
         super().__init__(layers=[BlockCacheLayer(self) for _ in range(num_layers)])
         self.num_rows, self.scratch, self.capacity = num_rows, scratch, capacity
-        self.used = 0  # columns that some row has filled
+        self.compiled_length = compiled_length
+        self.used = capacity if compiled_length else 0  # columns that a pass sees: some row has filled them, or all
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
         self._block_ids = torch.full((num_rows, capacity), PADDING, device=device)
         self._position_ids = torch.zeros_like(self._block_ids)
@@ -220,7 +235,8 @@ class BlockCache(Cache):
             for states in (layer.keys, layer.values):
                 states[row, :, self.scratch + target] = states[row, :, start + source]
         self.lengths += real.sum(dim=1)
-        self.used = int(self.lengths.max())
+        if not self.compiled_length:
+            self.used = int(self.lengths.max())
 
     def keep_rows(self, keep: torch.BoolTensor) -> torch.LongTensor:
         """Drops the other rows: the last rows move into the holes, so that no more than those are copied.
@@ -337,6 +353,7 @@ class BlockDenoiser:
             scratch=prompt.shape[1] + 3 * self.width,  # a pass: pending, at most two blocks of it new, and the canvas
             capacity=prompt.shape[1] + int(self.limits.sum()),
             device=self.device,
+            compiled_length=2 * self.width if self.settings.compile_steps else 0,
         )
         # Plan and execution, by their positions behind the question.
         self.question_lengths = (prompt_segments == QUESTION).sum(dim=1)

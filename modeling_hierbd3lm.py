@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -266,6 +267,9 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             "past_key_values": cache,
             "use_cache": cache is not None,  # said aloud: the backbone's own default is to build a cache
         }
+        if cache is not None and tokens.shape[1] <= cache.compiled_length and cache.is_initialized:
+            hidden_states = self._compiled_body(**kwargs).last_hidden_state[logits_to_keep]
+            return HierBD3LMOutput(head_logits(self.backbone, hidden_states), None, cache)
         if targets is None:
             outputs = self.backbone(logits_to_keep=0 if logits_to_keep is None else logits_to_keep, **kwargs)
             return HierBD3LMOutput(outputs.logits, None, cache, outputs.hidden_states, outputs.attentions)
@@ -273,6 +277,10 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         hidden_states = outputs.last_hidden_state[logits_to_keep]  # (num_true, hidden)
         nll = nll_in_chunks(self.backbone, hidden_states, targets, self.config.mask_token_id)
         return HierBD3LMOutput(None, nll, cache, outputs.hidden_states, outputs.attentions)
+
+    @functools.cached_property
+    def _compiled_body(self) -> Callable[..., Any]:
+        return torch.compile(self.backbone.base_model, dynamic=False)
 
 
 def nll_in_chunks(

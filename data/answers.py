@@ -1,25 +1,33 @@
-r"""How a final answer is read from a text and compared with the reference.
+r"""How a final answer is read from a text and compared with the reference, for one text or for several samples.
 
 Strict and flexible match are those of the `gsm8k` task (version 3.0) of lm-evaluation-harness 0.4.13: its two regex
 filters, then exact match after its `regexes_to_ignore`. The numeric match is our own: it reads the strict answer and
 compares values, so that `#### 18.00` is 18; where the target is a number, every strict match is a numeric match.
 
-The harness cuts a generated text at `Question:`, `</s>` and `<|im_end|>` before it reads the answer; a text that may
-hold one of these is cut by the caller.
+The harness cuts a generated text before it reads the answer; here that is [`cut_at_stops`], which the caller does.
 """
 
 import math
 import re
+from collections import Counter
+from collections.abc import Iterable
 from decimal import Decimal
 from statistics import NormalDist
 
-# tasks/gsm8k/gsm8k.yaml of lm-evaluation-harness: filters `strict-match` and `flexible-extract`, metric `exact_match`
+# tasks/gsm8k/gsm8k.yaml of lm-evaluation-harness: `until`, filters `strict-match` and `flexible-extract`, and what its
+# metric `exact_match` ignores
+STOPS = re.compile("|".join(map(re.escape, ("Question:", "</s>", "<|im_end|>"))))
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 IGNORED = tuple(re.compile(pattern) for pattern in (",", r"\$", r"(?s).*#### ", r"\.$"))
 INVALID = "[invalid]"
 
 DECIMAL = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
+
+
+def cut_at_stops(text: str) -> str:
+    """The text before the first of `STOPS`."""
+    return STOPS.split(text, maxsplit=1)[0]
 
 
 def extract_strict(text: str) -> str:
@@ -80,10 +88,38 @@ def reference_answer(text: str) -> str:
     return answer
 
 
-def wilson_interval(successes: int, n: int, z: float = NormalDist().inv_cdf(0.975)) -> tuple[float, float]:
+def count_votes(texts: Iterable[str]) -> list[tuple[Decimal, int]]:
+    """The values of the texts' strict answers with the number of texts that gave each, most first.
+
+    Of values with equally many votes, the one that was met first comes first. An unparsable text has no vote.
+    """
+    values = (parse_number(extract_strict(text)) for text in texts)
+    return Counter(value for value in values if value is not None).most_common()
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """Probability that k of the samples, drawn without replacement, hold a right one.
+
+    Chen et al. 2021, "Evaluating Large Language Models Trained on Code", section 2.1, equation 1: unbiased for k
+    independent samples.
+
+    Raises:
+        ValueError: unless `0 <= num_right <= num_samples` and `1 <= k <= num_samples`.
+    """
+    if not 0 <= num_right <= num_samples or not 1 <= k <= num_samples:
+        raise ValueError(
+            f"`num_samples`, `num_right` and `k` must satisfy 0 <= num_right <= num_samples, 1 <= k <= num_samples, "
+            f"but got {num_samples}, {num_right}, {k}"
+        )
+    return 1 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
+def wilson_interval(successes: float, n: int, z: float = NormalDist().inv_cdf(0.975)) -> tuple[float, float]:
     """The score interval of a success rate, by default at 95 %.
 
     Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927), p. 209-212.
+    `successes` may be a sum of `n` rates in [0, 1]; as none of them varies more than a coin, the interval then errs on
+    the wide side.
 
     Raises:
         ValueError: unless `0 <= successes <= n`, `n >= 1` and `z > 0`.

@@ -1,8 +1,13 @@
-"""How answers are read: a table of outputs, each checked by hand and against lm-evaluation-harness 0.4.13."""
+"""How answers are read: a table of outputs, each checked by hand; what several samples say, against brute force."""
+
+import itertools
+from decimal import Decimal
 
 import pytest
 from hierbd3lm.data.answers import (
     INVALID,
+    count_votes,
+    cut_at_stops,
     extract_flexible,
     extract_strict,
     is_parsable,
@@ -11,6 +16,7 @@ from hierbd3lm.data.answers import (
     match_strict,
     normalize,
     parse_number,
+    pass_at_k,
     reference_answer,
     wilson_interval,
 )
@@ -114,6 +120,12 @@ def test_strict_match_is_a_numeric_match(row):
     assert match_numeric(output, gold) or not match_strict(output, gold)
 
 
+@pytest.mark.parametrize("text", ["Question: a", "</s>a", "<|im_end|>a", "<|im_end|></s>Question:"])
+def test_text_is_cut_at_the_first_stop(text):
+    assert cut_at_stops(f"#### 5{text}") == "#### 5"
+    assert cut_at_stops("#### 5 question </S>") == "#### 5 question </S>"
+
+
 @pytest.mark.parametrize(
     ("output", "parsable"),
     [("#### 18", True), ("#### 1,080.50", True), ("#### .5", True), ("#### 1.2.3", False), ("18", False), ("", False)],
@@ -152,6 +164,44 @@ def test_reference_answer(text, answer):
 def test_reference_without_answer_raises(text):
     with pytest.raises(ValueError, match="`text` must end with"):
         reference_answer(text)
+
+
+@pytest.mark.parametrize(
+    ("answers", "votes"),
+    [
+        (["#### 5", "#### 7", "#### 5"], [("5", 2), ("7", 1)]),
+        (["#### 7", "#### 5", "#### 5", "#### 7"], [("7", 2), ("5", 2)]),
+        (["#### 5", "#### 7", "#### 7", "#### 5.00", "#### 05"], [("5", 3), ("7", 2)]),
+        (["#### 1,000", "#### 1000", "x", "#### x", "7"], [("1000", 2)]),
+        (["#### -5", "#### 5"], [("-5", 1), ("5", 1)]),
+        (["", "5", "#### 1.2.3"], []),
+        ([], []),
+    ],
+)
+def test_votes_are_counted_by_value_and_the_first_met_leads_a_tie(answers, votes):
+    assert count_votes(answers) == [(Decimal(value), count) for value, count in votes]
+
+
+@pytest.mark.parametrize("num_samples", range(1, 8))
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(num_samples):
+    for num_right, k in itertools.product(range(num_samples + 1), range(1, num_samples + 1)):
+        samples = [i < num_right for i in range(num_samples)]
+        hits = [any(subset) for subset in itertools.combinations(samples, k)]
+        assert pass_at_k(num_samples, num_right, k) == pytest.approx(sum(hits) / len(hits))
+
+
+def test_pass_at_k_is_unbiased():
+    """Its mean over all outcomes of 6 samples that are right with probability p is 1 - (1 - p)^k."""
+    for p, k in itertools.product((0.1, 0.5, 0.9), range(1, 7)):
+        outcomes = itertools.product((False, True), repeat=6)
+        mean = sum(p ** sum(o) * (1 - p) ** (6 - sum(o)) * pass_at_k(6, sum(o), k) for o in outcomes)
+        assert mean == pytest.approx(1 - (1 - p) ** k)
+
+
+@pytest.mark.parametrize("arguments", [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5), (0, 0, 1)])
+def test_pass_at_k_of_impossible_counts_raises(arguments):
+    with pytest.raises(ValueError, match="1 <= k <= num_samples, but got"):
+        pass_at_k(*arguments)
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 50), (50, 50), (7, 19), (431, 1319), (1319, 1319)])

@@ -1,5 +1,6 @@
 """What the evaluation reports is what the model wrote, however often it was interrupted."""
 
+import itertools
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from hierbd3lm.data.splits import DataArguments, load_split
 from hierbd3lm.data.synthetic import SyntheticConfig, vocabulary_texts
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.eval_gsm8k import EvaluationArguments, evaluate, find_data, parse_arguments
-from hierbd3lm.evaluation import cut_at_stops, make_batches, read_problems
+from hierbd3lm.evaluation import format_summary, make_batches, read_plans, read_problems, with_given_plans
 from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from transformers import AutoTokenizer, Qwen3Config
@@ -92,7 +93,10 @@ def without_time(values):
 
 
 class Scripted:
-    """Stands in for `generate`: writes texts that are looked up by the question, in a pass per 4 tokens."""
+    """Stands in for `generate`: writes texts that are looked up by the question, in a pass per 4 tokens.
+
+    A question has a pair of plan and execution, or a list of them of which every call takes the next.
+    """
 
     def __init__(self, checkpoint, texts):
         self.tokenizer, self.texts, self.batches = AutoTokenizer.from_pretrained(checkpoint + "/tokenizer"), texts, []
@@ -102,9 +106,9 @@ class Scripted:
             self.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(input_ids, attention_mask, strict=True)
         ]
         self.batches.append(questions)
-        plans, executions = (
-            [self.tokenizer(self.texts[question][part])["input_ids"] for question in questions] for part in (0, 1)
-        )
+        pairs = [self.texts[question] for question in questions]
+        pairs = [pair.pop(0) if isinstance(pair, list) else pair for pair in pairs]
+        plans, executions = ([self.tokenizer(pair[part])["input_ids"] for pair in pairs] for part in (0, 1))
         num_tokens = torch.tensor([len(plan) + len(steps) + 2 for plan, steps in zip(plans, executions, strict=True)])
         passes = (num_tokens + 3) // 4
         return SimpleNamespace(
@@ -199,10 +203,74 @@ def test_summary_names_the_run(args, checkpoint):
     assert summary["settings"] == summary["settings"] | given
 
 
-@pytest.mark.parametrize("text", ["Question: a", "</s>a", "<|im_end|>a", "<|im_end|></s>Question:"])
-def test_text_is_cut_at_the_first_stop(text):
-    assert cut_at_stops(f"#### 5{text}") == "#### 5"
-    assert cut_at_stops("#### 5 question </S>") == "#### 5 question </S>"
+# Several samples
+
+# executions of four samples of a problem whose answer is 5 -> what wins, how many are right
+VOTES = [
+    (("#### 5", "#### 5", "#### 7", "#### 7"), "tie, the right value first", 2),
+    (("#### 7", "#### 5", "Mia", "#### 5"), "right", 2),
+    (("5", "", "####5", "#### Mia"), "no votes", 0),
+    (("#### 7", "#### 05", "#### 5.0", "#### 5 Question: #### 7"), "right", 3),
+    (("#### 7", "#### 7", "#### 7", "#### 5"), "wrong", 1),
+    (("#### 7", "#### 5", "#### 6", "Mia"), "tie, a wrong value first", 1),
+]
+
+
+def test_majority_and_pass_at_k_are_what_the_samples_say(args, script, dataset_of):
+    """Against votes counted by hand, and all subsets of the samples."""
+    rows = [{"question": f"{i}", "plan": "Mia", "execution": "#### 5"} for i in range(len(VOTES))]
+    script({f"{i}": [("Mia", text) for text in texts] for i, (texts, _, _) in enumerate(VOTES)})
+    run = args(dataset=dataset_of(rows), limit=None, num_samples=4, temperature=1.0)
+    predictions, summary = evaluate(run)
+    n = len(VOTES)
+    assert read_lines(run) == predictions and summary == read_summary(run)
+    assert [(line["index"], line["sample"]) for line in predictions] == list(itertools.product(range(n), range(4)))
+    assert [line["execution"] for line in predictions] == [text for texts, _, _ in VOTES for text in texts]
+    assert (summary["n"], summary["num_samples"]) == (n, 4)
+    assert (summary["num_unparsable_votes"], summary["num_without_votes"], summary["num_tied_votes"]) == (6, 1, 2)
+    num_won = sum(outcome in ("right", "tie, the right value first") for _, outcome, _ in VOTES)
+    assert summary["majority_vote"] == num_won / n
+    assert summary["majority_vote_interval"] == list(wilson_interval(num_won, n))
+    for k in range(1, 5):
+        hits = [[i < right for i in range(4)] for _, _, right in VOTES]
+        expected = [any(subset) for samples in hits for subset in itertools.combinations(samples, k)]
+        assert summary[f"pass_at_{k}"] == pytest.approx(sum(expected) / len(expected))
+    assert summary["pass_at_1"] == pytest.approx(summary["exact_match_numeric"])
+    assert summary["unparsable"] == pytest.approx(6 / (4 * n))
+    low, high = summary["pass_at_2_interval"]
+    assert low < summary["pass_at_2"] < high
+    printed = format_summary(summary).splitlines()
+    assert [line.split("  ")[0] for line in printed if "vote" in line or "pass at" in line] == [
+        "majority vote",
+        *(f"pass at {k}" for k in (1, 2, 4)),
+    ]
+
+
+def test_one_sample_has_no_vote(args):
+    _, summary = evaluate(args(limit=2))
+    assert summary["num_samples"] == 1
+    assert not [name for name in summary if "vote" in name or "pass_at" in name]
+
+
+def test_every_sample_has_a_plan_of_its_own_and_the_first_is_that_of_a_run_with_one(args):
+    sampling = {"temperature": 1.0, "seed": 3}
+    predictions, _ = evaluate(args(num_samples=3, **sampling))
+    alone, _ = evaluate(args(overwrite=True, **sampling))
+    assert without_time(predictions[::3]) == without_time(alone)
+    plans = [{line["plan"] for line in predictions[3 * i : 3 * i + 3]} for i in range(10)]
+    assert sum(len(of_one) > 1 for of_one in plans) >= 8
+
+
+def test_greedy_samples_are_refused_before_anything_is_written(args):
+    with pytest.raises(ValueError, match=r"`temperature` must be > 0 for num_samples=2, but got 0\.0"):
+        evaluate(args(num_samples=2))
+    assert not Path(args().output_dir).exists()
+
+
+def test_number_of_samples_is_part_of_the_run(args):
+    evaluate(args(temperature=1.0))
+    with pytest.raises(ValueError, match="num_samples: 1 there, 2 now"):
+        evaluate(args(temperature=1.0, num_samples=2))
 
 
 # What is generated
@@ -302,9 +370,77 @@ def test_given_plan_is_used_and_is_not_scored(args, rows, checkpoint):
 
 def test_plan_that_is_not_there_cannot_be_given(args, rows, dataset_of):
     rows[2]["plan"] = ""
-    with pytest.raises(ValueError, match="row 2: `plan` must be a text"):
+    with pytest.raises(ValueError, match="row 2: `given_plan` must hold 1 of its plans, but 'reference' has 0"):
         evaluate(args(dataset=dataset_of(rows), given_plan="reference"))
     assert evaluate(args(dataset=dataset_of(rows), overwrite=True))[1]["num_reference_plans"] == 9
+
+
+def plans_of(tmp_path, plans):
+    path = tmp_path / "plans.jsonl"
+    lines = [json.dumps({"question": question, "plan": plan}) + "\n" for question, plan in plans]
+    path.write_text("".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def test_plans_of_a_file_are_found_by_the_question(args, rows, tmp_path):
+    by_reference = evaluate(args(given_plan="reference"))[0]
+    plans = [(row["question"], row["plan"]) for row in rows]
+    source = plans_of(tmp_path, [("another question", "Mia = 1"), *reversed(plans)])
+    given, summary = evaluate(args(given_plan=source, overwrite=True))
+    assert without_time(given) == without_time(by_reference)
+    assert summary["given_plan"] == source and "plan_match" not in summary
+
+
+def test_plans_that_a_run_wrote_give_its_executions_again(args, tmp_path):
+    written, _ = evaluate(args(output_dir=str(tmp_path / "written")))
+    given, _ = evaluate(args(given_plan=str(tmp_path / "written" / "predictions.jsonl")))
+    closed = [i for i, line in enumerate(written) if line["num_plan_tokens"] < SHORT["max_plan_len"] - 1]
+    assert len(closed) >= 2  # the others were cut at their limit, and are closed when they are given
+    assert [given[i]["plan"] for i in closed] == [written[i]["plan"] for i in closed]
+    assert [given[i]["execution"] for i in closed] == [written[i]["execution"] for i in closed]
+
+
+def test_samples_share_one_given_plan_or_have_one_each(args, rows, tmp_path):
+    sampling = {"num_samples": 2, "temperature": 1.0, "limit": 3}
+    shared = [(row["question"], row["plan"]) for row in rows[:3]]
+    predictions, _ = evaluate(args(given_plan=plans_of(tmp_path, shared), **sampling))
+    assert [line["plan"] for line in predictions] == [plan for _, plan in shared for _ in range(2)]
+    own = [(question, f"Mia = {sample}") for question, _ in shared for sample in range(2)]
+    predictions, _ = evaluate(args(given_plan=plans_of(tmp_path, own), overwrite=True, **sampling))
+    assert [line["plan"] for line in predictions] == [plan for _, plan in own]
+
+
+def test_other_plans_in_the_same_file_are_another_run(args, rows, tmp_path):
+    plans = [(row["question"], row["plan"]) for row in rows]
+    evaluate(args(given_plan=plans_of(tmp_path, plans)))
+    plans[3] = (plans[3][0], "Mia = 1")
+    with pytest.raises(ValueError, match="hash_of_data"):
+        evaluate(args(given_plan=plans_of(tmp_path, plans)))
+
+
+@pytest.mark.parametrize(("num_plans", "accepted"), [(0, "1"), (2, "1"), (2, "1 or num_samples=3")])
+def test_wrong_number_of_plans_raises(args, rows, tmp_path, num_plans, accepted):
+    plans = [(row["question"], row["plan"]) for i, row in enumerate(rows) for _ in range(num_plans if i == 4 else 1)]
+    sampling = {"num_samples": 3, "temperature": 1.0} if "3" in accepted else {}
+    with pytest.raises(ValueError, match=f"row 4: `given_plan` must hold {accepted} of its plans, .* has {num_plans}"):
+        evaluate(args(given_plan=plans_of(tmp_path, plans), **sampling))
+    assert not Path(args().output_dir).exists()
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"question": "a"}', '{"question": "a", "plan": null}', '{"question": [], "plan": ""}']
+)
+def test_line_without_a_plan_raises(tmp_path, line):
+    path = tmp_path / "plans.jsonl"
+    path.write_text('{"question": "a", "plan": ""}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"line 2 of .* must be JSON with the texts `question` and `plan`"):
+        read_plans(path)
+
+
+def test_reference_plans_of_a_dataset_without_plans_raise(args, rows, tmp_path):
+    rows = [{"question": row["question"], "execution": row["execution"]} for row in rows]
+    with pytest.raises(ValueError, match="`dataset` must have the column plan, but has question, execution"):
+        with_given_plans(datasets.Dataset.from_list(rows), "reference")
 
 
 def test_special_token_in_a_question_raises(args, rows, dataset_of):
@@ -336,10 +472,12 @@ def interrupt(monkeypatch, after):
     return calls
 
 
-@pytest.mark.parametrize(("after", "cut"), [(0, 0), (1, 0), (3, 0), (1, 1), (3, 40)])
-def test_resumed_run_equals_an_uninterrupted_one(args, monkeypatch, tmp_path, after, cut):
+@pytest.mark.parametrize(
+    ("after", "cut", "num_samples"), [(0, 0, 1), (1, 0, 1), (3, 0, 1), (1, 1, 1), (3, 40, 1), (6, 1, 2)]
+)
+def test_resumed_run_equals_an_uninterrupted_one(args, monkeypatch, tmp_path, after, cut, num_samples):
     """Interrupted after so many batches, with the last bytes of the file cut off."""
-    sampling = {"temperature": 1.0, "sampler": "first_hitting", "seed": 3}
+    sampling = {"temperature": 1.0, "sampler": "first_hitting", "seed": 3, "num_samples": num_samples}
     whole = args(output_dir=str(tmp_path / "whole"), **sampling)
     evaluate(whole)
     run = args(**sampling)
@@ -348,20 +486,21 @@ def test_resumed_run_equals_an_uninterrupted_one(args, monkeypatch, tmp_path, af
         evaluate(run)
     path = Path(run.output_dir, "predictions.jsonl")
     content = path.read_bytes()
-    assert content.count(b"\n") == 3 * after
+    assert content.count(b"\n") == 3 * after - 2 * (after > 4)  # the fourth batch has the tenth problem alone
     path.write_bytes(content[: len(content) - cut])
     seconds = [json.loads(line)["seconds"] for line in content.splitlines()]
     kept_batches = after if cut == 0 else max(after - 1, 0)
     calls = interrupt(monkeypatch, after=10)
     evaluate(run)
-    assert len(calls) == 4 - kept_batches
+    assert len(calls) == 4 * num_samples - kept_batches
     assert without_time(read_lines(run)) == without_time(read_lines(whole))
     is_time = {"seconds", "tokens_per_second"}
     assert {name: value for name, value in read_summary(run).items() if name not in is_time} == {
         name: value for name, value in read_summary(whole).items() if name not in is_time
     }
     times = [line["seconds"] for line in read_lines(run)]
-    assert set(seconds[: 3 * kept_batches]) <= set(times)  # the time of the first part counts
+    num_kept = 3 * kept_batches - 2 * (kept_batches > 3)
+    assert set(seconds[:num_kept]) <= set(times)  # the time of the first part counts
     assert read_summary(run)["seconds"] == pytest.approx(sum(times))
 
 
@@ -428,8 +567,8 @@ def test_other_weights_and_other_rows_in_the_same_place_are_refused(args, rows, 
     evaluate(args(dataset=dataset_of(rows)))
     load_model = eval_gsm8k.load_model
 
-    def retrained(arguments):
-        model, tokenizer = load_model(arguments)
+    def retrained(path, device):
+        model, tokenizer = load_model(path, device)
         with torch.no_grad():
             next(model.parameters())[0, 0] += 1
         return model, tokenizer
@@ -471,7 +610,7 @@ def test_file_that_was_trained_on_is_no_test_split(args, rows, dataset_of, tmp_p
 def test_every_generation_setting_can_be_given():
     values = {"sampler": "entropy", "num_steps": 3, "threshold": 0.5, "entropy_bound": 0.2, "tokens_per_step": 2}
     values |= {"temperature": 0.7, "top_p": 0.8, "fill_after_end": False, "max_plan_len": 8, "max_execution_len": 8}
-    values |= {"seed": 5}
+    values |= {"seed": 5, "compile_steps": True}
     assert values.keys() | {"stage"} == MODEL_SETTINGS
     argv = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     assert parse_arguments(["--model", "a", *argv]).generation_settings() == values | {"stage": "full"}
@@ -485,7 +624,8 @@ def test_results_lie_beside_the_checkpoint_by_default():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("limit", 0), ("batch_size", 0), ("num_examples_to_print", -1), ("given_plan", "mine")]
+    ("name", "value"),
+    [("limit", 0), ("batch_size", 0), ("num_samples", 0), ("num_examples_to_print", -1), ("given_plan", "mine")],
 )
 def test_argument_out_of_range_raises(args, name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be .*, but got .*{value}"):

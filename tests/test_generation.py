@@ -986,3 +986,17 @@ def test_sequences_have_the_layout_they_were_generated_with():
     layout = model._clean_layout(output.sequences, None, None, None, None, None)
     derived = list(zip(layout.position_ids[0].tolist(), layout.block_ids[0].tolist(), strict=True))
     assert sorted(set(seen)) == derived
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["first_hitting", "confidence"])
+def test_compiled_steps_give_the_same_tokens(sampler):
+    model, questions = speaker(backbone="qwen3"), left_pad(RAGGED_QUESTIONS)
+    settings = {"sampler": sampler, **SAMPLERS[sampler], "temperature": 1.0, "seed": 3}
+    eager = model.generate(questions, **settings)
+    torch._dynamo.utils.counters.clear()
+    compiled = model.generate(questions, **settings, compile_steps=True)
+    assert compiled.sequences.tolist() == eager.sequences.tolist()
+    assert compiled.num_forward_passes.tolist() == eager.num_forward_passes.tolist()
+    assert len(set(eager.num_forward_passes.tolist())) > 1  # rows left the batch on the way
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
