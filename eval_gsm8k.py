@@ -13,6 +13,7 @@ import torch
 import transformers
 from datasets import Dataset
 from hierbd3lm import __version__
+from hierbd3lm.data.run_folder import write_json
 from hierbd3lm.data.splits import FILE_NAME, SYNTHETIC, DataArguments, load_split
 from hierbd3lm.evaluation import (
     REFERENCE_PLANS,
@@ -27,7 +28,6 @@ from hierbd3lm.evaluation import (
     start_run,
     summarize,
     with_given_plans,
-    write_json,
 )
 from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings, segment_limits
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion

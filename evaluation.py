@@ -4,7 +4,6 @@ A run has a folder: `settings.json` (what the run is), `predictions.jsonl` (a li
 batch by batch) and, in the end, `summary.json`. A run that was interrupted goes on where it stopped.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .configuration_hierbd3lm import HierBD3LMConfig
+from .data import run_folder
 from .data.answers import (
     count_votes,
     cut_at_stops,
@@ -130,27 +130,26 @@ def predict(
     check_samples(num_samples, settings)
     problems = read_problems(dataset, tokenizer, model.config, settings.stage == "execution", num_samples)
     path = Path(folder, PREDICTIONS_FILE)
-    predictions = read_predictions(path)
     # All problems once, then all of them again.
     batches = chain.from_iterable(
         make_batches(problems[sample::num_samples], batch_size) for sample in range(num_samples)
     )
     seeds = random.Random(settings.seed)
-    with tqdm(total=len(problems), desc="Evaluating", unit="example") as progress, path.open("ab") as lines:
+    with tqdm(total=len(problems), desc="Evaluating", unit="example") as progress, run_folder.Log(path) as log:
+        predictions = {_key(prediction): prediction for prediction in log.records}
         for batch in batches:
             # A batch is answered as a whole or not at all, so that a resumed run draws what an uninterrupted one does.
             batch_settings = resolve_settings(settings, {"seed": seeds.getrandbits(62)})
             if any(problem.key not in predictions for problem in batch):
                 answers = answer_batch(model, tokenizer, batch, batch_settings)
                 predictions |= {_key(answer): answer for answer in answers}
-                lines.write(_to_lines(answers))
-                lines.flush()
+                log.append(*answers)
             progress.update(len(batch))
         unanswered = [score(problem, "", "") for problem in problems if problem.too_long]
         progress.update(len(unanswered))
     predictions |= {_key(prediction): prediction for prediction in unanswered}
     ordered = [predictions[problem.key] for problem in problems]
-    _replace(path, _to_lines(ordered))
+    run_folder.write_lines(path, ordered)
     return ordered
 
 
@@ -525,63 +524,16 @@ def format_prediction(prediction: dict[str, Any]) -> str:
 
 
 def start_run(folder: str | os.PathLike, settings: dict[str, Any], overwrite: bool = False) -> None:
-    """Makes the folder of a run, or makes sure that the run which it holds is this one.
-
-    Args:
-        settings: all that decides what is predicted, as JSON takes it; kept in `settings.json`.
-        overwrite: whether a run that is there is thrown away.
+    """Makes the folder of a run that `settings` decide on, or makes sure that it holds this run.
 
     Raises:
         ValueError: if the folder holds another run.
     """
-    folder = Path(folder)
-    settings = json.loads(json.dumps(settings))  # as they will be read
-    settings_path, predictions_path = folder / SETTINGS_FILE, folder / PREDICTIONS_FILE
-    if not overwrite and (settings_path.is_file() or predictions_path.is_file()):
-        there = json.loads(settings_path.read_text()) if settings_path.is_file() else {}
-        different = [name for name in sorted(there | settings) if there.get(name) != settings.get(name)]
-        if different:
-            changes = "; ".join(f"{name}: {there.get(name)!r} there, {settings.get(name)!r} now" for name in different)
-            raise ValueError(
-                f"`output_dir` must be new or hold this run, but got {folder} with another one ({changes}): give "
-                f"`--overwrite` to throw that away, or another folder"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (SUMMARY_FILE, PREDICTIONS_FILE):
-        (folder / name).unlink(missing_ok=True)
-    write_json(settings_path, settings)
-
-
-def read_predictions(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """The predictions of a run by [`Problem.key`], the last of several; cuts a torn last line off the file."""
-    if not path.is_file():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        _replace(path, whole)
-    predictions = map(json.loads, whole.splitlines())
-    return {_key(prediction): prediction for prediction in predictions}
+    run_folder.start_run(Path(folder), settings, SETTINGS_FILE, (PREDICTIONS_FILE, SUMMARY_FILE), overwrite)
 
 
 def _key(prediction: dict[str, Any]) -> tuple[int, int]:
     return prediction["index"], prediction["sample"]
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a file that is never half there."""
-    _replace(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _to_lines(values: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    new = path.with_name(f"{path.name}.new")
-    new.write_bytes(content)
-    os.replace(new, path)
 
 
 def checksum_of_weights(model: torch.nn.Module) -> int:
@@ -592,5 +544,4 @@ def checksum_of_weights(model: torch.nn.Module) -> int:
 
 def hash_of_data(dataset: Dataset) -> str:
     """Hash of all that a dataset's columns hold: another file in the same place is another run."""
-    rows = json.dumps(dataset.to_dict(), default=str, sort_keys=True)
-    return hashlib.sha256(rows.encode()).hexdigest()[:16]
+    return run_folder.hash_of(dataset.to_dict())

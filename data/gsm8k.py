@@ -19,14 +19,16 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, load_dataset
 
 from .answers import reference_answer
+from .plan_numbers import CONSTANTS, NUMBER, QUANTITY, plain, quantity_value, stated_values, values
+from .steps import STEP_SEPARATOR, make_row, number_steps, pair_lines, render_steps
 
 HUB_IDS = ("openai/gsm8k", "gsm8k")
 SPLITS = ("train", "test")
@@ -36,7 +38,7 @@ ANNOTATION = re.compile(r"<<([^<>]*)>>")
 def load_gsm8k(
     split: str, subset: str = "main", keep_calculator: bool = False, data_dir: str | os.PathLike | None = None
 ) -> Dataset:
-    """GSM8K as `question`, `plan`, `execution` (ends with `#### <answer>`) and `answer`.
+    """GSM8K as the rows of [`make_row`].
 
     Args:
         split: `train` or `test`.
@@ -76,82 +78,39 @@ def load_gsm8k_rows(split: str, subset: str = "main", data_dir: str | os.PathLik
         return Dataset.from_list([json.loads(line) for line in lines])
 
 
-def parse_main(row: dict, keep_calculator: bool = False) -> dict[str, str]:
-    """A row of `main`; the plan is written by [`plan_from_solution`]."""
-    solution, answer = _split_answer(row["answer"])
-    return {
-        "question": row["question"],
-        "plan": plan_from_solution(row["question"], row["answer"]),
-        "execution": _write_execution(solution, answer, keep_calculator),
-        "answer": answer,
-    }
+def parse_main(row: dict, keep_calculator: bool = False) -> dict[str, Any]:
+    """A row of `main`; the plan is written by [`steps_from_solution`]."""
+    plan_steps, execution_steps = steps_from_solution(row["question"], row["answer"])
+    return _make_row(row, plan_steps, execution_steps, keep_calculator)
 
 
-def parse_socratic(row: dict, keep_calculator: bool = False) -> dict[str, str]:
+def parse_socratic(row: dict, keep_calculator: bool = False) -> dict[str, Any]:
     """A row of `socratic`, whose lines are `sub-question ** step`.
 
     Raises:
         ValueError: for a line without the separator.
     """
-    solution, answer = _split_answer(row["answer"])
-    lines = [line.partition("**") for line in solution.split("\n")]
+    lines = [line.partition("**") for line in _lines_of(row["answer"])]
     if not all(separator for _, separator, _ in lines):
-        raise ValueError(f"every line of `answer` must be 'sub-question ** step', but got {solution!r}")
-    return {
-        "question": row["question"],
-        "plan": "\n".join(sub_question.strip() for sub_question, _, _ in lines),
-        "execution": _write_execution("\n".join(step.strip() for _, _, step in lines), answer, keep_calculator),
-        "answer": answer,
-    }
+        raise ValueError(f"every line of `answer` must be 'sub-question ** step', but got {row['answer']!r}")
+    sub_questions, steps = ([line[part].strip() for line in lines] for part in (0, 2))
+    return _make_row(row, sub_questions, steps, keep_calculator)
 
 
-PARSERS: dict[str, Callable[..., dict[str, str]]] = {"main": parse_main, "socratic": parse_socratic}
+PARSERS: dict[str, Callable[..., dict[str, Any]]] = {"main": parse_main, "socratic": parse_socratic}
 
 
-def _split_answer(text: str) -> tuple[str, str]:
-    return text.rpartition("####")[0].strip(), reference_answer(text)
+def _make_row(row: dict, plan_steps: list[str], steps: list[str], keep_calculator: bool) -> dict[str, Any]:
+    execution_steps = steps if keep_calculator else [ANNOTATION.sub("", step) for step in steps]
+    return make_row(row["question"], plan_steps, execution_steps, reference_answer(row["answer"]))
 
 
-def _write_execution(solution: str, answer: str, keep_calculator: bool) -> str:
-    steps = solution if keep_calculator else ANNOTATION.sub("", solution)
-    return f"{steps}\n#### {answer}"
+def _lines_of(solution: str) -> list[str]:
+    return solution.partition("####")[0].strip().split(STEP_SEPARATOR)
 
 
 # Plans by rule
 
-# Numbers that a solution may take from general knowledge: percent, coins, pints, days, months, hours, feet, angles ...
-CONSTANTS = frozenset([Fraction(cents, 100) for cents in (1, 5, 10, 25, 50)]).union(
-    map(Fraction, (0, 1, 2, 3, 4, 5, 7, 8, 10, 12, 16, 24, 28, 30, 31, 36, 52, 60, 90, 100)),
-    map(Fraction, (180, 360, 365, 1000, 1440, 2000, 3600, 5280)),
-)
-ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-CARDINALS = {word: i for i, word in enumerate(f"{ONES} seventeen eighteen nineteen".split())}
-CARDINALS |= {word: 10 * i for i, word in enumerate(TENS.split(), 2)}
-SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
-# Words of a question that state a number; in a plan they are operations or units, and stay.
-IMPLIED = {
-    word: value
-    for value, words in {
-        2: "half halve twice double both pair couple",
-        3: "third triple thrice",
-        4: "fourth quarter quadruple",
-        5: "fifth",
-        6: "sixth",
-        8: "eighth",
-        10: "tenth",
-        12: "dozen",
-    }.items()
-    for word in words.split()
-}
-
-NUMBER = r"(?:[0-9]+(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]*\.[0-9]+|[0-9]+)"
-NUMBER_WORD = f"(?:{'|'.join([*CARDINALS, *SCALES][::-1])})"  # `seventeen` is tried before `seven`
-QUANTITY = re.compile(
-    rf"(?P<digits>{NUMBER})(?:[\s-]?(?P<scale>{'|'.join(SCALES)})\b)?"
-    rf"|\b(?P<words>{NUMBER_WORD}(?:[\s-]{NUMBER_WORD})*)\b",
-    re.IGNORECASE,
-)
 CURRENCY = "$€£¢"
 OPERATOR = "[-+*/x×÷−–]"
 TO_ASCII = str.maketrans("x×÷−–", "**/--")
@@ -176,6 +135,11 @@ MOST_WORDS = 10  # of a description that keeps all its clauses
 
 
 def plan_from_solution(question: str, solution: str) -> str:
+    """The plan of [`steps_from_solution`] as a text."""
+    return render_steps(steps_from_solution(question, solution)[0])
+
+
+def steps_from_solution(question: str, solution: str) -> tuple[list[str], list[str]]:
     """Writes the plan of a solution: a line `k. what step k finds: its calculation` for each calculation.
 
     A number of a calculation is written as
@@ -194,21 +158,32 @@ def plan_from_solution(question: str, solution: str) -> str:
     Args:
         question: the problem.
         solution: GSM8K's `answer`: a step per line, calculations marked `<<48/2=24>>`, with or without `#### 24`.
+
+    Returns:
+        the plan's lines and the solution's, joined to steps by [`pair_lines`].
     """
-    body, _, final = solution.partition("####")
-    steps = [step for line in body.split("\n") if line.strip() for step in _read_line(line)]
-    after_equals = " ".join(re.findall(rf"=\s*[{CURRENCY}]?({NUMBER})", ANNOTATION.sub("", body)))
-    equations = " ".join(step.before for step in steps if "=" in step.before and not step.expression)
-    computed = _values(f"{final} {after_equals} {equations}").union(*(step.results for step in steps))
-    plan = _PlanWriter(question, computed)
-    for step in steps:
+    lines = _lines_of(solution)
+    read = [(i, step) for i, line in enumerate(lines) for step in _read_line(line)]
+    plan, carried_out_by = _PlanWriter(question, computed_values(solution)), []
+    for i, step in read:
         if not step.expression:
             step = replace(step, results=plan.news(step))
         if step.expression or step.results or re.search(r"=|^\s*Let\b", step.before):
             plan.write(step)
-    for step in steps if not plan.lines else ():
+            carried_out_by.append(i)
+    for i, step in read if not plan.lines else ():
         plan.write(step)
-    return "\n".join(f"{k}. {line}" for k, line in enumerate(plan.lines, 1))
+        carried_out_by.append(i)
+    return pair_lines(number_steps(plan.lines), lines, carried_out_by)
+
+
+def computed_values(solution: str) -> frozenset[Fraction]:
+    """Every number that a solution finds out: results, what stands behind a `=` or in an equation, and its answer."""
+    steps = [step for line in _lines_of(solution) for step in _read_line(line)]
+    body, _, final = solution.partition("####")
+    after_equals = " ".join(re.findall(rf"=\s*[{CURRENCY}]?({NUMBER})", ANNOTATION.sub("", body)))
+    equations = " ".join(step.before for step in steps if "=" in step.before and not step.expression)
+    return values(f"{final} {after_equals} {equations}").union(*(step.results for step in steps))
 
 
 @dataclass(frozen=True)
@@ -223,6 +198,8 @@ class _Step:
 
 def _read_line(line: str) -> list[_Step]:
     """The steps of a line: one for each annotation, else one for its last calculation, else one for its words."""
+    if not line.strip():
+        return []
     marks = list(ANNOTATION.finditer(line))
     if not marks:
         line = re.sub(rf"(?<=[0-9])\s?\((?={NUMBER}[/%)])", "*(", line)  # `35(.20)`
@@ -230,7 +207,7 @@ def _read_line(line: str) -> list[_Step]:
         if not inline:
             return [_Step(line, "", "")]
         match = inline[-1]
-        return [_Step(line[: match.start()], match["expression"], line[match.end() :], _values(match["result"]))]
+        return [_Step(line[: match.start()], match["expression"], line[match.end() :], values(match["result"]))]
     steps, start = [], 0
     for mark, following in zip(marks, [*marks[1:], None], strict=True):
         end = len(line)
@@ -243,9 +220,9 @@ def _read_line(line: str) -> list[_Step]:
 
 def _read_annotation(before: str, annotation: str, after: str) -> _Step:
     expression, _, result = annotation.rpartition("=")
-    results = _values(result) if re.fullmatch(rf"\s*-?{NUMBER}\s*", result) else frozenset()
+    results = values(result) if re.fullmatch(rf"\s*-?{NUMBER}\s*", result) else frozenset()
     repeated = re.match(rf"\s*-?[{CURRENCY}]?({NUMBER})", after)
-    if repeated and _values(repeated[1]) <= results:
+    if repeated and values(repeated[1]) <= results:
         after = after[repeated.end() :]
     if not re.fullmatch(rf"[-+\s]*{NUMBER}\s*", expression):
         return _Step(_cut_calculation(before, expression), expression, after, results)
@@ -273,13 +250,13 @@ def _cut_calculation(before: str, expression: str) -> str:
 
 def _start_of_calculation(words: str, expression: str) -> int | None:
     """Where the calculation begins that ends the words; None if its last number is none of the expression's."""
-    operands = Counter(map(_value, QUANTITY.finditer(expression)))
+    operands = Counter(map(quantity_value, QUANTITY.finditer(expression)))
     start = None
     for quantity in reversed(list(QUANTITY.finditer(words))):
         is_joined = start is None or CALCULATION_WORDS.search(words, quantity.end(), start)
-        if not is_joined or not operands[_value(quantity)]:
+        if not is_joined or not operands[quantity_value(quantity)]:
             break
-        operands[_value(quantity)] -= 1
+        operands[quantity_value(quantity)] -= 1
         start = quantity.start()
     return start
 
@@ -288,8 +265,8 @@ class _PlanWriter:
     """Writes one step after the other; knows which numbers may be shown, and which step computed which."""
 
     def __init__(self, question: str, computed: frozenset[Fraction]):
-        self.stated = _stated_values(question)
-        self.percentages = sorted(_values(" ".join(re.findall(rf"({NUMBER})\s*(?:%|percent)", question))))
+        self.stated = stated_values(question)
+        self.percentages = sorted(values(" ".join(re.findall(rf"({NUMBER})\s*(?:%|percent)", question))))
         self.constants = CONSTANTS - computed
         self.results: list[frozenset[Fraction]] = []
         self.used: set[int] = set()
@@ -298,7 +275,8 @@ class _PlanWriter:
     def news(self, step: _Step) -> frozenset[Fraction]:
         """The last number of a line that is neither stated, nor known, nor computed before."""
         known = (self.stated | self.constants).union(*self.results)
-        return frozenset([value for value in map(_value, QUANTITY.finditer(step.before)) if value not in known][-1:])
+        numbers = map(quantity_value, QUANTITY.finditer(step.before))
+        return frozenset([number for number in numbers if number not in known][-1:])
 
     def write(self, step: _Step) -> None:
         expression = self._write_expression(step.expression)
@@ -318,7 +296,7 @@ class _PlanWriter:
                 is_sign = not written or written[-1] in "( "
                 written += token if is_sign else f" {token} "
             else:
-                written += token if token in "()%" else self._write_operand(_value(QUANTITY.match(token)))
+                written += token if token in "()%" else self._write_operand(quantity_value(QUANTITY.match(token)))
         if written.count("(") != written.count(")"):  # the other bracket stands in the words
             written = written.strip("()")
         return re.sub(r"\((\[?[0-9.]+\]?%?)\)", r"\1", written.replace("%%", "%"))
@@ -329,8 +307,8 @@ class _PlanWriter:
         if unused or (steps and value not in self.stated):
             return self._refer(unused or steps)
         if value in self.stated:
-            return _plain(value)
-        return self._write_as_percentage(value) or (_plain(value) if value in self.constants else "?")
+            return plain(value)
+        return self._write_as_percentage(value) or (plain(value) if value in self.constants else "?")
 
     def _write_as_percentage(self, value: Fraction) -> str | None:
         """A number that the question's percentages, a step's percentage or the question's cents make."""
@@ -338,16 +316,16 @@ class _PlanWriter:
             return None
         hundredfold = 100 * value if value.denominator > 1 else None
         if hundredfold in self.percentages:
-            return f"{_plain(hundredfold)}%"
+            return f"{plain(hundredfold)}%"
         if self._steps_with(hundredfold):
             return f"{self._refer(self._steps_with(hundredfold))}%"
         for percentage in self.percentages:
             for sign, signed in (("-", -percentage), ("+", percentage)):
                 if value == 1 + signed / 100:
-                    return f"(100% {sign} {_plain(percentage)}%)"
+                    return f"(100% {sign} {plain(percentage)}%)"
                 if value == 100 + signed:
-                    return f"(100 {sign} {_plain(percentage)})"
-        return f"({_plain(hundredfold)} / 100)" if hundredfold in self.stated else None
+                    return f"(100 {sign} {plain(percentage)})"
+        return f"({plain(hundredfold)} / 100)" if hundredfold in self.stated else None
 
     def _steps_with(self, value: Fraction | None) -> list[int]:
         return [step for step, results in enumerate(self.results, 1) if value in results]
@@ -360,7 +338,7 @@ class _PlanWriter:
         """The words without what the step finds; `gap` stands for numbers that may not be shown."""
 
         def show(quantity: re.Match) -> str:
-            value = _value(quantity)
+            value = quantity_value(quantity)
             if quantity["words"] and value == 1:  # hardly ever a number: `one of them`
                 return quantity[0]
             if value in results:
@@ -397,38 +375,3 @@ def _tidy(words: str, is_equation: bool) -> str:
         words = re.sub(rf"[{CURRENCY}](?![\[0-9.])|(?<![\w\]])[/%](?![\w\[])|\(\s*\)|(?<!\S)-(?=[a-z])", "", words)
     words = re.sub(r"\s+([,.;:])", r"\1", re.sub(r"\s+", " ", words)).strip(" .,;:")
     return words[:1].upper() + words[1:] if words[1:2].isalpha() else words
-
-
-# Numbers
-
-
-def _value(quantity: re.Match) -> Fraction:
-    """The value of a match of `QUANTITY`."""
-    if quantity["digits"]:
-        return Fraction(quantity["digits"].replace(",", "")) * SCALES.get((quantity["scale"] or "").lower(), 1)
-    total = current = 0
-    for word in re.split(r"[\s-]", quantity["words"].lower()):
-        if word in CARDINALS:
-            current += CARDINALS[word]
-        elif word == "hundred":
-            current = 100 * (current or 1)
-        else:
-            total, current = total + SCALES[word] * (current or 1), 0
-    return Fraction(total + current)
-
-
-def _values(text: str) -> frozenset[Fraction]:
-    return frozenset(map(_value, QUANTITY.finditer(text)))
-
-
-def _stated_values(question: str) -> frozenset[Fraction]:
-    """Every number that a question states: in digits, in words, and by words such as `half`."""
-    alone = [Fraction(digits.replace(",", "")) for digits in re.findall(NUMBER, question)]  # the 6 of `6 million` too
-    words = re.findall("[a-z]+", question.lower())
-    stems = {stem for word in words for stem in (word, word.removesuffix("s"), word.removesuffix("d"))}
-    numbers = CARDINALS | SCALES | IMPLIED
-    return _values(question).union(alone, (Fraction(numbers[stem]) for stem in stems & numbers.keys()))
-
-
-def _plain(value: Fraction) -> str:
-    return f"{(Decimal(value.numerator) / value.denominator).normalize():f}"

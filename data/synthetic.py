@@ -24,6 +24,8 @@ from itertools import pairwise
 
 from datasets import Dataset, Features, List, Value
 
+from .steps import STEP_SEPARATOR, make_row
+
 NAMES = (
     *("Mia", "Tom", "Ann", "Ben", "Eva", "Leo", "Zoe", "Sam", "Ida", "Max", "Amy", "Dan", "Joy", "Kai", "Liv", "Ned"),
     *("Pia", "Ray", "Sue", "Ted", "Uma", "Vic", "Wes", "Yan", "Bob", "Cleo", "Finn", "Gus", "Hana", "Ivan", "Jack"),
@@ -39,7 +41,6 @@ SYMBOLS = {"add": "+", "subtract": "-", "multiply": "*", "sum": "+"}
 MAX_FACTOR = 9
 MAX_ADDENDS = 7  # a problem of depth 2 and width 4 adds seven people
 MAX_WIDTH = 4  # steps / depth
-STEP_SEPARATOR = "\n"
 
 # {things} agrees with {number}; {others} are the people that the quantity is made from.
 PHRASINGS = {
@@ -82,6 +83,7 @@ SPLITS = (*HASH_SPLITS, "ood_longer", "ood_wider")
 
 MAX_ATTEMPTS = 2_000  # at numbers that fit a shape
 MAX_DRAWS = 10_000  # of problems, for one that its split has not got yet
+MAX_DRAWS_OF_SKELETON = 500  # of these, before one may differ from another in its words alone
 
 FEATURES = Features(
     {
@@ -235,18 +237,20 @@ def generate_problems(split: str, num_examples: int, config: SyntheticConfig) ->
     """Yields the rows of [`generate_dataset`]; fewer of them are the first ones of more."""
     by_steps = shapes(split, config)
     _check_integer("num_examples", num_examples, 1, None)
-    rng, seen = random.Random(f"synthetic {config.seed} {split}"), set()
+    rng, skeletons, questions = random.Random(f"synthetic {config.seed} {split}"), set(), set()
     for _ in range(num_examples):
-        problem, skeleton = _draw_new_problem(rng, split, *_draw_shape(rng, by_steps), config, seen)
+        row = _draw_new_row(rng, split, *_draw_shape(rng, by_steps), config, skeletons, questions)
         if split != "train":
-            seen.add(skeleton)
-        yield _to_row(rng, problem, skeleton, config)
+            skeletons.add(row["skeleton"])
+            questions.add(row["question"])
+        yield row
 
 
 def generate_dataset(split: str, num_examples: int, config: SyntheticConfig | None = None) -> Dataset:
     """Draws a split: the same rows for the same `config.seed` and `split`, in every process.
 
-    No two of the splits share a skeleton, and no two rows of a split other than `train` do. Columns:
+    No two of the splits share a skeleton. No two rows of a split other than `train` share a question; they share a
+    skeleton only where its shape has hardly any that has not been drawn. Columns:
     `question`, `plan`, `execution` (ends with `#### <answer>`), `answer`; `plan_steps`, `execution_steps` (the steps,
     layer by layer, within a layer as the question states them), `dependencies` (for each step the earlier steps that
     it uses, counted from 0), `num_steps`, `depth`, `skeleton` (its hash).
@@ -466,19 +470,30 @@ def _apply(operation: str, base: int, number: int | None) -> int:
 # The split
 
 
-def _draw_new_problem(
-    rng: random.Random, split: str, num_steps: int, depth: int, config: SyntheticConfig, seen: set[str]
-) -> tuple[Problem, str]:
-    """Draws problems of one shape until one belongs to the split and is new to it; returns its skeleton too."""
-    for _ in range(MAX_DRAWS):
+def _draw_new_row(
+    rng: random.Random,
+    split: str,
+    num_steps: int,
+    depth: int,
+    config: SyntheticConfig,
+    skeletons: set[str],
+    questions: set[str],
+) -> dict:
+    """Draws problems of one shape until one is of the split and new to it: another skeleton, or other words."""
+    for draw in range(MAX_DRAWS):
         problem = _draw_problem(rng, num_steps, depth, config)
         skeleton = problem.skeleton()
-        is_member = split not in HASH_SPLITS or int(skeleton, 16) % 100 in HASH_SPLITS[split]
-        if is_member and skeleton not in seen:
-            return problem, skeleton
+        if split in HASH_SPLITS and int(skeleton, 16) % 100 not in HASH_SPLITS[split]:
+            continue
+        if skeleton in skeletons and draw < MAX_DRAWS_OF_SKELETON:
+            continue
+        row = _to_row(rng, problem, skeleton, config)
+        if row["question"] not in questions:
+            return row
     raise ValueError(
-        f"`num_examples` is more than split {split!r} has: after {len(seen)} different problems, {MAX_DRAWS} draws of "
-        f"{num_steps} steps and depth {depth} gave no new one. Ask for fewer, or raise `num_steps` or `max_value`"
+        f"`num_examples` is more than split {split!r} has: after {len(questions)} different problems, {MAX_DRAWS} "
+        f"draws of {num_steps} steps and depth {depth} gave no new one. Ask for fewer, or raise `num_steps`, "
+        f"`max_value` or `num_names`"
     )
 
 
@@ -501,14 +516,7 @@ def _to_row(rng: random.Random, problem: Problem, skeleton: str, config: Synthet
     plan_steps = [_write_plan_step(quantities, names, step) for step in order]
     execution_steps = [_write_execution_step(quantities, names, step) for step in order]
     rank = {step: i for i, step in enumerate(order)}
-    answer = str(quantities[target].value)
-    return {
-        "question": question,
-        "plan": STEP_SEPARATOR.join(plan_steps),
-        "execution": STEP_SEPARATOR.join([*execution_steps, f"#### {answer}"]),
-        "answer": answer,
-        "plan_steps": plan_steps,
-        "execution_steps": execution_steps,
+    return make_row(question, plan_steps, execution_steps, str(quantities[target].value)) | {
         "dependencies": [sorted(rank[i] for i in quantities[step].operands if i in rank) for step in order],
         "num_steps": problem.num_steps,
         "depth": levels[target],

@@ -7,7 +7,16 @@ from fractions import Fraction
 
 import pytest
 from hierbd3lm.data.answers import match_strict
-from hierbd3lm.data.gsm8k import CONSTANTS, load_gsm8k, load_gsm8k_rows, parse_main, parse_socratic, plan_from_solution
+from hierbd3lm.data.gsm8k import (
+    computed_values,
+    load_gsm8k,
+    load_gsm8k_rows,
+    parse_main,
+    parse_socratic,
+    plan_from_solution,
+    steps_from_solution,
+)
+from hierbd3lm.data.plan_numbers import CONSTANTS
 
 QUESTION = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
@@ -39,6 +48,14 @@ def test_main_row_gives_question_plan_execution_answer():
         "execution": "Natalia sold 48/2 = 24 clips in May.\n"
         "Natalia sold 48+24 = 72 clips altogether in April and May.\n#### 72",
         "answer": "72",
+        "plan_steps": [
+            "1. Natalia sold clips in May: 48 / 2",
+            "2. Natalia sold clips altogether in April and May: 48 + [1]",
+        ],
+        "execution_steps": [
+            "Natalia sold 48/2 = 24 clips in May.",
+            "Natalia sold 48+24 = 72 clips altogether in April and May.",
+        ],
     }
 
 
@@ -48,15 +65,18 @@ def test_socratic_row_gives_sub_questions_and_steps():
         "plan": "How many clips did Natalia sell in May?\nHow many clips did Natalia sell altogether?",
         "execution": "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether.\n#### 72",
         "answer": "72",
+        "plan_steps": ["How many clips did Natalia sell in May?", "How many clips did Natalia sell altogether?"],
+        "execution_steps": ["Natalia sold 48/2 = 24 clips in May.", "Natalia sold 48+24 = 72 clips altogether."],
     }
 
 
 @pytest.mark.parametrize(("parse", "text"), [(parse_main, SOLUTION), (parse_socratic, SOCRATIC)])
 def test_calculator_marks_are_kept_by_choice(parse, text):
     row = {"question": QUESTION, "answer": text}
-    kept, removed = parse(row, keep_calculator=True)["execution"], parse(row)["execution"]
-    assert re.findall("<<.*?>>", kept) == re.findall("<<.*?>>", text)
-    assert re.sub("<<.*?>>", "", kept) == removed
+    kept, removed = parse(row, keep_calculator=True), parse(row)
+    for column in ("execution", "execution_steps"):
+        assert re.findall("<<.*?>>", str(kept[column])) == re.findall("<<.*?>>", text)
+        assert re.sub("<<.*?>>", "", str(kept[column])) == str(removed[column])
 
 
 def test_answer_has_no_thousands_commas():
@@ -264,6 +284,21 @@ def test_question_number_goes_before_a_used_step():
     assert plan_from_solution(question, solution) == "1. 6 / 2\n2. [1] * 2\n3. 3 + 3"
 
 
+def test_lines_of_plan_and_solution_that_belong_together_are_one_step():
+    question = "Tom has 5 boxes of 6 pens, finds 7, and Ann has half of them."
+    lines = [
+        "Tom has 5 boxes.",
+        "He has 5*6=<<5*6=30>>30 pens, so in all 30+7=<<30+7=37>>37 pens.",
+        "",
+        "Ann has 37/2=<<37/2=18.5>>18.5 pens.",
+        "That is all.",
+    ]
+    assert steps_from_solution(question, "\n".join([*lines, "#### 18.5"])) == (
+        ["1. He has pens: 5 * 6\n2. In all pens: [1] + 7", "3. Ann has pens: [2] / 2"],
+        ["\n".join(lines[:2]), "\n".join(lines[2:])],
+    )
+
+
 def test_plan_needs_no_answer_line():
     assert plan_from_solution(QUESTION, SOLUTION.partition("\n####")[0]) == plan_from_solution(QUESTION, SOLUTION)
 
@@ -372,6 +407,13 @@ def test_leak_is_found():
 
 
 @pytest.mark.parametrize(("question", "solution", "plan"), PLANS.values(), ids=PLANS.keys())
+def test_every_result_and_the_answer_are_among_the_computed_numbers(question, solution, plan):
+    results = {Fraction(result) for result in re.findall(r"=\s*-?([\d.]+)>>", solution)}
+    answer = digit_numbers(solution.partition("####")[2])
+    assert answer and computed_values(solution) >= results | answer
+
+
+@pytest.mark.parametrize(("question", "solution", "plan"), PLANS.values(), ids=PLANS.keys())
 def test_written_plans_leak_nothing(question, solution, plan):
     assert leaks(question, solution, plan) == set()
 
@@ -404,6 +446,17 @@ def test_every_annotation_of_gsm8k_is_a_step(gsm8k):
 
 
 @needs_gsm8k
+def test_every_calculation_of_gsm8k_is_in_the_plan_step_of_its_execution_step(gsm8k):
+    for row, parsed in gsm8k:
+        assert "\n".join(parsed["plan_steps"]) == parsed["plan"]
+        steps = parse_main(row, keep_calculator=True)["execution_steps"]
+        assert "\n".join(steps) == row["answer"].rpartition("####")[0].strip()
+        for plan_step, step in zip(parsed["plan_steps"], steps, strict=True):
+            calculations = re.findall(r"<<[^<>]*[\d.)][-+*/][^<>]*=", step)
+            assert len(plan_step.split("\n")) >= max(1, len(calculations)), parsed
+
+
+@needs_gsm8k
 def test_hardly_a_plan_of_gsm8k_has_a_gap(gsm8k):
     with_gaps = sum("?" in parsed["plan"] for _, parsed in gsm8k)
     assert with_gaps < 0.11 * len(gsm8k)
@@ -422,3 +475,5 @@ def test_socratic_test_split_is_read():
     dataset = load_gsm8k("test", "socratic")
     assert len(dataset) == 1319
     assert all(row["plan"].count("\n") + 1 == row["execution"].count("\n") for row in dataset)
+    assert all(len(row["plan_steps"]) == len(row["execution_steps"]) > 0 for row in dataset)
+    assert all("\n".join(row["plan_steps"]) == row["plan"] for row in dataset)

@@ -1,5 +1,6 @@
 """The synthetic problems, checked by a reader and solver that knows nothing of how they are made."""
 
+import hashlib
 import json
 import os
 import random
@@ -11,6 +12,7 @@ from functools import cache
 from itertools import combinations
 
 import pytest
+from hierbd3lm.data import synthetic
 from hierbd3lm.data.synthetic import (
     PHRASINGS,
     SPLITS,
@@ -328,6 +330,11 @@ def test_same_seed_gives_the_same_rows_and_another_seed_others():
     assert first[:20] == list(generate_problems("test", 20, CONFIG)), "fewer rows are the first ones of more"
 
 
+def test_rows_of_a_seed_are_the_same_in_every_version():
+    rows = json.dumps(list(generate_problems("test", 200, CONFIG)))
+    assert hashlib.sha256(rows.encode()).hexdigest()[:16] == "4243402c69a6a0db", "published splits would change"
+
+
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_command_line_prints_the_same_rows_whatever_the_hash_seed(hash_seed):
     command = [sys.executable, "-m", "hierbd3lm.data.synthetic", "--split", "test", "--num-examples", "20"]
@@ -407,12 +414,24 @@ def test_a_bad_configuration_is_refused_with_name_value_and_range(fields, messag
         ("train", 0, {}, "`num_examples` must be an integer >= 1, but got 0"),
         ("ood_wider", 1, {"num_steps": (8, 8)}, "`split` 'ood_wider' needs training problems below"),
         ("ood_longer", 1, {"num_names": 7}, "`num_names` must be at least 8 for split 'ood_longer', but got 7"),
-        ("test", 500, {"num_steps": (1, 1), "max_value": 10}, r"`num_examples` is more than split 'test' has: after"),
     ],
 )
 def test_a_split_that_cannot_be_made_is_refused(split, num_examples, fields, message):
     with pytest.raises(ValueError, match=message):
         list(generate_problems(split, num_examples, SyntheticConfig(**fields)))
+
+
+def test_few_problems_come_back_in_other_words_and_then_there_are_no_more(monkeypatch):
+    monkeypatch.setattr(synthetic, "PHRASINGS", {kind: phrasings[:1] for kind, phrasings in PHRASINGS.items()})
+    config = SyntheticConfig(num_steps=(1, 1), num_distractors=(0, 0), max_value=10, num_names=3, num_things=1)
+    rows = []
+    with pytest.raises(ValueError, match=r"`num_examples` is more than split 'test' has: after \d+ different"):
+        for row in generate_problems("test", 10_000, config):
+            rows.append(row)
+    skeletons = [row["skeleton"] for row in rows]
+    assert len({row["question"] for row in rows}) == len(rows) > len(set(skeletons))
+    first_repeat = next(i for i, skeleton in enumerate(skeletons) if skeleton in skeletons[:i])
+    assert set(skeletons[:first_repeat]) == set(skeletons), "each problem is told once before any is told again"
 
 
 def test_lists_from_a_yaml_file_are_taken_as_pairs():

@@ -1,0 +1,69 @@
+"""How much signal a unit of training compute buys with several noisy copies of each example.
+
+`python -m hierbd3lm.benchmarks.variance`. The gradient of one batch is drawn many times at K = 1, 2 and 4 noisy
+copies, from a model that has been trained a little. Its variance (the trace of its covariance) times the seconds of a
+step is what must be paid for a given precision of the gradient of these examples; less is better.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+
+import torch
+from hierbd3lm.diffusion_hierbd3lm import draw_mask
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+
+from .measure import Measured, bar, interleaved_medians, measure_parts
+from .models import make_model, problem_batches
+from .training import block_diffusion_step
+
+COPIES = (1, 2, 4)
+WARM_UP_STEPS = 30
+DRAWS = 24  # of each gradient
+
+
+def gradient(
+    model: HierBD3LMForBlockDiffusion, batch: dict[str, torch.Tensor], copies: int, seed: int
+) -> torch.Tensor:
+    """One draw of the NELBO's gradient, flat: `(num_parameters,)`."""
+    generator = torch.Generator().manual_seed(seed)
+    maskable = model.maskable_tokens(batch["input_ids"], batch["segment_ids"])
+    draw = draw_mask(batch["block_ids"], maskable, generator=generator, noisy_copies=copies)
+    layout = {name: batch[name] for name in ("block_ids", "position_ids")}
+    nll = model.masked_nll(draw.masked, batch["input_ids"], **layout)
+    loss = (nll * draw.weights[draw.masked]).sum() / maskable.sum()
+    return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def variance_of_draws(draws: list[torch.Tensor]) -> float:
+    """Unbiased estimate of the covariance's trace."""
+    return torch.stack(draws).var(dim=0).sum().item()
+
+
+def measure_copies(repeats: int) -> Measured:
+    """Variance times seconds at K copies, over that at one copy."""
+    batches, tokenizer, _ = problem_batches(num_batches=1, batch_size=16)
+    model, batch = make_model(max(4096, len(tokenizer))), batches[0]
+    warm_up = block_diffusion_step(model, batch)
+    for _ in range(WARM_UP_STEPS):
+        warm_up()
+    model.zero_grad()
+    seconds = interleaved_medians(
+        {copies: functools.partial(gradient, model, batch, copies, 0) for copies in COPIES}, repeats
+    )
+    variances = {
+        copies: variance_of_draws([gradient(model, batch, copies, seed) for seed in range(DRAWS)]) for copies in COPIES
+    }
+    cost = {copies: variances[copies] * seconds[copies] for copies in COPIES}
+    bars = [
+        bar(f"variance of the gradient x seconds, {copies} noisy copies over 1", cost[copies] / cost[1], 1, True)
+        for copies in COPIES[1:]
+    ]
+    return bars, {"seconds": seconds, "variances": variances}
+
+
+PARTS: dict[str, Callable[[], Measured]] = {"copies": lambda: measure_copies(repeats=5)}
+
+
+if __name__ == "__main__":
+    measure_parts("variance", PARTS, sys.argv[1:])
