@@ -84,14 +84,22 @@ def measure_parts(script: str, parts: dict[str, Callable[[], Measured]], names: 
 
 def write_results(script: str, part: str, bars: list[dict[str, Any]], details: dict[str, Any]) -> None:
     """Writes results/{script}_{part}.json and .md, and prints the table."""
+    content = {"command": _command(script, part), "machine": describe_machine(), "bars": bars, "details": details}
     RESULTS.mkdir(exist_ok=True)
-    name, machine = f"{script}_{part}", describe_machine()
-    content = {"command": f"python -m hierbd3lm.benchmarks.{script} {part}", "machine": machine, "bars": bars}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content | {"details": details}, indent=2) + "\n")
-    table = format_table(bars)
-    note = ", ".join(f"{key} {value}" for key, value in machine.items())
-    (RESULTS / f"{name}.md").write_text(f"`{content['command']}`: {note}\n\n{table}\n")
-    print(table)
+    (RESULTS / f"{script}_{part}.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_text(script, part, format_table(bars))
+
+
+def write_text(script: str, part: str, text: str) -> None:
+    """Writes results/{script}_{part}.md, headed by command, machine and commit, and prints the text."""
+    RESULTS.mkdir(exist_ok=True)
+    note = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
+    (RESULTS / f"{script}_{part}.md").write_text(f"`{_command(script, part)}`: {note}\n\n{text}\n")
+    print(text)
+
+
+def _command(script: str, part: str) -> str:
+    return f"python -m hierbd3lm.benchmarks.{script} {part}"
 
 
 def format_table(bars: list[dict[str, Any]]) -> str:

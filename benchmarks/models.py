@@ -5,7 +5,6 @@ import os
 import torch
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig, special_token_ids
 from hierbd3lm.data.collator import HierarchicalDataCollator, encode_example, example_length
-from hierbd3lm.data.splits import DataArguments, load_split
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from transformers import PreTrainedTokenizerBase
@@ -46,6 +45,8 @@ def problem_batches(num_batches: int, batch_size: int) -> tuple[list[dict], PreT
     Returns:
         the collated batches, the tokenizer (BPE of 4096, or word-level), and the encoded examples of each batch.
     """
+    from hierbd3lm.data.splits import DataArguments, load_split  # of `datasets`, which gpu.py does without
+
     is_real = bool(os.environ.get("GSM8K_DIR"))
     args = DataArguments(dataset="openai/gsm8k") if is_real else DataArguments(num_train_examples=4096)
     dataset = load_split(args, "train")

@@ -110,6 +110,7 @@ class SyntheticConfig:
         depth (`int`, *optional*):
             operations on the longest chain. If omitted, drawn evenly from all that the number of steps allows: from
             steps / 4 (at least 2 where there are 2 steps or more) to the number of steps.
+        max_depth (`int`, *optional*): most operations on the longest chain, where `depth` is omitted.
         num_distractors (pair of `int`): least and most people that the answer does not need; drawn evenly.
         max_value (`int`): every given, stated and computed number is an integer in [1, max_value]; at least 10.
         num_names, num_things (`int`): how many of `NAMES` and `THINGS` are used.
@@ -121,6 +122,7 @@ class SyntheticConfig:
 
     num_steps: tuple[int, int] = (1, 3)
     depth: int | None = None
+    max_depth: int | None = None
     num_distractors: tuple[int, int] = (0, 1)
     max_value: int = 100
     num_names: int = 24
@@ -136,6 +138,10 @@ class SyntheticConfig:
             if shallowest > fewest:
                 raise ValueError(f"`depth` must be None for num_steps={self.num_steps}, which no one depth fits")
             _check_integer("depth", self.depth, shallowest, fewest)
+        if self.max_depth is not None:
+            if self.depth is not None:
+                raise ValueError(f"`max_depth` must be None with depth={self.depth}, but got {self.max_depth}")
+            _check_integer("max_depth", self.max_depth, min_depth(most), None)
         _check_integer("max_value", self.max_value, 10, None)
         _check_integer("num_names", self.num_names, _names_needed(most, most_distractors), len(NAMES))
         _check_integer("num_things", self.num_things, 1, len(THINGS))
@@ -280,7 +286,10 @@ def vocabulary_texts(config: SyntheticConfig) -> list[str]:
 
 
 def _depths(num_steps: int, config: SyntheticConfig) -> list[int]:
-    return [config.depth] if config.depth is not None else list(range(min_depth(num_steps), num_steps + 1))
+    if config.depth is not None:
+        return [config.depth]
+    deepest = num_steps if config.max_depth is None else min(num_steps, config.max_depth)
+    return list(range(min_depth(num_steps), deepest + 1))
 
 
 def _names_needed(num_steps: int, num_distractors: int) -> int:

@@ -312,6 +312,7 @@ def test_wider_split_is_wider_than_training_up_to_4_and_no_deeper():
     [
         ({"num_steps": (1, 1)}, "train", {1: [1]}),
         ({"num_steps": (1, 3)}, "test", {1: [1], 2: [2], 3: [2, 3]}),
+        ({"num_steps": (1, 3), "max_depth": 2}, "train", {1: [1], 2: [2], 3: [2]}),
         ({"num_steps": (1, 3)}, "ood_longer", {4: [3, 4], 5: [4, 5]}),
         ({"num_steps": (1, 3)}, "ood_wider", {4: [2], 5: [2], 6: [2], 7: [2], 8: [2]}),
         ({"num_steps": (3, 4), "depth": 3}, "validation", {3: [3], 4: [3]}),
@@ -398,6 +399,8 @@ def test_min_depth_leaves_width_4_at_most():
         ({"max_value": True}, "`max_value`"),
         ({"num_names": 5}, r"`num_names` must be an integer in \[6, 40\], but got 5"),
         ({"num_names": 41}, "`num_names`"),
+        ({"max_depth": 1}, r"`max_depth` must be an integer >= 2, but got 1"),
+        ({"num_steps": (2, 2), "depth": 2, "max_depth": 2}, r"`max_depth` must be None with depth=2, but got 2"),
         ({"num_things": 0}, r"`num_things` must be an integer in \[1, 16\], but got 0"),
         ({"seed": "0"}, "`seed` must be an integer"),
     ],

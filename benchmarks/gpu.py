@@ -1,0 +1,190 @@
+"""What the model costs on one GPU: FlexAttention against SDPA, training and generation against the same AR model.
+
+`bash benchmarks/gpu.sh`. Random weights of the shape of Qwen3-0.6B in bfloat16; writes results/gpu.json. Each part is
+tried on its own: one that fails is written down with its error, and the others still run. `--tiny` is the same on a
+small model, on whatever device there is, to try the script.
+"""
+
+import argparse
+import functools
+import json
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
+from hierbd3lm.data.collator import HierarchicalDataCollator
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+
+from .measure import RESULTS, describe_machine, interleaved_medians
+from .models import FIRST_CONTENT_ID, SPECIAL_IDS, text_batch
+from .training import autoregressive_step, block_diffusion_step
+
+BACKBONE = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+BACKBONE |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "max_position_embeddings": 8192}
+TINY = BACKBONE | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, from NVIDIA's data sheets
+GSM8K_TOKENS = {"question": (57, 98), "plan": (52, 79), "execution": (67, 127)}  # mean, 95th percentile
+NEW_TOKENS = 256
+REPEATS = 10
+
+
+class Bench:
+    """The device, the models and the lengths that all parts share."""
+
+    def __init__(self, tiny: bool):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.backbone = TINY if tiny else BACKBONE
+        self.text_length = 256 if tiny else 4096
+        self.batch_size = 2 if tiny else 32
+        self.new_tokens = 32 if tiny else NEW_TOKENS
+        self.repeats = 1 if tiny else REPEATS
+
+    def model(self, attention: str, **fields: Any) -> HierBD3LMForBlockDiffusion:
+        torch.manual_seed(0)
+        ids = {f"{role}_token_id": token for role, token in SPECIAL_IDS.items()}
+        lengths = {"question_len": 1024, "plan_len": 1024, "execution_len": 8192}
+        config = HierBD3LMConfig(backbone_config=self.backbone, **(ids | lengths | {"block_size": 16} | fields))
+        model = HierBD3LMForBlockDiffusion._from_config(config, attn_implementation=attention, dtype=torch.bfloat16)
+        return model.to(self.device)
+
+    def text(self, batch_size: int) -> dict[str, torch.Tensor]:
+        batch = text_batch(batch_size, self.text_length, self.backbone["vocab_size"])
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    def problems(self, config: HierBD3LMConfig) -> dict[str, torch.Tensor]:
+        """Random tokens of GSM8K's lengths."""
+        generator = torch.Generator().manual_seed(0)
+        examples = []
+        for _ in range(self.batch_size):
+            example = {}
+            for segment, (mean, high) in GSM8K_TOKENS.items():
+                length = max(8, int(torch.normal(mean, (high - mean) / 1.64, (1,), generator=generator)))
+                ids = torch.randint(FIRST_CONTENT_ID, self.backbone["vocab_size"], (length,), generator=generator)
+                example[f"{segment}_ids"] = ids.tolist()
+            examples.append(example)
+        return {name: value.to(self.device) for name, value in HierarchicalDataCollator(config)(examples).items()}
+
+    def timed(self, cases: dict[str, Callable[[], Any]]) -> dict[str, float]:
+        """Median seconds of each case, the device's work included."""
+        finished = {name: functools.partial(self._finished, run) for name, run in cases.items()}
+        return interleaved_medians(finished, self.repeats)
+
+    def _finished(self, run: Callable[[], Any]) -> None:
+        run()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def check_attention(bench: Bench) -> dict[str, float]:
+    """Largest difference of the NLLs under FlexAttention and SDPA, and under a compiled body, in nats."""
+    nll = {}
+    for attention in ("sdpa", "flex_attention"):
+        model = bench.model(attention).eval()
+        batch = bench.problems(model.config)
+        masked = model.maskable_tokens(batch["input_ids"], batch["segment_ids"])
+        nll[attention] = model.masked_nll(masked, batch["input_ids"], segment_ids=batch["segment_ids"]).float()
+    model = bench.model("sdpa").eval()
+    question = batch["input_ids"][:1, :32]
+    sequences = [
+        model.generate(
+            question, attention_mask=torch.ones_like(question), max_plan_len=16, max_execution_len=16, **kw
+        ).sequences.tolist()
+        for kw in ({}, {"compile_steps": True})
+    ]
+    return {
+        "flex - sdpa, largest nats": (nll["sdpa"] - nll["flex_attention"]).abs().max().item(),
+        "flex - sdpa, mean nats": (nll["sdpa"].mean() - nll["flex_attention"].mean()).abs().item(),
+        "compiled steps give the same tokens": float(sequences[0] == sequences[1]),
+    }
+
+
+def measure_training(bench: Bench) -> dict[str, Any]:
+    """Tokens a second and MFU at GSM8K's lengths and on long text, and the AR model's."""
+    results = {}
+    for name in ("problems", "text"):
+        cases, tokens = {}, {}
+        for attention in ("flex_attention", "sdpa"):
+            model = bench.model(attention)
+            batch = bench.problems(model.config) if name == "problems" else bench.text(2)
+            cases[attention] = block_diffusion_step(model, batch)
+            tokens[attention] = 2 * int((batch["segment_ids"] > 0).sum()) + int((batch["segment_ids"] == 0).sum())
+        ar, mask = bench.model("sdpa").backbone, (batch["segment_ids"] >= 0).long()
+        cases["ar"] = autoregressive_step(ar, batch["input_ids"], mask if name == "problems" else None)
+        tokens["ar"] = int(mask.sum())
+        seconds = bench.timed(cases)
+        results[name] = {case: rates(bench, model, tokens[case], seconds[case]) for case in cases}
+    return results
+
+
+def rates(bench: Bench, model: HierBD3LMForBlockDiffusion, num_tokens: int, seconds: float) -> dict[str, float]:
+    """Tokens of both streams that go through the backbone in a second, and MFU: 6 FLOPs a parameter and token."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    flops = 6 * num_parameters * num_tokens / seconds
+    figures = {"seconds": seconds, "tokens_per_second": num_tokens / seconds, "flops_per_second": flops}
+    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else ""
+    peak = next((peak for kind, peak in PEAK_FLOPS.items() if kind in name), None)
+    return figures if peak is None else figures | {"mfu": flops / peak}
+
+
+def measure_generation(bench: Bench) -> dict[str, Any]:
+    """Tokens a second of ours at 1 and 4 tokens a pass, over the AR model's, at several batch sizes."""
+    half = bench.new_tokens // 2
+    model = bench.model("sdpa", question_len=64, plan_len=half, execution_len=half).eval()
+    bias = torch.zeros(bench.backbone["vocab_size"], device=bench.device, dtype=model.dtype)
+    bias[SPECIAL_IDS["end"]] = -1e4  # every answer has its full length
+    model.backbone.lm_head.bias = torch.nn.Parameter(bias)
+    results = {}
+    for batch_size in (1, 8, 64):
+        generator = torch.Generator().manual_seed(0)
+        question = torch.randint(FIRST_CONTENT_ID, 512, (batch_size, 57), generator=generator).to(bench.device)
+        mask, new = torch.ones_like(question), bench.new_tokens
+        fixed = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
+        ours = functools.partial(model.generate, question)
+        four = functools.partial(ours, sampler="ancestral", num_steps=4)
+        cases = {
+            "ar": functools.partial(model.backbone.generate, question, attention_mask=mask, **fixed),
+            "first_hitting": functools.partial(ours, sampler="first_hitting"),
+            "four": four,
+            "four, compiled": functools.partial(four, compile_steps=True),
+        }
+        bench.repeats = min(bench.repeats, 3)
+        seconds = bench.timed(cases)
+        results[f"batch {batch_size}"] = {
+            name: {"seconds": value, "tokens_per_second": batch_size * new / value, "over_ar": seconds["ar"] / value}
+            for name, value in seconds.items()
+        }
+    return results
+
+
+PARTS = {"attention": check_attention, "training": measure_training, "generation": measure_generation}
+
+
+def main() -> None:
+    """Runs every part and writes one JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="A small model, to try the script.")
+    parser.add_argument("--output", default=str(RESULTS / "gpu.json"), help="Where the results are written.")
+    args = parser.parse_args()
+    machine = describe_machine()
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    results: dict[str, Any] = {"command": "bash benchmarks/gpu.sh", "machine": machine}
+    for name, measure in PARTS.items():
+        start = time.perf_counter()
+        try:
+            results[name] = measure(Bench(args.tiny))
+        except Exception:  # an error is a result too: the other parts must not be lost with this one
+            results[name] = {"error": traceback.format_exc()}
+        print(f"{name}: {time.perf_counter() - start:.0f} s\n{json.dumps(results[name], indent=2)}", flush=True)
+        with open(args.output, "w") as file:
+            json.dump(results, file, indent=2)
+    if any("error" in results[name] for name in PARTS):
+        raise SystemExit(f"a part failed, see {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# GSM8K from scratch with at most 100 million weights on one GPU: trains configs/gsm8k_gpu.yaml and measures its
+# accuracy on the test split, and that of the autoregressive model of the same size, which reads as many examples,
+# beside it.
+#
+# Works in pieces of MINUTES minutes. A piece that was not enough ends with status 75, and the next goes on where it
+# stopped: from the last checkpoint, or behind the last answer. Arguments are settings of train.py, the same each time:
+#
+#   until benchmarks/gpu_gsm8k.sh [--setting value ...]; do [ $? -eq 75 ] || break; done
+#
+# The package must be installed (pip install -e .), and GSM8K_DIR must hold train.jsonl and test.jsonl unless the Hub
+# can be reached. Nothing is chosen by the test split: it is read once, by the weights that training ends with.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+MINUTES=${MINUTES:-10}
+OUTPUT=${OUTPUT:-outputs/gpu_gsm8k}
+PYTHON=${PYTHON:-python}
+read -ra EVALUATION <<<"${EVALUATION:---batch_size 256}" # settings of eval_gsm8k.py
+NOT_FINISHED=75
+DEADLINE=$((SECONDS + 60 * MINUTES))
+
+# Runs a command until the piece ends.
+within_the_piece() {
+    local left=$((DEADLINE - SECONDS)) status=0
+    if ((left > 0)); then
+        timeout --kill-after 10 "$left" "$@" || status=$?
+    else
+        status=124
+    fi
+    if ((status == 124 || status == 137)); then
+        echo "The piece of $MINUTES minutes is over: call again to go on." >&2
+        exit $NOT_FINISHED
+    fi
+    return $status
+}
+
+# train_and_evaluate NAME [--setting value ...]
+train_and_evaluate() {
+    local folder=$OUTPUT/$1
+    shift
+    if [ ! -f "$folder/data_config.json" ]; then # the last file that training writes
+        within_the_piece "$PYTHON" train.py configs/gsm8k_gpu.yaml --output_dir "$folder" \
+            --resume_from_checkpoint last "$@"
+    fi
+    if [ ! -f "$folder/eval/summary.json" ]; then
+        within_the_piece "$PYTHON" eval_gsm8k.py --model "$folder" --dataset openai/gsm8k --split test \
+            "${EVALUATION[@]}"
+    fi
+}
+
+train_and_evaluate hier "$@"
+if [[ $("$PYTHON" train.py --help) == *--algorithm* ]]; then
+    train_and_evaluate ar "$@" --algorithm ar --noisy_copies 1
+else
+    echo "train.py has no setting --algorithm: the autoregressive baseline is left out." >&2
+fi
+
+"$PYTHON" - "$OUTPUT"/*/eval/summary.json <<'EOF'
+import json
+import sys
+
+for path in sys.argv[1:]:
+    with open(path) as file:
+        summary = json.load(file)
+    rates = []
+    for name in ("strict", "flexible"):
+        rate, (low, high) = (summary[f"exact_match_{name}{suffix}"] for suffix in ("", "_interval"))
+        rates.append(f"{name} {100 * rate:.2f} % [{100 * low:.2f}, {100 * high:.2f}]")
+    print(f"{summary['model']}: {', '.join(rates)}, n = {summary['n']:,}")
+EOF
