@@ -13,6 +13,7 @@ import torch
 import transformers
 from datasets import Dataset
 from hierbd3lm import __version__
+from hierbd3lm.adapters import is_adapter, load_adapter
 from hierbd3lm.data.run_folder import write_json
 from hierbd3lm.data.splits import FILE_NAME, SYNTHETIC, DataArguments, load_split
 from hierbd3lm.evaluation import (
@@ -43,7 +44,7 @@ NUM_SYNTHETIC = 300  # problems, unless `--limit` says otherwise
 class EvaluationArguments:
     """What is evaluated, on what, and how it generates. A generation setting that is omitted is the checkpoint's."""
 
-    model: str = field(metadata={"help": "Folder or id of a checkpoint, with its tokenizer."})
+    model: str = field(metadata={"help": "Folder or id of a checkpoint or an adapter, with its tokenizer."})
     dataset: str | None = field(
         default=None,
         metadata={
@@ -129,7 +130,8 @@ def main() -> None:
 
 def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Evaluates a checkpoint, or goes on with that; returns the predictions, and the summary that is written."""
-    model, tokenizer = load_model(args.model, args.device)
+    load = load_adapter if is_adapter(args.model) else load_model
+    model, tokenizer = load(args.model, args.device)
     settings = resolve_settings(model.generation_config, args.generation_settings())
     segment_limits(model.config, settings)
     check_samples(args.num_samples, settings)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from hierbd3lm.adapters import AdapterArguments, HierBD3LMAdapter, add_adapter, is_own_checkpoint, load_checkpoint
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig, add_special_tokens, special_token_ids
 from hierbd3lm.data.collator import SEGMENTS, HierarchicalDataCollator
 from hierbd3lm.data.loading import prepare_dataset
-from hierbd3lm.data.splits import SYNTHETIC, DataArguments, load_split
+from hierbd3lm.data.splits import SYNTHETIC, DataArguments, load_counted_split, load_split, training_splits
 from hierbd3lm.data.synthetic import SyntheticConfig, vocabulary_texts
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
@@ -25,11 +26,16 @@ CONFIG_FIELDS += ("noise", "sampling_eps", "plan_clip", "execution_clip")
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(AdapterArguments):
     """What is trained: an open checkpoint or a new backbone. What is omitted is as in HierBD3LMConfig."""
 
     init_from: str | None = field(
-        default=None, metadata={"help": "An autoregressive checkpoint, or one of this model, to start from."}
+        default=None,
+        metadata={"help": "An autoregressive checkpoint, one of this model, or an adapter of one, to start from."},
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Precision of the weights; `bf16` computes in bfloat16 with weights in float32."},
     )
     backbone: dict[str, Any] | str | None = field(
         default=None,
@@ -60,6 +66,8 @@ class ModelArguments:
             self.backbone = json.loads(self.backbone)
         if self.backbone is not None and self.init_from is not None:
             raise ValueError(f"`backbone` must be None with `init_from`, but got {self.backbone} and {self.init_from}")
+        if self.use_peft and self.init_from is None:
+            raise ValueError("`use_peft` must be False without `init_from`, but got True: an adapter needs a base")
 
     def config_fields(self) -> dict[str, Any]:
         """The fields of HierBD3LMConfig that are given."""
@@ -98,7 +106,9 @@ def main() -> None:
         args,
         train_dataset=datasets["train"],
         eval_dataset=datasets["validation"],
-        data_collator=HierarchicalDataCollator(model.config, tokenizer, auto_split=data_args.auto_split),
+        data_collator=HierarchicalDataCollator(
+            model.config, tokenizer, fixed_length=data_args.fixed_length, auto_split=data_args.auto_split
+        ),
         processing_class=tokenizer,
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -142,33 +152,32 @@ def make_tokenizer(
 
 
 def training_texts(data_args: DataArguments) -> list[str]:
-    """What a tokenizer is trained on: every word of the synthetic problems, or the training split."""
+    """What a tokenizer is trained on: every word of the synthetic problems, or all that is trained on."""
     if data_args.dataset == SYNTHETIC:
         return vocabulary_texts(SyntheticConfig(**data_args.synthetic))
-    dataset = load_split(data_args, "train")
-    columns = [column for column in (*SEGMENTS, "text") if column in dataset.column_names]
-    return [text for column in columns for text in dataset[column]]
+    texts = []
+    for split in training_splits(data_args):
+        dataset = load_split(data_args, split)
+        columns = [column for column in (*SEGMENTS, "text") if column in dataset.column_names]
+        texts += [text for column in columns for text in dataset[column]]
+    return texts
 
 
-def make_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> HierBD3LMForBlockDiffusion:
-    """A new model, a converted autoregressive checkpoint, or a checkpoint of this model to go on with."""
+def make_model(
+    model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase
+) -> HierBD3LMForBlockDiffusion | HierBD3LMAdapter:
+    """A new model, or one that starts from a checkpoint: whole, or frozen under an adapter."""
     fields = model_args.config_fields()
-    attention = (
-        {} if model_args.attn_implementation is None else {"attn_implementation": model_args.attn_implementation}
-    )
+    kwargs = {"dtype": model_args.dtype}
+    if model_args.attn_implementation is not None:
+        kwargs["attn_implementation"] = model_args.attn_implementation
     if model_args.init_from is None:
         add_special_tokens(tokenizer)
         backbone = dict(model_args.backbone or {}) | {"vocab_size": len(tokenizer)}
         config = HierBD3LMConfig(backbone_config=backbone, **(special_token_ids(tokenizer) | fields))
-        return HierBD3LMForBlockDiffusion._from_config(config, **attention)
-    if is_own_checkpoint(model_args.init_from):
-        return HierBD3LMForBlockDiffusion.from_pretrained(model_args.init_from, **fields, **attention)
-    return HierBD3LMForBlockDiffusion.from_autoregressive(model_args.init_from, tokenizer, **fields, **attention)
-
-
-def is_own_checkpoint(path: str) -> bool:
-    """Whether a checkpoint is of this model, not of an autoregressive one."""
-    return HierBD3LMConfig.get_config_dict(path)[0].get("model_type") == HierBD3LMConfig.model_type
+        return HierBD3LMForBlockDiffusion._from_config(config, **kwargs)
+    model = load_checkpoint(model_args.init_from, tokenizer, fields, **kwargs)
+    return add_adapter(model, model_args.init_from, model_args) if model_args.use_peft else model
 
 
 def make_datasets(
@@ -178,21 +187,25 @@ def make_datasets(
     config: HierBD3LMConfig,
 ) -> dict[str, Dataset | None]:
     """The encoded training and validation examples; what was dropped is written to `output_dir`/data_report.json."""
-    splits = ["train", "validation"] if data_args.num_validation_examples else ["train"]
-    datasets, reports = {"validation": None}, {}
+    splits = training_splits(data_args) + (["validation"] if data_args.num_validation_examples else [])
+    datasets, reports = {}, {}
     for split in splits:
         with args.main_process_first(desc=f"{split} examples"):
-            datasets[split], reports[split] = prepare_dataset(
-                load_split(data_args, split),
+            dataset, counts = load_counted_split(data_args, split)
+            datasets[split], report = prepare_dataset(
+                dataset,
                 tokenizer,
                 config,
                 over_long=data_args.over_long,
+                num_proc=data_args.dataset_num_proc,
                 auto_split=data_args.auto_split,
             )
+            reports[split] = counts | report
     if args.process_index == 0:
         os.makedirs(args.output_dir, exist_ok=True)
         Path(args.output_dir, "data_report.json").write_text(json.dumps(reports, indent=2) + "\n")
-    return datasets
+    trained_on = concatenate_datasets([datasets[split] for split in training_splits(data_args)])
+    return {"train": trained_on, "validation": datasets.get("validation")}
 
 
 def report(trainer: HierBD3LMTrainer, split: str, metrics: dict[str, float]) -> None:

@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -140,11 +143,17 @@ class EMACallback(TrainerCallback):
         finally:
             _copy_into(model, trained)
 
-    def save(self, model: nn.Module, folder: str) -> None:
-        """Writes the average and the weights it is of, for [`resume`]."""
-        tensors = {f"average.{name}": tensor for name, tensor in self.average.items()}
-        tensors |= {f"trained.{name}": parameter.detach().clone() for name, parameter in _trainable(model)}
-        save_file(tensors, os.path.join(folder, EMA_FILE), metadata={"num_updates": str(self.num_updates)})
+    def save(self, model: nn.Module, folder: str, is_writer: bool = True) -> None:
+        """Writes the average and the weights it is of, for [`resume`]. Every process that has a shard must call it."""
+        weights = {f"average.{name}": tensor for name, tensor in self.average.items()}
+        weights |= {f"trained.{name}": parameter.detach() for name, parameter in _trainable(model)}
+        tensors = {}
+        for name, tensor in weights.items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if is_writer:
+                tensors[name] = whole.cpu()
+        if is_writer:
+            save_file(tensors, os.path.join(folder, EMA_FILE), metadata={"num_updates": str(self.num_updates)})
 
     def resume(self, model: nn.Module, folder: str) -> None:
         """Reads what [`save`] wrote.
@@ -159,8 +168,8 @@ class EMACallback(TrainerCallback):
         with safe_open(os.path.join(folder, EMA_FILE), framework="pt") as file:
             self.num_updates = int(file.metadata()["num_updates"])
             for name, parameter in _trainable(model):
-                self.average[name] = file.get_tensor(f"average.{name}").to(parameter.device)
-                parameter.data.copy_(file.get_tensor(f"trained.{name}"))
+                self.average[name] = _placed_like(parameter, file.get_tensor(f"average.{name}"))
+                parameter.data.copy_(_placed_like(parameter, file.get_tensor(f"trained.{name}")))
 
 
 class EpochLengthSampler(LengthGroupedSampler):
@@ -213,9 +222,14 @@ class HierBD3LMTrainer(Trainer):
                 f"`args` must be of data parallel training, but {ranks_of_a_batch} processes share a batch: each "
                 f"would draw noise of its own"
             )
-        if args.ema_decay > 0 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if args.ema_decay > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled != self.accelerator.is_fsdp2):
             raise ValueError(
-                f"`ema_decay` must be 0 with FSDP or DeepSpeed, whose shards cannot be averaged yet: {args.ema_decay}"
+                f"`ema_decay` must be 0 with DeepSpeed or FSDP1, whose shards cannot be averaged: {args.ema_decay}"
+            )
+        if args.muon_learning_rate is not None and isinstance(model, PeftModel):
+            raise ValueError(
+                f"`muon_learning_rate` must be None for an adapter, whose matrices are not the backbone's, but got "
+                f"{args.muon_learning_rate}"
             )
         self.ema = EMACallback(args.ema_decay) if args.ema_decay > 0 else None
         if self.ema is not None:
@@ -411,10 +425,15 @@ class HierBD3LMTrainer(Trainer):
         with self._averaged_weights():
             super().save_model(output_dir, _internal_call)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes the model with the code that it is of, sharded or not."""
+        with _of_own_class(self.model):
+            super()._save(output_dir, state_dict)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Writes what a checkpoint has beside its model: what training goes on with."""
-        if self.ema is not None and self.args.should_save:
-            self.ema.save(self.model, output_dir)
+        if self.ema is not None:
+            self.ema.save(self.model, output_dir, is_writer=self.args.should_save)
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -533,6 +552,28 @@ def _seeded(device: torch.device | str, *key: int) -> torch.Generator:
     """Random numbers that depend on the key alone."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device=device).manual_seed(seed)
+
+
+def _placed_like(parameter: nn.Parameter, tensor: torch.Tensor) -> torch.Tensor:
+    """A whole tensor on the device of a parameter, or sharded as that is."""
+    tensor = tensor.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
+
+
+@contextlib.contextmanager
+def _of_own_class(model: nn.Module) -> Iterator[None]:
+    """Within the context a model that FSDP2 has sharded is not of the class that torch has derived from its own.
+
+    transformers writes the file of a model's class, and its name as that to load, into a checkpoint.
+    """
+    sharded = type(model)
+    model.__class__ = next(cls for cls in sharded.__mro__ if not issubclass(cls, FSDPModule))
+    try:
+        yield
+    finally:
+        model.__class__ = sharded
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -7,7 +7,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from .gsm8k import HUB_IDS, load_gsm8k_rows
 from .loading import load_reasoning_dataset
+from .near_duplicates import NEAR_DUPLICATE, highest_similarities
 from .synthetic import HASH_SPLITS, SyntheticConfig, generate_dataset
 
 SYNTHETIC = "synthetic"
@@ -26,7 +28,10 @@ class DataArguments:
         default=None, metadata={"help": "Configuration of the dataset; for GSM8K `main` or `socratic`."}
     )
     synthetic: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Fields of SyntheticConfig, as JSON, for `dataset: synthetic`."}
+        default=None, metadata={"help": "Fields of SyntheticConfig, as JSON, for the synthetic problems."}
+    )
+    num_synthetic_examples: int = field(
+        default=0, metadata={"help": "Synthetic problems that are trained on beside another dataset; 0 for none."}
     )
     dataset_train_split: str | None = field(default="train", metadata={"help": "Name of the training split."})
     dataset_validation_split: str | None = field(
@@ -39,20 +44,37 @@ class DataArguments:
     num_validation_examples: int = field(
         default=256, metadata={"help": "Examples that the likelihood is measured on; 0 for no validation."}
     )
+    tested_on: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset with the test split that training must stay clear of: near-duplicates of its problems "
+            "are left out. GSM8K itself if it is trained on."
+        },
+    )
     auto_split: bool = field(
         default=False,
         metadata={"help": "Splits examples that are a `text` alone at 25 % and 50 % of their tokens."},
     )
+    fixed_length: bool = field(
+        default=False, metadata={"help": "Pads every segment to its greatest length, not to what a batch needs."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that encode; one if omitted."})
     over_long: str = field(
         default="drop", metadata={"help": "What is done with over-long examples: `drop` (and count) or `raise`."}
     )
 
     def __post_init__(self):
         self.synthetic = json.loads(self.synthetic) if isinstance(self.synthetic, str) else self.synthetic or {}
-        for name, low in (("num_train_examples", 1), ("num_validation_examples", 0)):
+        if self.tested_on is None and self.dataset in HUB_IDS:
+            self.tested_on = self.dataset
+        for name, low in (("num_train_examples", 1), ("num_validation_examples", 0), ("num_synthetic_examples", 0)):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"`{name}` must be at least {low}, but got {value}")
+        if self.dataset == SYNTHETIC and self.num_synthetic_examples:
+            raise ValueError(
+                f"`num_synthetic_examples` must be 0 for `dataset: synthetic`, but got {self.num_synthetic_examples}"
+            )
 
     def save(self, folder: str) -> None:
         """Writes the arguments beside a checkpoint."""
@@ -65,29 +87,49 @@ class DataArguments:
         return cls(**json.loads(path.read_text())) if path.is_file() else cls()
 
 
+def training_splits(args: DataArguments) -> list[str]:
+    """The splits that are trained on."""
+    return ["train", SYNTHETIC] if args.num_synthetic_examples else ["train"]
+
+
 def load_split(args: DataArguments, split: str, num_examples: int | None = None) -> Dataset:
+    """The dataset of [`load_counted_split`]."""
+    return load_counted_split(args, split, num_examples)[0]
+
+
+def load_counted_split(
+    args: DataArguments, split: str, num_examples: int | None = None
+) -> tuple[Dataset, dict[str, int]]:
     """The examples of one split, with the columns `question`, `plan`, `execution` (or `text`).
 
     Args:
-        split: `train`, `validation` or `test`; for the synthetic problems any split of [`generate_dataset`].
+        split: `train`, `validation` or `test`; `synthetic` for the synthetic problems beside another dataset; for
+            the synthetic problems alone any split of [`generate_dataset`].
         num_examples: the first so many of the split.
+
+    Returns:
+        the examples, and with `tested_on`, for training and validation, `num_near_test`: the problems left out as
+        they are near-duplicates of a test problem (see near_duplicates.py).
 
     Raises:
         ValueError: for a split that there is not, for less than one example, and for synthetic problems without a
             number of examples.
     """
-    if num_examples is None and split in ("train", "validation"):
+    if num_examples is None and split in ("train", "validation", SYNTHETIC):
         num_examples = getattr(args, f"num_{split}_examples")
     if num_examples is not None and num_examples < 1:
         raise ValueError(f"`num_examples` must be at least 1 for the split {split!r}, but got {num_examples}")
-    if args.dataset == SYNTHETIC:
+    if SYNTHETIC in (args.dataset, split):
         if num_examples is None:
             raise ValueError(f"`num_examples` must be given for the synthetic problems' split {split!r}, but got None")
-        return generate_dataset(split, num_examples, SyntheticConfig(**args.synthetic))
+        split = "train" if split == SYNTHETIC else split
+        return generate_dataset(split, num_examples, SyntheticConfig(**args.synthetic)), {}
     if split not in HASH_SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(HASH_SPLITS)} for {args.dataset}, but got {split!r}")
-    dataset = _load_or_hold_out(args, split)
-    return dataset if num_examples is None else dataset.select(range(min(num_examples, len(dataset))))
+    dataset, counts = _load_or_hold_out(args, split), {}
+    if args.tested_on is not None and split != "test":
+        dataset, counts = _without_near_test(dataset, args.tested_on)
+    return dataset if num_examples is None else dataset.select(range(min(num_examples, len(dataset)))), counts
 
 
 def _load_or_hold_out(args: DataArguments, split: str) -> Dataset:
@@ -102,6 +144,16 @@ def _load_or_hold_out(args: DataArguments, split: str) -> Dataset:
             f"of, but got {args.num_validation_examples}"
         )
     return dataset.select(range(num_training) if split == "train" else range(num_training, len(dataset)))
+
+
+def _without_near_test(dataset: Dataset, tested_on: str) -> tuple[Dataset, dict[str, int]]:
+    if "question" not in dataset.column_names:
+        raise ValueError(f"`tested_on` must be None for a dataset without questions, but got {tested_on!r}")
+    # GSM8K's rows as they were published: its plans take a while to write and are not looked at
+    test = load_gsm8k_rows("test") if tested_on in HUB_IDS else _load(DataArguments(dataset=tested_on), "test")
+    similarities = highest_similarities(dataset["question"], test["question"])
+    kept = [row for row, similarity in enumerate(similarities) if similarity < NEAR_DUPLICATE]
+    return dataset.select(kept), {"num_near_test": len(dataset) - len(kept)}
 
 
 def _load(args: DataArguments, split: str | None) -> Dataset:

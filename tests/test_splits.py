@@ -1,11 +1,14 @@
 """No example is trained on and tested on, whatever the dataset."""
 
 import json
+import re
 
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict
-from hierbd3lm.data.splits import FILE_NAME, DataArguments, load_split
+from hierbd3lm.data.near_duplicates import highest_similarities
+from hierbd3lm.data.splits import FILE_NAME, DataArguments, load_counted_split, load_split, training_splits
+from hierbd3lm.data.synthetic import SyntheticConfig, generate_dataset
 
 SPLITS = ("train", "validation", "test")
 SOLUTION = "Tom has 2*3=<<2*3=6>>6 pens.\n#### 6"
@@ -122,19 +125,112 @@ def test_number_of_examples_below_one_raises(tmp_path, num_examples):
 # GSM8K
 
 
+def write_gsm8k(folder, monkeypatch, **questions):
+    monkeypatch.setenv("GSM8K_DIR", str(folder))
+    for split, texts in questions.items():
+        write_lines(folder / f"{split}.jsonl", [{"question": text, "answer": SOLUTION} for text in texts])
+
+
 def test_gsm8k_is_read_from_its_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("GSM8K_DIR", str(tmp_path))
-    for split, count in (("train", 6), ("test", 2)):
-        rows = [{"question": f"{split} {i}: how many pens?", "answer": SOLUTION} for i in range(count)]
-        write_lines(tmp_path / f"{split}.jsonl", rows)
+    train = [f"{word} pens does Tom have?" for word in ("a", "b", "c", "d", "e", "f")]
+    write_gsm8k(tmp_path, monkeypatch, train=train, test=["one more question", "and another"])
     args = DataArguments(dataset="openai/gsm8k", num_validation_examples=2)
     questions = {split: load_split(args, split)["question"][:] for split in SPLITS}
     assert questions == {
-        "train": [f"train {i}: how many pens?" for i in range(4)],
-        "validation": [f"train {i}: how many pens?" for i in range(4, 6)],
-        "test": [f"test {i}: how many pens?" for i in range(2)],
+        "train": train[:4],
+        "validation": train[4:],
+        "test": ["one more question", "and another"],
     }
     assert load_split(args, "test")[0]["execution"].endswith("#### 6")
+
+
+def test_gsm8k_is_trained_on_without_its_test_problems_in_other_numbers(tmp_path, monkeypatch):
+    test = "A plane travels 1,200 miles in 3 hours. How long does it take to travel 2000.5 miles?"
+    near = "A train  travels 360 miles in 4 HOURS. How long does it take to travel 20 miles"
+    others = ["How long does it take to travel?", "A plane has 3 wings.", "Who?", "Tom has 3 pens."]
+    write_gsm8k(tmp_path, monkeypatch, train=[others[0], near, *others[1:], test], test=[test, "Why?"])
+    args = DataArguments(dataset="openai/gsm8k", num_validation_examples=2, num_train_examples=3)
+    train, counts = load_counted_split(args, "train")
+    assert (train["question"][:], counts) == (others[:3], {"num_near_test": 1})  # the first three that are left
+    validation, counts = load_counted_split(args, "validation")
+    assert (validation["question"][:], counts) == (others[3:], {"num_near_test": 1})
+    tests, counts = load_counted_split(args, "test")
+    assert (tests["question"][:], counts) == ([test, "Why?"], {})
+
+
+def test_a_file_is_kept_clear_of_the_test_split_that_is_named(tmp_path, monkeypatch):
+    test = "How many pens have Tom and Ann in 3 boxes?"
+    write_gsm8k(tmp_path, monkeypatch, test=[test, "Why?"])
+    rows = [*make_rows(3), {"question": test.replace("3", "4"), "plan": "Add.", "execution": "#### 1"}]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    for tested_on in ("openai/gsm8k", write_lines(tmp_path / "test_rows.jsonl", rows[3:])):
+        args = DataArguments(dataset=path, num_validation_examples=0, tested_on=tested_on)
+        train, counts = load_counted_split(args, "train")
+        assert (train.to_list(), counts) == (rows[:3], {"num_near_test": 1})
+    train, counts = load_counted_split(DataArguments(dataset=path, num_validation_examples=0), "train")
+    assert (train.to_list(), counts) == (rows, {})
+
+
+def test_texts_alone_cannot_be_compared_with_a_test_split(tmp_path):
+    path = write_lines(tmp_path / "texts.jsonl", [{"text": "a b c"}] * 4)
+    args = DataArguments(dataset=path, auto_split=True, num_validation_examples=0, tested_on="openai/gsm8k")
+    with pytest.raises(ValueError, match="`tested_on` must be None for a dataset without questions"):
+        load_split(args, "train")
+
+
+# Near-duplicates
+
+
+def words_of(text):
+    return re.sub(r"[0-9][0-9,.]*", "0", text.lower()).replace("?", " ").replace(".", " ").split()
+
+
+def similarity_by_hand(first, second):
+    runs = []
+    for words in (words_of(first), words_of(second)):
+        runs.append([tuple(words[i : i + 3]) for i in range(len(words) - 2)] or [tuple(words)])
+    shared = [run for run in set(runs[0]) if run in runs[1]]
+    return len(shared) / len({*runs[0], *runs[1]})
+
+
+def test_similarity_is_the_jaccard_index_of_runs_of_three_words():
+    texts = generate_dataset("train", 60, SyntheticConfig(num_steps=(1, 2), num_names=8, num_things=1))["question"][:]
+    texts += ["Tom?", "tom 3", "", "How many pens"]
+    questions, references = texts[::2], texts[1::2]
+    expected = [max(similarity_by_hand(text, other) for other in references) for text in questions]
+    assert highest_similarities(questions, references) == pytest.approx(expected)
+    assert 0 in expected and len(set(expected)) > 20
+
+
+def test_similarity_sees_words_and_neither_numbers_nor_typography():
+    question = "Kim has 5 cats, 1,200 dogs and 0.5 birds. How many pets?"
+    same = "kim  HAS 7 cats 3 dogs and\n12 birds - how many pets"
+    other = "Kim sold 5 cars, 1,200 bikes or 0.5 boats. Which left?"
+    assert highest_similarities([question, question, "Ä 1"], [same]) == [1, 1, 0]
+    assert highest_similarities([other], [question])[0] < 0.1
+    assert highest_similarities([question], []) == [0]
+
+
+# Synthetic problems beside another dataset
+
+
+def test_synthetic_problems_are_a_training_split_of_their_own(tmp_path):
+    args = file_arguments(
+        tmp_path, num_validation_examples=3, num_synthetic_examples=20, synthetic={"num_steps": [2, 2]}
+    )
+    assert training_splits(args) == ["train", "synthetic"]
+    added = load_split(args, "synthetic").to_list()
+    assert added == generate_dataset("train", 20, SyntheticConfig(num_steps=(2, 2))).to_list()
+    assert load_split(args, "train").to_list() + load_split(args, "validation").to_list() == make_rows(10)
+    assert load_split(args, "test").to_list() == make_rows(10)
+
+
+def test_without_synthetic_problems_there_is_no_such_split(tmp_path):
+    assert training_splits(file_arguments(tmp_path)) == ["train"]
+    with pytest.raises(ValueError, match="`num_examples` must be at least 1 for the split 'synthetic', but got 0"):
+        load_split(file_arguments(tmp_path), "synthetic")
+    with pytest.raises(ValueError, match="`num_synthetic_examples` must be 0 for `dataset: synthetic`, but got 5"):
+        DataArguments(num_synthetic_examples=5)
 
 
 # The arguments
@@ -153,7 +249,9 @@ def test_folder_that_says_nothing_gives_the_defaults(tmp_path):
     assert not (tmp_path / FILE_NAME).exists()
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_train_examples", 0), ("num_validation_examples", -1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_train_examples", 0), ("num_validation_examples", -1), ("num_synthetic_examples", -1)]
+)
 def test_number_out_of_range_raises(name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be at least .*, but got {value}"):
         DataArguments(**{name: value})

@@ -63,14 +63,6 @@ def test_a_misspelt_setting_is_refused(tmp_path):
         train.parse_arguments([write_config(tmp_path, max_stepz=3)])
 
 
-@pytest.mark.parametrize("name", ["quickstart", "gsm8k_small", "gsm8k_qwen"])
-def test_the_recipes_are_read(name, tmp_path):
-    model_args, _, args = train.parse_arguments(
-        [str(ROOT / "configs" / f"{name}.yaml"), "--output_dir", str(tmp_path), "--bf16", "false"]
-    )
-    assert model_args.config_fields() and args.learning_rate > 0
-
-
 def test_a_run_leaves_a_checkpoint_that_says_what_it_was_trained_on(tmp_path, monkeypatch):
     run(monkeypatch, write_config(tmp_path, synthetic={"max_value": 30}))
     out = tmp_path / "out"
@@ -126,6 +118,39 @@ def test_an_autoregressive_checkpoint_is_converted_and_gone_on_with(tmp_path, mo
     again = {"backbone": None, "init_from": str(tmp_path / "out"), "output_dir": str(tmp_path / "again")}
     run(monkeypatch, write_config(tmp_path, max_steps=1, save_strategy="no", **(lengths | again)))
     assert HierBD3LMForBlockDiffusion.from_pretrained(tmp_path / "again").config.question_len == 400
+
+
+def test_a_checkpoint_of_low_precision_is_trained_in_float32_unless_asked_otherwise(tmp_path):
+    tokenizer = make_tokenizer()
+    backbone = Qwen3Config(vocab_size=len(tokenizer), **TINY["backbone"])
+    Qwen3ForCausalLM(backbone).bfloat16().save_pretrained(tmp_path / "ar")
+    model = train.make_model(train.ModelArguments(init_from=str(tmp_path / "ar")), tokenizer)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    model.save_pretrained(tmp_path / "own")
+    low = train.ModelArguments(init_from=str(tmp_path / "own"), dtype="bfloat16")
+    assert {parameter.dtype for parameter in train.make_model(low, tokenizer).parameters()} == {torch.bfloat16}
+
+
+def test_synthetic_problems_join_another_dataset_and_are_counted(tmp_path):
+    rows = [{"question": f"{i} cats", "plan": "count", "execution": f"#### {i}"} for i in range(9)]
+    rows[3]["execution"] = "so " * 100 + rows[3]["execution"]
+    Path(tmp_path, "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"dataset": str(tmp_path / "rows.jsonl"), "num_synthetic_examples": 20, "num_train_examples": None}
+    arguments = train.parse_arguments([write_config(tmp_path, num_validation_examples=2, **settings)])
+    model_args, data_args, args = arguments
+    tokenizer = train.make_tokenizer(model_args, data_args, args)
+    assert {" cats", " has"} < set(tokenizer.get_vocab())
+    config = train.make_model(model_args, tokenizer).config
+    datasets = train.make_datasets(data_args, args, tokenizer, config)
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert {name: (part["num_kept"], part["num_dropped"]) for name, part in report.items()} == {
+        "train": (6, 1),
+        "synthetic": (20, 0),
+        "validation": (2, 0),
+    }
+    assert (len(datasets["train"]), len(datasets["validation"])) == (26, 2)
+    written = tokenizer.batch_decode(datasets["train"]["question_ids"][:7])
+    assert written[:6] == [f"{i} cats" for i in (0, 1, 2, 4, 5, 6)] and "How many" in written[6]
 
 
 def test_a_backbone_and_a_checkpoint_exclude_each_other():
