@@ -5,6 +5,8 @@ from difflib import get_close_matches
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from .dit_hierbd3lm import HierBD3LMDiTConfig  # noqa: F401  (makes its `model_type` known to transformers)
+
 # role -> text of the token; the id of role `r` is `config.<r>_token_id`
 SPECIAL_TOKENS = {
     "mask": "<|mask|>",
