@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,13 +21,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .diffusion_hierbd3lm import ESTIMATORS, MaskDraw, draw_mask, masked_nll
-from .masking_hierbd3lm import EXECUTION, PADDING, PLAN, layout_from_segments
+from .diffusion_hierbd3lm import ESTIMATORS
+from .likelihood import SEGMENT_NAMES, likelihood_metrics, measure_batch, per_segment, with_predicted_tokens
+from .masking_hierbd3lm import PADDING
+from .objectives import make_objective
 from .optimization import MuonAdamW, split_parameters
 
 logger = logging.get_logger(__name__)
 
-SEGMENT_NAMES = {PLAN: "plan", EXECUTION: "execution"}
 EMA_FILE = "ema.safetensors"
 LOWER_IS_BETTER = ("loss", "nll", "bpd", "ppl")
 
@@ -220,6 +220,9 @@ class HierBD3LMTrainer(Trainer):
         self.ema = EMACallback(args.ema_decay) if args.ema_decay > 0 else None
         if self.ema is not None:
             self.add_callback(self.ema)
+        self.objective = make_objective(model.config, args.estimator)
+        if args.noisy_copies > 1 and not self.objective.has_noise:
+            raise ValueError(f"`noisy_copies` must be 1 for an objective without noise, but got {args.noisy_copies}")
         self._num_micro_batches = 0  # of the update at work
         self._progress = TrainingProgress()
 
@@ -247,12 +250,12 @@ class HierBD3LMTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The training loss of one micro-batch: its share of the accumulated batch's mean over counted tokens."""
-        batch = self._diffused(inputs)
+        batch = with_predicted_tokens(self._unwrapped(), inputs)
         clip, copies = self._clip_intervals(batch["segment_ids"]), self.args.noisy_copies
-        draw = self._draw(batch, clip, self._training_generator(), copies)
-        filler = batch["maskable"] & (batch["labels"] == -100)
-        weights = torch.where(filler[:, None], self.args.filler_weight * draw.weights, draw.weights)
-        nelbo = self._weighted_nll(model, batch, MaskDraw(draw.masked, weights))
+        with self.accelerator.autocast():
+            nelbo = self.objective.shares(model, batch, self._training_generator(), clip=clip, noisy_copies=copies)
+        filler = (batch["labels"] == -100) & (batch["input_ids"] == self.model.config.end_token_id)
+        nelbo = torch.where(filler, self.args.filler_weight * nelbo, nelbo)
         self._progress.add(batch, nelbo)
         if num_items_in_batch is None:  # called by hand: the mean of this batch
             loss = nelbo.sum() / (batch["labels"] != -100).sum()
@@ -305,53 +308,17 @@ class HierBD3LMTrainer(Trainer):
         generator = _seeded(self.args.device, self.args.eval_seed, self.args.process_index)
         rows = []
         for inputs in dataloader:
-            batch = self._diffused(self._prepare_inputs(inputs))
-            draws = [
-                self._weighted_nll(self.model, batch, self._draw(batch, None, generator))
-                for _ in range(self.args.eval_noise_draws)
-            ]
-            counted = per_segment(batch["labels"] != -100, batch["segment_ids"])
-            # (batch, draws + 1, segments); the gathering drops the rows that only even out the last batch
-            row = torch.stack([*(per_segment(nelbo, batch["segment_ids"]) for nelbo in draws), counted], dim=1)
+            batch = with_predicted_tokens(self._unwrapped(), self._prepare_inputs(inputs))
+            with self.accelerator.autocast():  # also around a model that no training has prepared yet
+                row = measure_batch(self.objective, self.model, batch, self.args.eval_noise_draws, generator)
+            # the gathering drops the rows that only even out the last batch
             rows.append(self.accelerator.gather_for_metrics(row).cpu())
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         total = torch.cat(rows).sum(dim=0)
         return total[:-1], total[-1]
 
-    def _diffused(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The batch with what the diffusion needs: block and position ids, and the tokens it may mask."""
-        model, batch = self.accelerator.unwrap_model(self.model), dict(inputs)
-        if "block_ids" not in batch:
-            sizes = model.config.plan_block_size, model.config.execution_block_size
-            batch["block_ids"], batch["position_ids"] = layout_from_segments(batch["segment_ids"], *sizes)
-        batch["maskable"] = model.maskable_tokens(batch["input_ids"], batch["segment_ids"])
-        return batch
-
-    def _draw(
-        self,
-        batch: dict[str, torch.Tensor],
-        clip: torch.Tensor | None,
-        generator: torch.Generator,
-        noisy_copies: int = 1,
-    ) -> MaskDraw:
-        config = self.model.config
-        return draw_mask(
-            batch["block_ids"],
-            batch["maskable"],
-            clip,
-            config.noise,
-            self.args.estimator,
-            config.sampling_eps,
-            generator,
-            noisy_copies,
-        )
-
-    def _weighted_nll(self, model: nn.Module, batch: dict[str, torch.Tensor], draw: MaskDraw) -> torch.Tensor:
-        """Each token's share of the batch's NELBO in nats, `(batch, length)`."""
-        layout = {name: batch[name] for name in ("block_ids", "position_ids")}
-        with self.accelerator.autocast():  # also around a model that no training has prepared yet
-            nll = masked_nll(model, draw.masked, batch["input_ids"], self.model.config.mask_token_id, **layout)
-        return draw.weights.masked_scatter(draw.masked, nll * draw.weights[draw.masked]).sum(dim=1)
+    def _unwrapped(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model)
 
     def _clip_intervals(self, segment_ids: torch.Tensor) -> torch.Tensor:
         config = self.model.config
@@ -474,36 +441,6 @@ class TrainingProgress:
         self._sums: torch.Tensor | None = None
         self._num_tokens: torch.Tensor | int = 0
         self._start = time.perf_counter()
-
-
-def per_segment(values: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-    """Sums of `values` of shape `(batch, length)` over plan and execution: `(batch, 2)`, float64."""
-    # selected, not multiplied: a value that is not finite stays in its segment
-    return torch.stack(
-        [torch.where(segment_ids == segment, values, 0).double().sum(dim=1) for segment in SEGMENT_NAMES], dim=1
-    )
-
-
-def likelihood_metrics(nats: torch.Tensor, num_tokens: torch.Tensor) -> dict[str, float]:
-    """Likelihoods of all tokens and of each segment.
-
-    Args:
-        nats (`torch.DoubleTensor` of shape `(draws, segments)`): NELBO of every draw, summed over the data.
-        num_tokens (`torch.DoubleTensor` of shape `(segments,)`): the tokens that they average over.
-    """
-    metrics = {}
-    columns = {"": slice(None), **{f"{name}_": slice(i, i + 1) for i, name in enumerate(SEGMENT_NAMES.values())}}
-    for prefix, column in columns.items():
-        count = num_tokens[column].sum()
-        nll_of_draws = nats[:, column].sum(dim=1) / count
-        nll = nll_of_draws.mean()
-        metrics[f"{prefix}nll"] = nll.item()
-        if len(nats) > 1:
-            metrics[f"{prefix}nll_stderr"] = (nll_of_draws.std() / math.sqrt(len(nats))).item()
-        metrics[f"{prefix}bpd"] = (nll / math.log(2)).item()
-        metrics[f"{prefix}ppl"] = nll.exp().item()
-        metrics[f"{prefix}num_tokens"] = int(count)
-    return metrics
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
