@@ -1,6 +1,7 @@
 """How a hierarchical block diffusion model is trained and its likelihood measured: a `Trainer` of the NELBO."""
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -21,6 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from .clip_search import Candidates, ClipSearch, LossVariance, clipped_segments, draw_losses, measure_costs
 from .diffusion_hierbd3lm import ESTIMATORS
 from .likelihood import SEGMENT_NAMES, likelihood_metrics, measure_batch, per_segment, with_predicted_tokens
 from .masking_hierbd3lm import PADDING
@@ -53,6 +55,17 @@ class HierBD3LMTrainingArguments(TrainingArguments):
         default=1.0,
         metadata={"help": "Weight in the training loss of the <|end|> tokens behind a segment's first; >= 0."},
     )
+    clip_search: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Widths in (0, 1] of the intervals of mask rates, such as 0.5: every evaluation during training "
+            "chooses that of least variance of the loss for each segment. None: the intervals stay as they are."
+        },
+    )
+    clip_search_levels: int = field(
+        default=20,
+        metadata={"help": "Mask rates that a search measures, a pass each; the intervals start and end between them."},
+    )
     ema_decay: float = field(
         default=0.9999,
         metadata={"help": "Decay of the weights' average, used to evaluate and to save; in [0, 1), 0 for none."},
@@ -83,6 +96,8 @@ class HierBD3LMTrainingArguments(TrainingArguments):
             raise ValueError(f"`noisy_copies` must be >= 1, but got {self.noisy_copies}")
         if not self.filler_weight >= 0:
             raise ValueError(f"`filler_weight` must be >= 0, but got {self.filler_weight}")
+        if self.clip_search is not None:
+            Candidates(tuple(self.clip_search), self.clip_search_levels)  # raises
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), but got {self.ema_decay}")
         if self.eval_noise_draws < 1:
@@ -223,6 +238,10 @@ class HierBD3LMTrainer(Trainer):
         self.objective = make_objective(model.config, args.estimator)
         if args.noisy_copies > 1 and not self.objective.has_noise:
             raise ValueError(f"`noisy_copies` must be 1 for an objective without noise, but got {args.noisy_copies}")
+        if args.clip_search is not None:
+            if not self.objective.has_noise:
+                raise ValueError(f"`clip_search` must be None without noise, but got {args.clip_search}")
+            self.add_callback(ClipSearch(args.clip_search, args.clip_search_levels))
         self._num_micro_batches = 0  # of the update at work
         self._progress = TrainingProgress()
 
@@ -252,10 +271,7 @@ class HierBD3LMTrainer(Trainer):
         """The training loss of one micro-batch: its share of the accumulated batch's mean over counted tokens."""
         batch = with_predicted_tokens(self._unwrapped(), inputs)
         clip, copies = self._clip_intervals(batch["segment_ids"]), self.args.noisy_copies
-        with self.accelerator.autocast():
-            nelbo = self.objective.shares(model, batch, self._training_generator(), clip=clip, noisy_copies=copies)
-        filler = (batch["labels"] == -100) & (batch["input_ids"] == self.model.config.end_token_id)
-        nelbo = torch.where(filler, self.args.filler_weight * nelbo, nelbo)
+        nelbo = self._training_shares(model, batch, self._training_generator(), clip, copies)
         self._progress.add(batch, nelbo)
         if num_items_in_batch is None:  # called by hand: the mean of this batch
             loss = nelbo.sum() / (batch["labels"] != -100).sum()
@@ -264,6 +280,20 @@ class HierBD3LMTrainer(Trainer):
             if self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes  # DDP averages gradients, the count is over all processes
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _training_shares(
+        self,
+        model: nn.Module,
+        batch: dict[str, torch.Tensor],
+        generator: torch.Generator,
+        clip: torch.Tensor,
+        noisy_copies: int = 1,
+    ) -> torch.Tensor:
+        """Each token's share of the training loss in nats, `(batch, length)`."""
+        with self.accelerator.autocast():
+            shares = self.objective.shares(model, batch, generator, clip=clip, noisy_copies=noisy_copies)
+        filler = (batch["labels"] == -100) & (batch["input_ids"] == self.model.config.end_token_id)
+        return torch.where(filler, self.args.filler_weight * shares, shares)
 
     @torch.no_grad()
     def evaluate(
@@ -316,6 +346,39 @@ class HierBD3LMTrainer(Trainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         total = torch.cat(rows).sum(dim=0)
         return total[:-1], total[-1]
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in transformers; an evaluation during training chooses the clip intervals of what follows."""
+        metrics = super()._evaluate(*args, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ClipSearch):
+                self._search_clip(callback)
+        return metrics
+
+    @torch.no_grad()
+    def _search_clip(self, search: ClipSearch) -> None:
+        """Measures the variance of the training loss on the (first) evaluation dataset, and applies the choice."""
+        start, was_training, config = time.perf_counter(), self.model.training, self.model.config
+        name = next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
+        generator = _seeded(self.args.device, self.args.eval_seed, self.args.process_index)
+        segments, variance, candidates = clipped_segments(config), LossVariance(), search.candidates
+        self.model.eval()
+        for inputs in self.get_eval_dataloader(name):
+            batch = with_predicted_tokens(self._unwrapped(), self._prepare_inputs(inputs))
+            costs = measure_costs(
+                functools.partial(self._training_shares, self.model, batch, generator),
+                batch,
+                self.objective.noise_blocks(batch),
+                list(segments.values()),
+                candidates.num_levels,
+            )
+            variance.add(draw_losses(costs, candidates, self.args.noisy_copies, generator))
+        self.model.train(was_training)
+        total = LossVariance(self.accelerator.reduce(variance.sums))
+        logs = search.choose(list(segments), total.variance())
+        search.apply(config)
+        self._progress.pause(time.perf_counter() - start)
+        self.log(logs)
 
     def _unwrapped(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model)
