@@ -1,8 +1,9 @@
 """Which interval of mask rates gives the training loss the least variance (BD3-LM: Arriola et al. 2025, section 5.2).
 
-A block's cost is measured once in each of `num_levels` even bins of mask rates. From these costs any interval's
-training loss is drawn as often as wanted without another pass of the model: as in training, the levels of all blocks
-of a batch lie on one even grid, in random order.
+The variance is over the noise, for a given batch, and its mean is taken over the batches: how much batches differ from
+each other is no matter of the interval. A block's cost is measured once in each of `num_levels` even bins of mask
+rates. From these costs any interval's training loss is drawn as often as wanted without another pass of the model: as
+in training, the levels of all blocks of a batch lie on one even grid, in random order.
 """
 
 from collections.abc import Callable, Sequence
@@ -118,7 +119,7 @@ def measure_costs(
 def draw_losses(
     measured: BlockCosts, candidates: Candidates, noisy_copies: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Training losses of a batch in nats per token: `torch.DoubleTensor`, `(intervals, groups, NUM_REPLICATES)`.
+    """Training losses of one batch in nats per token: `torch.DoubleTensor`, `(intervals, groups, NUM_REPLICATES)`.
 
     All intervals are drawn with the same random numbers, so that they differ by nothing else.
     """
@@ -134,25 +135,6 @@ def draw_losses(
         picked = costs[bins, torch.arange(num_blocks, device=device)].mean(dim=1)  # (draws, blocks)
         losses.append(weights @ picked.T)
     return torch.stack(losses)
-
-
-class LossVariance:
-    """The variance of training losses over batches and draws of the noise, from sums that processes can add up."""
-
-    def __init__(self, sums: torch.Tensor | None = None):
-        self.sums = sums  # (4, intervals, groups): batches, their variances, means and squared means
-
-    def add(self, losses: torch.Tensor) -> None:
-        """Counts a batch; `losses` are `(intervals, groups, draws)`."""
-        mean = losses.mean(dim=2)
-        sums = torch.stack([torch.ones_like(mean), losses.var(dim=2), mean, mean.square()])
-        self.sums = sums if self.sums is None else self.sums + sums
-
-    def variance(self) -> torch.Tensor:
-        """`torch.DoubleTensor` of shape `(intervals, groups)`: within batches and between them."""
-        count, within, mean, square = self.sums
-        between = (square - mean.square() / count) / (count - 1).clamp(min=1)
-        return within / count + between.clamp(min=0)
 
 
 class ClipSearch(TrainerCallback, ExportableState):
@@ -173,7 +155,7 @@ class ClipSearch(TrainerCallback, ExportableState):
 
         Args:
             names: of the groups.
-            variance (`torch.DoubleTensor` of shape `(intervals, groups)`).
+            variance (`torch.DoubleTensor` of shape `(intervals, groups)`): of the loss in nats per token.
         """
         logs, first = {}, 0 if 1.0 in self.candidates.widths else 1  # [0, 1] may be there for comparison alone
         for group, name in enumerate(names):

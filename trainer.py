@@ -22,7 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .clip_search import Candidates, ClipSearch, LossVariance, clipped_segments, draw_losses, measure_costs
+from .clip_search import Candidates, ClipSearch, clipped_segments, draw_losses, measure_costs
 from .diffusion_hierbd3lm import ESTIMATORS
 from .likelihood import SEGMENT_NAMES, likelihood_metrics, measure_batch, per_segment, with_predicted_tokens
 from .masking_hierbd3lm import PADDING
@@ -361,7 +361,7 @@ class HierBD3LMTrainer(Trainer):
         start, was_training, config = time.perf_counter(), self.model.training, self.model.config
         name = next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
         generator = _seeded(self.args.device, self.args.eval_seed, self.args.process_index)
-        segments, variance, candidates = clipped_segments(config), LossVariance(), search.candidates
+        segments, candidates, variances = clipped_segments(config), search.candidates, []
         self.model.eval()
         for inputs in self.get_eval_dataloader(name):
             batch = with_predicted_tokens(self._unwrapped(), self._prepare_inputs(inputs))
@@ -372,10 +372,10 @@ class HierBD3LMTrainer(Trainer):
                 list(segments.values()),
                 candidates.num_levels,
             )
-            variance.add(draw_losses(costs, candidates, self.args.noisy_copies, generator))
+            variances.append(draw_losses(costs, candidates, self.args.noisy_copies, generator).var(dim=2))
         self.model.train(was_training)
-        total = LossVariance(self.accelerator.reduce(variance.sums))
-        logs = search.choose(list(segments), total.variance())
+        variance = self.accelerator.reduce(torch.stack(variances).mean(dim=0), reduction="mean")
+        logs = search.choose(list(segments), variance)
         search.apply(config)
         self._progress.pause(time.perf_counter() - start)
         self.log(logs)
