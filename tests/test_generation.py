@@ -724,7 +724,7 @@ def test_an_unknown_setting_is_refused(name):
 @pytest.mark.parametrize(
     ("name", "values", "accepted"),
     [
-        ("stage", ["both", None], "one of full, plan, execution"),
+        ("stage", ["both", None], "one of full, joint, plan, execution"),
         ("sampler", ["greedy", 1], "one of first_hitting, ancestral, confidence, entropy"),
         ("num_steps", [0, -1, 2.5, "3", True, None], "an integer >= 1"),
         ("tokens_per_step", [0, 1.0, None], "an integer >= 1"),
