@@ -16,7 +16,7 @@ from hierbd3lm.data.loading import prepare_dataset
 from hierbd3lm.data.splits import SYNTHETIC, load_split
 from hierbd3lm.diffusion_hierbd3lm import ESTIMATORS
 from hierbd3lm.eval_gsm8k import NUM_SYNTHETIC, find_data
-from hierbd3lm.evaluation import write_json
+from hierbd3lm.data.run_folder import write_json
 from hierbd3lm.likelihood import format_likelihood, measure_likelihood
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from transformers import AutoTokenizer, HfArgumentParser
