@@ -15,6 +15,7 @@ SPECIAL_TOKENS = {
 
 NOISE_SCHEDULES = ("loglinear", "square", "cosine", "log")
 ALGORITHMS = ("hier", "bd3lm", "mdlm", "sedd", "ar")
+SIZED_BY_ALGORITHM = ("mdlm", "sedd", "ar")  # with one possible block size
 BLOCK_SIZES = {"plan_block_size": "plan_len", "execution_block_size": "execution_len"}  # -> what a block is part of
 
 
@@ -130,7 +131,7 @@ class HierBD3LMConfig(PreTrainedConfig):
         _refuse_misspelt_fields(kwargs)
         replaced = {name: kwargs.pop(name) for name in _own_fields() if name in kwargs and name != "backbone_config"}
         merged = config_dict | replaced
-        if "block_size" in replaced or merged.get("algorithm") in ("mdlm", "sedd", "ar") or merged.get("joint"):
+        if "block_size" in replaced or merged.get("algorithm") in SIZED_BY_ALGORITHM or merged.get("joint"):
             merged = {name: merged[name] for name in merged if name in replaced or name not in BLOCK_SIZES}
         return super().from_dict(merged, **kwargs)
 

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from hierbd3lm.configuration_hierbd3lm import BLOCK_SIZES, HierBD3LMConfig, add_special_tokens, special_token_ids
+from hierbd3lm.configuration_hierbd3lm import (
+    BLOCK_SIZES,
+    SIZED_BY_ALGORITHM,
+    HierBD3LMConfig,
+    add_special_tokens,
+    special_token_ids,
+)
 from hierbd3lm.data.collator import SEGMENTS, HierarchicalDataCollator
 from hierbd3lm.data.loading import prepare_dataset
 from hierbd3lm.data.splits import SYNTHETIC, DataArguments, load_split
@@ -80,7 +86,7 @@ class ModelArguments:
         """The fields of HierBD3LMConfig that are given; block sizes only for an algorithm that can have several."""
         values = {name: getattr(self, name) for name in CONFIG_FIELDS}
         given = {name: value for name, value in values.items() if value is not None}
-        if self.algorithm in ("mdlm", "sedd", "ar") or self.joint:
+        if self.algorithm in SIZED_BY_ALGORITHM or self.joint:
             unused = {name: given.pop(name) for name in ("block_size", *BLOCK_SIZES) if name in given}
             logger.info(f"Block sizes follow from the algorithm; not used: {unused}")
         return given
