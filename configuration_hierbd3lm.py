@@ -16,6 +16,9 @@ SPECIAL_TOKENS = {
 }
 
 NOISE_SCHEDULES = ("loglinear", "square", "cosine", "log")
+ALGORITHMS = ("hier", "bd3lm", "mdlm", "sedd", "ar")
+SIZED_BY_ALGORITHM = ("mdlm", "sedd", "ar")  # with one possible block size
+BLOCK_SIZES = {"plan_block_size": "plan_len", "execution_block_size": "execution_len"}  # -> what a block is part of
 
 
 class HierBD3LMConfig(PreTrainedConfig):
@@ -26,23 +29,47 @@ class HierBD3LMConfig(PreTrainedConfig):
     both are closed by `<|end|>`, which also fills the rest of the segment's last block. Openers and `<|end|>` count
     towards `plan_len` and `execution_len`.
 
+    The other algorithms than `hier` know no segments: what follows the question is one run of tokens, `<|plan|>` is
+    given, `<|execution|>` is predicted like any token, and only the end of the run is filled.
+
+    Four ablations of the hierarchy, each of them one setting of `joint` and `hierarchical_mask`:
+
+    | | with the mask | without |
+    |---|---|---|
+    | block by block | plan blocks, then execution blocks (the default) | the i-th blocks of both at the same time |
+    | joint | both at once, the plan never sees the execution | both at once, as one block |
+
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the decoder that does the work: any architecture of `AutoModelForCausalLM`. A dict is read
             with its `model_type` (default `"qwen3"`). Defaults to `Qwen3Config()`.
+        algorithm (`str`, defaults to `"hier"`):
+            `hier`: blocks of the plan, then blocks of the execution, each segment on a grid of its own.
+            `bd3lm`: one run of blocks after the question (Arriola et al. 2025).
+            `mdlm`: the same with one block of `plan_len + execution_len` tokens (Sahoo et al. 2024).
+            `sedd`: as `mdlm`, trained on the score entropy of the absorbing graph (Lou et al. 2024).
+            `ar`: the backbone as the causal model that it is.
+        hierarchical_mask (`bool`, defaults to `True`):
+            With `False`, for `hier` only, the i-th blocks of plan and execution are one block of the order: a plan
+            block attends to the noisy execution block of its rank and to the clean ones before it. The execution's
+            positions then start `plan_len` behind the plan's, however long the plan is.
+        joint (`bool`, defaults to `False`):
+            With `True`, for `hier` only, plan and execution are one block each, which share their noise level: under
+            the hierarchical mask the execution attends to the noisy plan, and the plan to itself.
         question_len, plan_len, execution_len (`int`, defaults to 256, 256, 512):
             The most tokens that each segment may have.
         block_size (`int`, *optional*):
             Sets `plan_block_size` and `execution_block_size` at once; not stored.
         plan_block_size, execution_block_size (`int`, defaults to 16):
-            Tokens that are denoised together. They divide `plan_len` and `execution_len`.
+            Tokens that are denoised together. They divide `plan_len` and `execution_len`; those of `bd3lm` are equal
+            and divide the sum. `mdlm`, `sedd`, `ar` and `joint` have block sizes of their own.
         noise (`str`, defaults to `"loglinear"`):
             Noise schedule, one of `loglinear`, `square`, `cosine`, `log` (see `diffusion_hierbd3lm.py`).
         sampling_eps (`float`, defaults to 1e-3):
             Least mask probability that the Bernoulli estimator of the NELBO draws, in (0, 1).
         plan_clip, execution_clip (pair of `float`, defaults to `[0.0, 1.0]`):
-            Interval of mask rates that *training* draws from in each segment (BD3-LM, section 5.2). A reported
-            likelihood never uses it.
+            Interval of mask rates that *training* draws from in each segment (BD3-LM, section 5.2); one interval
+            where blocks hold tokens of both segments. A reported likelihood never uses it.
         mask_token_id, plan_token_id, execution_token_id, end_token_id, pad_token_id (`int`):
             Ids of the special tokens; the first four differ from each other, and pad may equal end. The defaults are
             the first free ids of the Qwen3 tokenizer, and its `<|endoftext|>` for padding.
@@ -58,6 +85,9 @@ class HierBD3LMConfig(PreTrainedConfig):
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012  (a class attribute that transformers reads)
 
     backbone_config: dict | PreTrainedConfig | None = None
+    algorithm: str = "hier"
+    hierarchical_mask: bool = True
+    joint: bool = False
     question_len: int = 256
     plan_len: int = 256
     execution_len: int = 512
@@ -76,9 +106,10 @@ class HierBD3LMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         _refuse_misspelt_fields(kwargs)
+        self._check_order()
         block_size = kwargs.pop("block_size", None)
-        for name in ("plan_block_size", "execution_block_size"):
-            setattr(self, name, _resolve_block_size(name, getattr(self, name), block_size))
+        for name in BLOCK_SIZES:
+            setattr(self, name, self._resolve_block_size(name, block_size))
         self.backbone_config = _resolve_backbone_config(self.backbone_config)
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = self.backbone_config.tie_word_embeddings
@@ -101,9 +132,10 @@ class HierBD3LMConfig(PreTrainedConfig):
         """As in transformers, but fields among `kwargs` are checked like those of the dict that they replace."""
         _refuse_misspelt_fields(kwargs)
         replaced = {name: kwargs.pop(name) for name in _own_fields() if name in kwargs and name != "backbone_config"}
-        if "block_size" in replaced:
-            config_dict = {name: value for name, value in config_dict.items() if not name.endswith("_block_size")}
-        return super().from_dict(config_dict | replaced, **kwargs)
+        merged = config_dict | replaced
+        if "block_size" in replaced or merged.get("algorithm") in SIZED_BY_ALGORITHM or merged.get("joint"):
+            merged = {name: merged[name] for name in merged if name in replaced or name not in BLOCK_SIZES}
+        return super().from_dict(merged, **kwargs)
 
     @property
     def vocab_size(self) -> int:
@@ -115,18 +147,72 @@ class HierBD3LMConfig(PreTrainedConfig):
         """The most tokens that a sequence may have."""
         return self.question_len + self.plan_len + self.execution_len
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether what follows the question is one run of tokens, with no edge between plan and execution."""
+        return self.algorithm != "hier"
+
+    @property
+    def block_grid(self) -> tuple[int, int, str, int]:
+        """What [`~masking_hierbd3lm.layout_from_segments`] needs to know besides the segments."""
+        order = "flat" if self.is_flat else "hierarchical" if self.hierarchical_mask else "paired"
+        return self.plan_block_size, self.execution_block_size, order, self.plan_len
+
+    @property
+    def blocks_hold_both_segments(self) -> bool:
+        """Whether tokens of plan and execution share noise levels."""
+        return self.is_flat or self.joint or not self.hierarchical_mask
+
+    @property
+    def plan_multiple(self) -> int:
+        """A plan is filled with `<|end|>` up to a multiple of so many tokens."""
+        return 1 if self.is_flat else self.plan_block_size
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The backbone's configuration: transformers reads vocabulary and layer sizes from it."""
         return self.backbone_config
 
-    def _check_fields(self) -> None:
+    def _check_order(self) -> None:
         for name in ("question_len", "plan_len", "execution_len"):
             _check_integer(name, getattr(self, name), 0 if name == "question_len" else 2, None)
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"`algorithm` must be one of {', '.join(ALGORITHMS)}, but got {self.algorithm!r}")
+        for name, default in (("hierarchical_mask", True), ("joint", False)):
+            value = getattr(self, name)
+            if not isinstance(value, bool) or (self.is_flat and value is not default):
+                accepted = f"{default} for algorithm={self.algorithm!r}" if self.is_flat else "True or False"
+                raise ValueError(f"`{name}` must be {accepted}, but got {value!r}")
+
+    def _resolve_block_size(self, name: str, block_size: int | None) -> int:
+        value = getattr(self, name)
+        if value is not None and block_size is not None and value != block_size:
+            raise ValueError(f"`block_size` sets `{name}` too: got block_size={block_size!r} and {name}={value!r}")
+        value = block_size if value is None else value
+        needed = self._needed_block_size(name)
+        if value is None:
+            return 16 if needed is None else needed
+        if needed is not None and value != needed:
+            setting = f"algorithm={self.algorithm!r}" if self.is_flat else "joint=True"
+            raise ValueError(f"`{name}` must be omitted or {needed} for {setting}, but got {value!r}")
+        return value
+
+    def _needed_block_size(self, name: str) -> int | None:
+        """The one block size that the algorithm can have, if there is only one."""
+        if self.algorithm in ("mdlm", "sedd"):
+            return self.plan_len + self.execution_len
+        if self.algorithm == "ar":
+            return 1
+        return getattr(self, BLOCK_SIZES[name]) if self.joint else None
+
+    def _check_fields(self) -> None:
         for segment in ("plan", "execution"):
-            _check_divides(
-                f"{segment}_block_size", getattr(self, f"{segment}_block_size"), getattr(self, f"{segment}_len")
-            )
+            name, length = f"{segment}_block_size", getattr(self, f"{segment}_len")
+            _check_divides(name, getattr(self, name), self.plan_len + self.execution_len if self.is_flat else length)
             _check_interval(f"{segment}_clip", getattr(self, f"{segment}_clip"))
+        if self.is_flat:
+            _check_equal("plan_block_size", self.plan_block_size, "execution_block_size", self.execution_block_size)
+        if self.blocks_hold_both_segments:
+            _check_equal("plan_clip", list(self.plan_clip), "execution_clip", list(self.execution_clip))
         if self.noise not in NOISE_SCHEDULES:
             raise ValueError(f"`noise` must be one of {', '.join(NOISE_SCHEDULES)}, but got {self.noise!r}")
         if not _is_number(self.sampling_eps) or not 0 < self.sampling_eps < 1:
@@ -171,14 +257,6 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return ids | {"pad_token_id": ids["end_token_id"] if pad is None else pad}
 
 
-def _resolve_block_size(name: str, value: int | None, block_size: int | None) -> int:
-    if value is not None and block_size is not None and value != block_size:
-        raise ValueError(f"`block_size` sets `{name}` too: got block_size={block_size!r} and {name}={value!r}")
-    if value is None:
-        return 16 if block_size is None else block_size
-    return value
-
-
 def _resolve_backbone_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     if isinstance(value, PreTrainedConfig):
         return value
@@ -221,6 +299,11 @@ def _check_divides(name: str, block_size: object, segment_len: int) -> None:
     _check_integer(name, block_size, 1, segment_len)
     if segment_len % block_size:
         raise ValueError(f"`{name}` must divide the segment's length {segment_len}, but got {block_size}")
+
+
+def _check_equal(name: str, value: object, other_name: str, other: object) -> None:
+    if value != other:
+        raise ValueError(f"`{name}` must equal `{other_name}`, as a block holds both segments: got {value}, {other}")
 
 
 def _check_interval(name: str, value: object) -> None:

@@ -200,8 +200,13 @@ def bernoulli_mask(
 def rank_in_block(blocks: Blocks, generator: torch.Generator | None = None) -> torch.Tensor:
     """A uniformly random order of each block's maskable tokens: `torch.LongTensor` of shape `(batch, length)`."""
     scores = torch.rand(blocks.slot.shape, generator=generator, device=blocks.slot.device, dtype=torch.float64)
+    return _rank_by(scores, blocks)
+
+
+def _rank_by(scores: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """Rank of each maskable token among those of its block by `scores` in [0, 1); equal ones as they stand."""
     keys = torch.where(blocks.maskable, blocks.slot + scores, float("inf")).flatten()
-    order = keys.argsort()
+    order = keys.argsort(stable=True)
     before = blocks.size.cumsum(0) - blocks.size  # maskable tokens in the slots before
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
@@ -233,6 +238,40 @@ def token_nll(logits: torch.Tensor, x0: torch.Tensor, mask_token_id: int) -> tor
     return F.cross_entropy(subs_logits(logits.float(), mask_token_id), x0, reduction="none")
 
 
+def score_entropy(logits: torch.Tensor, x0: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """Denoising score entropy of masked tokens in nats, in float32.
+
+    SEDD: Lou et al. 2024, "Discrete Diffusion Modeling by Estimating the Ratios of the Data Distribution", theorem 3.4
+    on the absorbing graph of section 3.3.
+
+    With total noise sigma(t) and r = 1 / (exp(sigma) - 1), the score of each of the V tokens besides the mask is
+    s = r exp(logit) / V, which scales it by sigma as the published model does, and the bound's integrand is
+    sigma'(t) * (sum of s - r log s[x0] + r log r - r). Its factor sigma'(t) r = p'(t) / p(t) is the weight of a
+    [`MaskDraw`]; what is left depends on no time, so that every estimator of the NELBO is one of this bound as well.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(num_masked, vocab_size)`): at the masked positions only.
+        x0 (`torch.LongTensor` of shape `(num_masked,)`): the clean tokens there.
+    """
+    log_ratio = subs_logits(logits.float(), mask_token_id) - math.log(logits.shape[-1] - 1)  # log(s / r)
+    return log_ratio.logsumexp(dim=-1).exp() - log_ratio.gather(-1, x0[:, None])[:, 0] - 1
+
+
+def next_token_nll(logits: torch.Tensor, x0: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """-log p(x0 | tokens before) in nats, in float32, as any causal model has it; arguments as in [`token_nll`]."""
+    return F.cross_entropy(logits.float(), x0, reduction="none")
+
+
+# What a model is trained on, for each token that it predicts.
+TOKEN_LOSSES = {
+    "hier": token_nll,
+    "bd3lm": token_nll,
+    "mdlm": token_nll,
+    "sedd": score_entropy,
+    "ar": next_token_nll,
+}
+
+
 def masked_nll(
     model: Callable[..., Any],
     masked: torch.BoolTensor,
@@ -240,7 +279,7 @@ def masked_nll(
     mask_token_id: int,
     **layout: torch.Tensor,
 ) -> torch.FloatTensor:
-    """NLL in nats of the clean tokens where `masked`, given everything that the mask lets them see.
+    """The model's token loss in nats of the clean tokens where `masked`, given everything that the mask lets them see.
 
     Args:
         model: `HierBD3LMForBlockDiffusion`, or what wraps it.
@@ -302,6 +341,4 @@ def _patterns(length: int, device: torch.device) -> Iterator[torch.Tensor]:
 
 def _place_in_block(blocks: Blocks) -> torch.Tensor:
     """0, 1, ... for the maskable tokens of each block in the order in which they stand."""
-    flat = blocks.maskable.flatten().long()
-    before = blocks.size.cumsum(0) - blocks.size
-    return (flat.cumsum(0) - flat).view(blocks.slot.shape) - before[blocks.slot]
+    return _rank_by(torch.zeros(blocks.slot.shape, dtype=torch.float64, device=blocks.slot.device), blocks)

@@ -16,7 +16,7 @@ from .masking_hierbd3lm import CLEAN, EXECUTION, PADDING, PLAN, QUESTION, TokenL
 
 logger = logging.get_logger(__name__)
 
-STAGES = ("full", "plan", "execution")
+STAGES = ("full", "joint", "plan", "execution")
 SCHEDULED_SAMPLERS = ("first_hitting", "ancestral")  # when a token is revealed is drawn before the block starts
 ADAPTIVE_SAMPLERS = ("confidence", "entropy")  # the predictions say which tokens are revealed
 SAMPLERS = SCHEDULED_SAMPLERS + ADAPTIVE_SAMPLERS
@@ -31,7 +31,9 @@ class HierBD3LMGenerationConfig(GenerationConfig):
 
     Args:
         stage (`str`, defaults to `"full"`):
-            `full` denoises plan and execution, `plan` the plan only, `execution` the execution of given `plan_ids`.
+            `full` denoises plan and execution in the order that the model is trained for, `plan` the plan only,
+            `execution` the execution of given `plan_ids`; `joint` is `full`, and asks for a model that denoises plan
+            and execution at the same time.
         sampler (`str`, defaults to `"confidence"`):
             `first_hitting`: one token a step at random times; exact (Zheng et al. 2024, algorithm 1).
             `ancestral`: `num_steps` equal time steps a block (MDLM, section 3.4); a step that reveals nothing costs
@@ -52,6 +54,7 @@ class HierBD3LMGenerationConfig(GenerationConfig):
             `False` these tokens are denoised like any other before they are replaced.
         max_plan_len, max_execution_len (`int`, *optional*):
             Most tokens of each segment, opener and `<|end|>` counted; whole blocks. The model's lengths if omitted.
+            Where plan and execution are one run of tokens, their sum is the most of that.
         compile_steps (`bool`, defaults to `False`):
             Runs denoising passes through `torch.compile`, once for each shape that occurs: a minute at first, less
             time for every pass after that. The cache has its full length from the start, as shapes must not change.
@@ -326,8 +329,7 @@ class BlockDenoiser:
     def _start(self, prompt: torch.LongTensor, prompt_segments: torch.LongTensor) -> None:
         """Puts the whole prompt into `pending` and opens every row's first block."""
         batch = prompt.shape[0]
-        sizes = self.config.plan_block_size, self.config.execution_block_size
-        block_ids, position_ids = layout_from_segments(prompt_segments, *sizes)
+        block_ids, position_ids = layout_from_segments(prompt_segments, *self.config.block_grid)
         position = (prompt_segments != PADDING).sum(dim=1)
         segment = torch.full_like(position, self.first_segment)
         blank = prompt.new_zeros(batch, self.width)
@@ -424,8 +426,7 @@ class BlockDenoiser:
         while len(self.rows.index):
             done = ~self._masked().any(dim=1)
             after_end = self._after_end()
-            position = self.rows.position + self.block_sizes[self.rows.segment]
-            segment_done = done & (after_end.any(dim=1) | (position >= self.rows.limit))
+            segment_done = done & self._ends_segment(after_end)
             ended = segment_done & (self.rows.segment == self.last_segment)
             any_done, any_ended = torch.stack([done.any(), ended.any()]).tolist()  # the step's one synchronisation
             if not any_done:
@@ -435,6 +436,11 @@ class BlockDenoiser:
                 order = self.cache.keep_rows(~ended)
                 self.rows, done = self.rows.select(order), done[order]
             self._open_blocks(done)
+
+    def _ends_segment(self, after_end: torch.BoolTensor) -> torch.BoolTensor:
+        """Whether the segment has no block behind the one that is denoised: `(rows,)`."""
+        position = self.rows.position + self.block_sizes[self.rows.segment]
+        return after_end.any(dim=1) | (position >= self.rows.limit)
 
     def _close_blocks(
         self, done: torch.BoolTensor, segment_done: torch.BoolTensor, after_end: torch.BoolTensor
@@ -579,7 +585,9 @@ class HierBD3LMGenerationMixin:
         # 3. Denoise until every row has ended
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        denoiser = BlockDenoiser(self, settings, prompt, prompt_segments, streamer)
+        from .orders_hierbd3lm import denoiser_class  # here, as that file builds on this one
+
+        denoiser = denoiser_class(self.config, settings)(self, settings, prompt, prompt_segments, streamer)
         denoiser.run()
         if streamer is not None:
             streamer.end()
@@ -631,7 +639,8 @@ def segment_limits(config: Any, settings: HierBD3LMGenerationConfig) -> tuple[in
 
     def limit(segment: str) -> int:
         wanted = getattr(settings, f"max_{segment}_len")
-        most, block_size = getattr(config, f"{segment}_len"), getattr(config, f"{segment}_block_size")
+        most = getattr(config, f"{segment}_len")
+        block_size = 1 if config.is_flat else getattr(config, f"{segment}_block_size")
         if wanted is None or (segment == "plan" and settings.stage == "execution"):
             return most  # a given plan is never cut
         if not block_size <= wanted <= most or wanted % block_size:
@@ -642,7 +651,13 @@ def segment_limits(config: Any, settings: HierBD3LMGenerationConfig) -> tuple[in
             raise ValueError(f"`max_{segment}_len` must be at least 2, the opener and a token, but got {wanted}")
         return wanted
 
-    return limit("plan"), limit("execution")
+    limits = limit("plan"), limit("execution")
+    if config.is_flat and sum(limits) % config.plan_block_size:
+        raise ValueError(
+            f"`max_plan_len + max_execution_len` must be a multiple of the block size {config.plan_block_size}, but "
+            f"got {' + '.join(map(str, limits))}"
+        )
+    return limits
 
 
 def check_prompt(
@@ -678,6 +693,8 @@ def check_prompt(
 def lay_out_plan(config: Any, plan_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Plans of `(batch, length)` as whole segments: opener, content, `<|end|>` to the end of the last block, padding.
 
+    In a flat order, in which no block ends with the plan, there is one `<|end|>`.
+
     Returns:
         tokens and segment ids, `torch.LongTensor` of shape `(batch, longest)`.
 
@@ -693,7 +710,7 @@ def lay_out_plan(config: Any, plan_ids: torch.LongTensor) -> tuple[torch.LongTen
     for role in ("mask", "plan", "execution"):
         if (plan_ids == getattr(config, f"{role}_token_id")).any():
             raise ValueError(f"`plan_ids` must hold a plan's content only, but got the {role} token inside it")
-    length, block_size = content.sum(dim=1), config.plan_block_size
+    length, block_size = content.sum(dim=1), config.plan_multiple
     if (length > config.plan_len - 1).any():
         raise ValueError(
             f"`plan_ids` must have at most plan_len - 1 = {config.plan_len - 1} tokens, but got {int(length.amax())}"

@@ -155,34 +155,46 @@ def render_mask(
 
 
 def layout_from_segments(
-    segment_ids: torch.Tensor, plan_block_size: int, execution_block_size: int
+    segment_ids: torch.Tensor,
+    plan_block_size: int,
+    execution_block_size: int,
+    order: str = "hierarchical",
+    plan_len: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Block and position ids of clean sequences; block edges count from each segment's start, never from a column.
 
     Args:
         segment_ids (`torch.LongTensor` of shape `(batch, length)`):
             0 question, 1 plan, 2 execution, -1 padding (anywhere); the segments of a row stand in this order.
+        order:
+            `hierarchical`: plan blocks, then execution blocks. `flat`: plan and execution are one run of blocks of
+            `plan_block_size`. `paired`: the i-th blocks of both segments are one block, and the execution's positions
+            start `plan_len` behind the plan's, as its first block is denoised before the plan's length is known.
 
     Returns:
         `block_ids`, `position_ids`: two `torch.LongTensor` of shape `(batch, length)`. Positions start at 0 at the
         first real token and skip padding, where they are 0.
     """
 
-    def rank_in_block(segment: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        inside = segment_ids == segment
-        number = inside.long().cumsum(dim=1)  # 1 for the segment's first token
-        return inside, (number - 1) // block_size
+    def rank_in_block(inside: torch.Tensor, block_size: int) -> torch.Tensor:
+        number = inside.long().cumsum(dim=1)  # 1 for the first token inside
+        return (number - 1) // block_size
 
-    (in_plan, plan_rank), (in_execution, execution_rank) = (
-        rank_in_block(PLAN, plan_block_size),
-        rank_in_block(EXECUTION, execution_block_size),
-    )
-    num_plan_blocks = plan_rank[:, -1:] + 1
-    block_ids = torch.where(segment_ids == PADDING, PADDING, torch.zeros_like(segment_ids))
+    is_real, in_plan, in_execution = segment_ids != PADDING, segment_ids == PLAN, segment_ids == EXECUTION
+    position_ids = (is_real.long().cumsum(dim=1) - 1).clamp(min=0)
+    block_ids = torch.where(is_real, torch.zeros_like(segment_ids), PADDING)
+    if order == "flat":
+        answer = in_plan | in_execution
+        block_ids = torch.where(answer, 1 + rank_in_block(answer, plan_block_size), block_ids)
+        return block_ids, position_ids.masked_fill(~is_real, 0)
+    plan_rank = rank_in_block(in_plan, plan_block_size)
+    first_execution_block = 1 if order == "paired" else 2 + plan_rank[:, -1:]
     block_ids = torch.where(in_plan, 1 + plan_rank, block_ids)
-    block_ids = torch.where(in_execution, 1 + num_plan_blocks + execution_rank, block_ids)
-    position_ids = ((segment_ids != PADDING).long().cumsum(dim=1) - 1).clamp(min=0)
-    return block_ids, position_ids.masked_fill(segment_ids == PADDING, 0)
+    execution_rank = rank_in_block(in_execution, execution_block_size)
+    block_ids = torch.where(in_execution, first_execution_block + execution_rank, block_ids)
+    if order == "paired":
+        position_ids = position_ids + in_execution * (plan_len - in_plan.sum(dim=1, keepdim=True))
+    return block_ids, position_ids.masked_fill(~is_real, 0)
 
 
 def create_hierarchical_mask(

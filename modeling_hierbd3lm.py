@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .attention_hierbd3lm import tiled_mask, worth_tiling
 from .configuration_hierbd3lm import HierBD3LMConfig, add_special_tokens, special_token_ids
-from .diffusion_hierbd3lm import masked_nll, token_nll
+from .diffusion_hierbd3lm import TOKEN_LOSSES, masked_nll
 from .generation_hierbd3lm import HierBD3LMGenerationConfig, HierBD3LMGenerationMixin
 from .masking_hierbd3lm import (
     CLEAN,
@@ -44,7 +44,8 @@ class HierBD3LMOutput(ModelOutput):
             Logits of the noisy stream (of the clean one where there is no noisy one); with a bool `logits_to_keep`
             those of its true positions in row-major order.
         nll (`torch.FloatTensor` of shape `(num_true,)`):
-            In place of logits where `target_ids` are given: -log p of the clean tokens in nats.
+            In place of logits where `target_ids` are given: -log p of the clean tokens in nats (for SEDD their score
+            entropy).
         past_key_values (`Cache`): The cache that was passed in.
         hidden_states, attentions (tuples of `torch.FloatTensor`, *optional*):
             Of the backbone, over its `[clean | noisy]` input.
@@ -118,7 +119,8 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             model = cls(config)
         model.backbone = backbone
         model.train(backbone.training)
-        check_backbone_behaviour(model)
+        if config.algorithm != "ar":
+            check_backbone_behaviour(model)
         return model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -151,13 +153,14 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         **kwargs: Any,
     ) -> HierBD3LMOutput:
         r"""
-        One pass over `[clean x0 | noisy xt]` under the hierarchical mask.
+        One pass over `[clean x0 | noisy xt]` under the hierarchical mask; for `algorithm="ar"` over x0 as the causal
+        model that the backbone is.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`):
                 Clean tokens x0: question, plan, execution.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
-                0 on padding; read only when neither `segment_ids` nor `block_ids` are given.
+                0 on padding; read only when neither `segment_ids` nor `block_ids` are given, and by `ar`.
             noisy_input_ids (`torch.LongTensor` of shape `(batch, noisy_length)`, *optional*):
                 Noisy tokens xt. Without ids of their own they are the noisy copy of `input_ids`, column by column;
                 the copy of question and padding is ignored. Shape `(batch, copies, length)` holds several noisy
@@ -173,18 +176,27 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             past_key_values (`BlockCache`, *optional*):
                 Finished blocks. A pass reads it and writes its scratch space only; see [`BlockCache`].
             logits_to_keep (`torch.BoolTensor` of the shape of `noisy_input_ids`, *optional*):
-                Noisy positions whose logits are wanted; no others are computed.
+                Noisy positions whose logits are wanted; no others are computed. Of `input_ids` where there is no
+                noisy stream.
             target_ids (`torch.LongTensor` of the shape of `noisy_input_ids`, *optional*):
-                Clean tokens of the noisy positions. With it the output holds the NLL of those at `logits_to_keep`
+                Clean tokens of those positions. With it the output holds the NLL of those at `logits_to_keep`
                 and no logits, which are computed and forgotten a few rows at a time.
         """
         if target_ids is not None and logits_to_keep is None:
             raise ValueError("`logits_to_keep` must be given together with `target_ids`, but got None")
+        if noisy_input_ids is None and target_ids is not None:
+            kwargs["targets"] = target_ids[logits_to_keep]
+        if self.config.algorithm == "ar":
+            if noisy_input_ids is not None:
+                raise ValueError("`noisy_input_ids` must be None for algorithm='ar', which has no noise")
+            return self._run_causally(input_ids, attention_mask, segment_ids, position_ids, logits_to_keep, **kwargs)
         clean = self._clean_layout(input_ids, attention_mask, segment_ids, block_ids, position_ids, example_ids)
         if noisy_input_ids is None:
             return self._run_backbone(input_ids, clean, logits_to_keep, past_key_values, **kwargs)
         if noisy_block_ids is not None:
-            noisy = TokenLayout(noisy_block_ids, torch.full_like(noisy_block_ids, NOISY), noisy_position_ids)
+            # Blocks that are denoised jointly are told apart by their ranks: the later one sees the earlier one.
+            stream = CLEAN if self.config.joint else NOISY
+            noisy = TokenLayout(noisy_block_ids, torch.full_like(noisy_block_ids, stream), noisy_position_ids)
             num_clean, wanted = clean.length, slice(None)
         else:
             if noisy_input_ids.ndim == 2:
@@ -209,8 +221,10 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         return masked_nll(self, masked, input_ids, self.config.mask_token_id, **layout)
 
     def maskable_tokens(self, input_ids: torch.LongTensor, segment_ids: torch.LongTensor) -> torch.BoolTensor:
-        """Tokens that the forward process may mask: all of plan and execution but their openers."""
-        opener = (input_ids == self.config.plan_token_id) | (input_ids == self.config.execution_token_id)
+        """Tokens that the model predicts: all of plan and execution but the openers that it is given."""
+        opener = input_ids == self.config.plan_token_id
+        if not self.config.is_flat:
+            opener = opener | (input_ids == self.config.execution_token_id)
         return (segment_ids > QUESTION) & ~opener
 
     def _clean_layout(
@@ -227,10 +241,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
                 raise ValueError("`block_ids` must be given together with `example_ids`, but got None")
             if segment_ids is None:
                 segment_ids = self._segments_from_openers(input_ids, attention_mask)
-            config = self.config
-            block_ids, positions = layout_from_segments(
-                segment_ids, config.plan_block_size, config.execution_block_size
-            )
+            block_ids, positions = layout_from_segments(segment_ids, *self.config.block_grid)
             position_ids = positions if position_ids is None else position_ids
         elif position_ids is None:
             raise ValueError("`position_ids` must be given together with `block_ids`, but got None")
@@ -255,7 +266,6 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         layout: TokenLayout,
         logits_to_keep: torch.Tensor | int | None,
         cache: Cache | None,
-        targets: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> HierBD3LMOutput:
         keys = layout if cache is None else layout + cache.layout
@@ -270,30 +280,54 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         if cache is not None and tokens.shape[1] <= cache.compiled_length and cache.is_initialized:
             hidden_states = self._compiled_body(**kwargs).last_hidden_state[logits_to_keep]
             return HierBD3LMOutput(head_logits(self.backbone, hidden_states), None, cache)
+        return self._logits_or_nll(logits_to_keep, **kwargs)
+
+    def _run_causally(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        logits_to_keep: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> HierBD3LMOutput:
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids) if segment_ids is None else (segment_ids != PADDING).long()
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return self._logits_or_nll(logits_to_keep, use_cache=False, **kwargs)
+
+    def _logits_or_nll(
+        self, logits_to_keep: torch.Tensor | int | None, targets: torch.LongTensor | None = None, **kwargs: Any
+    ) -> HierBD3LMOutput:
+        """Runs the backbone with `kwargs`; `targets` are the clean tokens at `logits_to_keep`, `(num_true,)`."""
+        cache = kwargs.get("past_key_values")
         if targets is None:
             outputs = self.backbone(logits_to_keep=0 if logits_to_keep is None else logits_to_keep, **kwargs)
             return HierBD3LMOutput(outputs.logits, None, cache, outputs.hidden_states, outputs.attentions)
         outputs = self.backbone.base_model(**kwargs)
         hidden_states = outputs.last_hidden_state[logits_to_keep]  # (num_true, hidden)
-        nll = nll_in_chunks(self.backbone, hidden_states, targets, self.config.mask_token_id)
+        nll = nll_in_chunks(self.backbone, hidden_states, targets, self.config)
         return HierBD3LMOutput(None, nll, cache, outputs.hidden_states, outputs.attentions)
 
     @functools.cached_property
     def _compiled_body(self) -> Callable[..., Any]:
-        return torch.compile(self.backbone.base_model, dynamic=False)
+        return torch.compile(self.backbone.base_model)  # sizes that turn out to vary become symbols
 
 
 def nll_in_chunks(
-    backbone: PreTrainedModel, hidden_states: torch.Tensor, targets: torch.LongTensor, mask_token_id: int
+    backbone: PreTrainedModel, hidden_states: torch.Tensor, targets: torch.LongTensor, config: HierBD3LMConfig
 ) -> torch.Tensor:
-    """[`token_nll`] from the last hidden states, never with more than `LOGITS_AT_ONCE` logits in memory.
+    """The algorithm's loss of each token, never with more than `LOGITS_AT_ONCE` logits in memory.
 
     Args:
         hidden_states (`torch.FloatTensor` of shape `(num_tokens, hidden_size)`), targets (`(num_tokens,)`).
     """
 
     def nll(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return token_nll(head_logits(backbone, hidden_states), targets, mask_token_id)
+        logits = head_logits(backbone, hidden_states)
+        return TOKEN_LOSSES[config.algorithm](logits, targets, config.mask_token_id)
 
     rows = max(1, LOGITS_AT_ONCE // backbone.config.vocab_size)
     if len(targets) <= rows:

@@ -9,7 +9,13 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from hierbd3lm.adapters import AdapterArguments, HierBD3LMAdapter, add_adapter, is_own_checkpoint, load_checkpoint
-from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig, add_special_tokens, special_token_ids
+from hierbd3lm.configuration_hierbd3lm import (
+    BLOCK_SIZES,
+    SIZED_BY_ALGORITHM,
+    HierBD3LMConfig,
+    add_special_tokens,
+    special_token_ids,
+)
 from hierbd3lm.data.collator import SEGMENTS, HierarchicalDataCollator
 from hierbd3lm.data.loading import prepare_dataset
 from hierbd3lm.data.splits import SYNTHETIC, DataArguments, load_counted_split, load_split, training_splits
@@ -18,11 +24,14 @@ from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.trainer import HierBD3LMTrainer, HierBD3LMTrainingArguments, last_complete_checkpoint
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
 from trl import TrlParser
 
 # of HierBD3LMConfig, where they are given
 CONFIG_FIELDS = ("block_size", "plan_block_size", "execution_block_size", "question_len", "plan_len", "execution_len")
-CONFIG_FIELDS += ("noise", "sampling_eps", "plan_clip", "execution_clip")
+CONFIG_FIELDS += ("noise", "sampling_eps", "plan_clip", "execution_clip", "algorithm", "hierarchical_mask", "joint")
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -48,7 +57,19 @@ class ModelArguments(AdapterArguments):
         default=None, metadata={"help": "Size of a trained byte-level BPE; every word is a token if omitted."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flex_attention."})
-    block_size: int | None = field(default=None, metadata={"help": "Sets both block sizes."})
+    algorithm: str | None = field(default=None, metadata={"help": "hier, bd3lm, mdlm, sedd or ar."})
+    hierarchical_mask: bool | None = field(
+        default=None, metadata={"help": "For `hier`: whether the plan never sees the execution."}
+    )
+    joint: bool | None = field(
+        default=None, metadata={"help": "For `hier`: whether plan and execution are denoised at the same time."}
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sets both block sizes. Those of mdlm, sedd, ar and joint follow from the segments' lengths."
+        },
+    )
     plan_block_size: int | None = field(default=None, metadata={"help": "Tokens of a plan block."})
     execution_block_size: int | None = field(default=None, metadata={"help": "Tokens of an execution block."})
     question_len: int | None = field(default=None, metadata={"help": "Most tokens of a question."})
@@ -70,9 +91,13 @@ class ModelArguments(AdapterArguments):
             raise ValueError("`use_peft` must be False without `init_from`, but got True: an adapter needs a base")
 
     def config_fields(self) -> dict[str, Any]:
-        """The fields of HierBD3LMConfig that are given."""
+        """The fields of HierBD3LMConfig that are given; block sizes only for an algorithm that can have several."""
         values = {name: getattr(self, name) for name in CONFIG_FIELDS}
-        return {name: value for name, value in values.items() if value is not None}
+        given = {name: value for name, value in values.items() if value is not None}
+        if self.algorithm in SIZED_BY_ALGORITHM or self.joint:
+            unused = {name: given.pop(name) for name in ("block_size", *BLOCK_SIZES) if name in given}
+            logger.info(f"Block sizes follow from the algorithm; not used: {unused}")
+        return given
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """How a hierarchical block diffusion model is trained and its likelihood measured: a `Trainer` of the NELBO."""
 
 import contextlib
+import functools
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -25,13 +25,15 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .diffusion_hierbd3lm import ESTIMATORS, MaskDraw, draw_mask, masked_nll
-from .masking_hierbd3lm import EXECUTION, PADDING, PLAN, layout_from_segments
+from .clip_search import Candidates, ClipSearch, clipped_segments, draw_losses, measure_costs
+from .diffusion_hierbd3lm import ESTIMATORS
+from .likelihood import SEGMENT_NAMES, likelihood_metrics, measure_batch, per_segment, with_predicted_tokens
+from .masking_hierbd3lm import PADDING
+from .objectives import make_objective
 from .optimization import MuonAdamW, split_parameters
 
 logger = logging.get_logger(__name__)
 
-SEGMENT_NAMES = {PLAN: "plan", EXECUTION: "execution"}
 EMA_FILE = "ema.safetensors"
 LOWER_IS_BETTER = ("loss", "nll", "bpd", "ppl")
 
@@ -55,6 +57,17 @@ class HierBD3LMTrainingArguments(TrainingArguments):
     filler_weight: float = field(
         default=1.0,
         metadata={"help": "Weight in the training loss of the <|end|> tokens behind a segment's first; >= 0."},
+    )
+    clip_search: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Widths in (0, 1] of the intervals of mask rates, such as 0.5: every evaluation during training "
+            "chooses that of least variance of the loss for each segment. None: the intervals stay as they are."
+        },
+    )
+    clip_search_levels: int = field(
+        default=20,
+        metadata={"help": "Mask rates that a search measures, a pass each; the intervals start and end between them."},
     )
     ema_decay: float = field(
         default=0.9999,
@@ -86,6 +99,8 @@ class HierBD3LMTrainingArguments(TrainingArguments):
             raise ValueError(f"`noisy_copies` must be >= 1, but got {self.noisy_copies}")
         if not self.filler_weight >= 0:
             raise ValueError(f"`filler_weight` must be >= 0, but got {self.filler_weight}")
+        if self.clip_search is not None:
+            Candidates(tuple(self.clip_search), self.clip_search_levels)  # raises
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), but got {self.ema_decay}")
         if self.eval_noise_draws < 1:
@@ -234,6 +249,13 @@ class HierBD3LMTrainer(Trainer):
         self.ema = EMACallback(args.ema_decay) if args.ema_decay > 0 else None
         if self.ema is not None:
             self.add_callback(self.ema)
+        self.objective = make_objective(model.config, args.estimator)
+        if args.noisy_copies > 1 and not self.objective.has_noise:
+            raise ValueError(f"`noisy_copies` must be 1 for an objective without noise, but got {args.noisy_copies}")
+        if args.clip_search is not None:
+            if not self.objective.has_noise:
+                raise ValueError(f"`clip_search` must be None without noise, but got {args.clip_search}")
+            self.add_callback(ClipSearch(args.clip_search, args.clip_search_levels))
         self._num_micro_batches = 0  # of the update at work
         self._progress = TrainingProgress()
 
@@ -261,12 +283,9 @@ class HierBD3LMTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The training loss of one micro-batch: its share of the accumulated batch's mean over counted tokens."""
-        batch = self._diffused(inputs)
+        batch = with_predicted_tokens(self._unwrapped(), inputs)
         clip, copies = self._clip_intervals(batch["segment_ids"]), self.args.noisy_copies
-        draw = self._draw(batch, clip, self._training_generator(), copies)
-        filler = batch["maskable"] & (batch["labels"] == -100)
-        weights = torch.where(filler[:, None], self.args.filler_weight * draw.weights, draw.weights)
-        nelbo = self._weighted_nll(model, batch, MaskDraw(draw.masked, weights))
+        nelbo = self._training_shares(model, batch, self._training_generator(), clip, copies)
         self._progress.add(batch, nelbo)
         if num_items_in_batch is None:  # called by hand: the mean of this batch
             loss = nelbo.sum() / (batch["labels"] != -100).sum()
@@ -275,6 +294,20 @@ class HierBD3LMTrainer(Trainer):
             if self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes  # DDP averages gradients, the count is over all processes
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _training_shares(
+        self,
+        model: nn.Module,
+        batch: dict[str, torch.Tensor],
+        generator: torch.Generator,
+        clip: torch.Tensor,
+        noisy_copies: int = 1,
+    ) -> torch.Tensor:
+        """Each token's share of the training loss in nats, `(batch, length)`."""
+        with self.accelerator.autocast():
+            shares = self.objective.shares(model, batch, generator, clip=clip, noisy_copies=noisy_copies)
+        filler = (batch["labels"] == -100) & (batch["input_ids"] == self.model.config.end_token_id)
+        return torch.where(filler, self.args.filler_weight * shares, shares)
 
     @torch.no_grad()
     def evaluate(
@@ -319,53 +352,50 @@ class HierBD3LMTrainer(Trainer):
         generator = _seeded(self.args.device, self.args.eval_seed, self.args.process_index)
         rows = []
         for inputs in dataloader:
-            batch = self._diffused(self._prepare_inputs(inputs))
-            draws = [
-                self._weighted_nll(self.model, batch, self._draw(batch, None, generator))
-                for _ in range(self.args.eval_noise_draws)
-            ]
-            counted = per_segment(batch["labels"] != -100, batch["segment_ids"])
-            # (batch, draws + 1, segments); the gathering drops the rows that only even out the last batch
-            row = torch.stack([*(per_segment(nelbo, batch["segment_ids"]) for nelbo in draws), counted], dim=1)
+            batch = with_predicted_tokens(self._unwrapped(), self._prepare_inputs(inputs))
+            with self.accelerator.autocast():  # also around a model that no training has prepared yet
+                row = measure_batch(self.objective, self.model, batch, self.args.eval_noise_draws, generator)
+            # the gathering drops the rows that only even out the last batch
             rows.append(self.accelerator.gather_for_metrics(row).cpu())
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         total = torch.cat(rows).sum(dim=0)
         return total[:-1], total[-1]
 
-    def _diffused(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The batch with what the diffusion needs: block and position ids, and the tokens it may mask."""
-        model, batch = self.accelerator.unwrap_model(self.model), dict(inputs)
-        if "block_ids" not in batch:
-            sizes = model.config.plan_block_size, model.config.execution_block_size
-            batch["block_ids"], batch["position_ids"] = layout_from_segments(batch["segment_ids"], *sizes)
-        batch["maskable"] = model.maskable_tokens(batch["input_ids"], batch["segment_ids"])
-        return batch
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in transformers; an evaluation during training chooses the clip intervals of what follows."""
+        metrics = super()._evaluate(*args, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ClipSearch):
+                self._search_clip(callback)
+        return metrics
 
-    def _draw(
-        self,
-        batch: dict[str, torch.Tensor],
-        clip: torch.Tensor | None,
-        generator: torch.Generator,
-        noisy_copies: int = 1,
-    ) -> MaskDraw:
-        config = self.model.config
-        return draw_mask(
-            batch["block_ids"],
-            batch["maskable"],
-            clip,
-            config.noise,
-            self.args.estimator,
-            config.sampling_eps,
-            generator,
-            noisy_copies,
-        )
+    @torch.no_grad()
+    def _search_clip(self, search: ClipSearch) -> None:
+        """Measures the variance of the training loss on the (first) evaluation dataset, and applies the choice."""
+        start, was_training, config = time.perf_counter(), self.model.training, self.model.config
+        name = next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
+        generator = _seeded(self.args.device, self.args.eval_seed, self.args.process_index)
+        segments, candidates, variances = clipped_segments(config), search.candidates, []
+        self.model.eval()
+        for inputs in self.get_eval_dataloader(name):
+            batch = with_predicted_tokens(self._unwrapped(), self._prepare_inputs(inputs))
+            costs = measure_costs(
+                functools.partial(self._training_shares, self.model, batch, generator),
+                batch,
+                self.objective.noise_blocks(batch),
+                list(segments.values()),
+                candidates.num_levels,
+            )
+            variances.append(draw_losses(costs, candidates, self.args.noisy_copies, generator).var(dim=2))
+        self.model.train(was_training)
+        variance = self.accelerator.reduce(torch.stack(variances).mean(dim=0), reduction="mean")
+        logs = search.choose(list(segments), variance)
+        search.apply(config)
+        self._progress.pause(time.perf_counter() - start)
+        self.log(logs)
 
-    def _weighted_nll(self, model: nn.Module, batch: dict[str, torch.Tensor], draw: MaskDraw) -> torch.Tensor:
-        """Each token's share of the batch's NELBO in nats, `(batch, length)`."""
-        layout = {name: batch[name] for name in ("block_ids", "position_ids")}
-        with self.accelerator.autocast():  # also around a model that no training has prepared yet
-            nll = masked_nll(model, draw.masked, batch["input_ids"], self.model.config.mask_token_id, **layout)
-        return draw.weights.masked_scatter(draw.masked, nll * draw.weights[draw.masked]).sum(dim=1)
+    def _unwrapped(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model)
 
     def _clip_intervals(self, segment_ids: torch.Tensor) -> torch.Tensor:
         config = self.model.config
@@ -493,36 +523,6 @@ class TrainingProgress:
         self._sums: torch.Tensor | None = None
         self._num_tokens: torch.Tensor | int = 0
         self._start = time.perf_counter()
-
-
-def per_segment(values: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-    """Sums of `values` of shape `(batch, length)` over plan and execution: `(batch, 2)`, float64."""
-    # selected, not multiplied: a value that is not finite stays in its segment
-    return torch.stack(
-        [torch.where(segment_ids == segment, values, 0).double().sum(dim=1) for segment in SEGMENT_NAMES], dim=1
-    )
-
-
-def likelihood_metrics(nats: torch.Tensor, num_tokens: torch.Tensor) -> dict[str, float]:
-    """Likelihoods of all tokens and of each segment.
-
-    Args:
-        nats (`torch.DoubleTensor` of shape `(draws, segments)`): NELBO of every draw, summed over the data.
-        num_tokens (`torch.DoubleTensor` of shape `(segments,)`): the tokens that they average over.
-    """
-    metrics = {}
-    columns = {"": slice(None), **{f"{name}_": slice(i, i + 1) for i, name in enumerate(SEGMENT_NAMES.values())}}
-    for prefix, column in columns.items():
-        count = num_tokens[column].sum()
-        nll_of_draws = nats[:, column].sum(dim=1) / count
-        nll = nll_of_draws.mean()
-        metrics[f"{prefix}nll"] = nll.item()
-        if len(nats) > 1:
-            metrics[f"{prefix}nll_stderr"] = (nll_of_draws.std() / math.sqrt(len(nats))).item()
-        metrics[f"{prefix}bpd"] = (nll / math.log(2)).item()
-        metrics[f"{prefix}ppl"] = nll.exp().item()
-        metrics[f"{prefix}num_tokens"] = int(count)
-    return metrics
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:

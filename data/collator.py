@@ -44,7 +44,8 @@ class HierarchicalDataCollator:
 
         - `input_ids`: padding is `config.pad_token_id`.
         - `segment_ids`: question 0, plan 1, execution 2, padding -1.
-        - `block_ids`: question 0, plan blocks 1 to P, execution blocks P + 1 to P + E, padding -1.
+        - `block_ids`: question 0, plan blocks 1 to P, execution blocks P + 1 to P + E, padding -1; for other orders
+          see [`layout_from_segments`].
         - `position_ids`: 0 at the first real token, 0 on padding.
         - `labels`: the token where a likelihood counts it (content and first `<|end|>` of plan and execution), else
           -100.
@@ -72,9 +73,7 @@ class HierarchicalDataCollator:
             check_lengths(example, self.config)
         rows = self._pad_rows([_lay_out_segments(example, self.config) for example in examples])
         input_ids, segment_ids, labels = (torch.tensor(column, dtype=torch.long) for column in zip(*rows, strict=True))
-        block_ids, position_ids = layout_from_segments(
-            segment_ids, self.config.plan_block_size, self.config.execution_block_size
-        )
+        block_ids, position_ids = layout_from_segments(segment_ids, *self.config.block_grid)
         return {
             "input_ids": input_ids,
             "segment_ids": segment_ids,
@@ -96,14 +95,13 @@ class HierarchicalDataCollator:
     def _pad_rows(self, rows: list[list[Columns]]) -> list[Columns]:
         config = self.config
         question_width = config.question_len if self.fixed_length else max(len(row[0].tokens) for row in rows)
-        total = max(sum(len(segment.tokens) for segment in row[1:]) for row in rows)
+        longest = max(sum(len(segment.tokens) for segment in row[1:]) for row in rows)
+        total = config.plan_len + config.execution_len if self.fixed_length else longest
         padded = []
         for question, plan, execution in rows:
-            if self.fixed_length:
-                after_plan = config.plan_len - len(plan.tokens)
-                after_execution = config.execution_len - len(execution.tokens)
-            else:
-                after_plan, after_execution = 0, total - len(plan.tokens) - len(execution.tokens)
+            # In a flat order nothing may stand between plan and execution: they are padded together.
+            after_plan = config.plan_len - len(plan.tokens) if self.fixed_length and not config.is_flat else 0
+            after_execution = total - len(plan.tokens) - after_plan - len(execution.tokens)
             before_question = _padding(question_width - len(question.tokens), config)
             pieces = [before_question, question, plan, _padding(after_plan, config)]
             pieces += [execution, _padding(after_execution, config)]
@@ -213,17 +211,17 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: b
 def _lay_out_segments(example: ExampleIds, config: HierBD3LMConfig) -> list[Columns]:
     """Question, plan, execution, each without padding."""
     question, plan, execution = (list(example[key]) for key in ID_KEYS)
+    plan_filler = -(len(plan) + 2) % config.plan_multiple
+    before_execution = len(plan) + 2 if config.is_flat else 0  # on the grid that the execution stands on
+    execution_filler = -(before_execution + len(execution) + 2) % config.execution_block_size
     return [
         Columns(question, [QUESTION] * len(question), [IGNORED_LABEL] * len(question)),
-        _lay_out_segment(plan, PLAN, config.plan_token_id, config.end_token_id, config.plan_block_size),
-        _lay_out_segment(
-            execution, EXECUTION, config.execution_token_id, config.end_token_id, config.execution_block_size
-        ),
+        _lay_out_segment(plan, PLAN, config.plan_token_id, config.end_token_id, plan_filler),
+        _lay_out_segment(execution, EXECUTION, config.execution_token_id, config.end_token_id, execution_filler),
     ]
 
 
-def _lay_out_segment(content: list[int], segment: int, opener: int, end: int, block_size: int) -> Columns:
-    filler = -(len(content) + 2) % block_size
+def _lay_out_segment(content: list[int], segment: int, opener: int, end: int, filler: int) -> Columns:
     tokens = [opener, *content, end] + [end] * filler
     labels = [IGNORED_LABEL, *content, end] + [IGNORED_LABEL] * filler
     return Columns(tokens, [segment] * len(tokens), labels)

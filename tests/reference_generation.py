@@ -52,6 +52,9 @@ class SlowDenoiser:
         self.model, self.config = model, model.config
         self.generator = torch.Generator().manual_seed(self.settings["seed"])
         self.tokens, self.blocks, self.passes = [], [], []
+        self.width = max(self.config.plan_block_size, self.config.execution_block_size)
+        self.unsaid = {getattr(self.config, f"{role}_token_id") for role in ("mask", "plan", "execution", "pad")}
+        self.unsaid -= {self.config.end_token_id}
 
     def run(self, question, plan):
         self.tokens, self.blocks = list(question), [0] * len(question)
@@ -119,11 +122,10 @@ class SlowDenoiser:
 
     def _reveal_ranks(self, size):
         """The number of each place that tells when it is revealed, the highest first; None if predictions tell."""
-        width = max(self.config.plan_block_size, self.config.execution_block_size)
         if self.settings["temperature"] == 0:
             chances = [1 - (place + 0.5) / size for place in range(size)]
         else:
-            chances = torch.rand((1, width), generator=self.generator, dtype=torch.float64)[0].tolist()
+            chances = torch.rand((1, self.width), generator=self.generator, dtype=torch.float64)[0].tolist()
         if self.settings["sampler"] == "first_hitting":
             return chances
         if self.settings["sampler"] == "ancestral":
@@ -149,10 +151,7 @@ class SlowDenoiser:
                 use_cache=False,
             ).logits
         logits = logits[0, -len(block) :].float()
-        config = self.config
-        for token in (config.mask_token_id, config.plan_token_id, config.execution_token_id, config.pad_token_id):
-            if token != config.end_token_id:
-                logits[:, token] = -math.inf
+        logits[:, sorted(self.unsaid)] = -math.inf
         return [logits[place] for place in places]
 
     def _mask(self, blocks):

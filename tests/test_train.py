@@ -63,6 +63,14 @@ def test_a_misspelt_setting_is_refused(tmp_path):
         train.parse_arguments([write_config(tmp_path, max_stepz=3)])
 
 
+@pytest.mark.parametrize("setting", [["--algorithm", "sedd"], ["--algorithm", "ar"], ["--joint", "true"]])
+def test_a_recipe_trains_any_algorithm(setting, tmp_path, monkeypatch):
+    run(monkeypatch, write_config(tmp_path, max_steps=1), *setting)
+    config = HierBD3LMForBlockDiffusion.from_pretrained(tmp_path / "out").config
+    assert str(getattr(config, setting[0][2:])).lower() == setting[1]
+    assert config.plan_block_size == {"sedd": 80, "ar": 1, "true": 32}[setting[1]]
+
+
 def test_a_run_leaves_a_checkpoint_that_says_what_it_was_trained_on(tmp_path, monkeypatch):
     run(monkeypatch, write_config(tmp_path, synthetic={"max_value": 30}))
     out = tmp_path / "out"

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import hierbd3lm.objectives
 import hierbd3lm.trainer
 import pytest
 import torch
@@ -14,6 +15,7 @@ from datasets import Dataset
 from hierbd3lm.data.collator import HierarchicalDataCollator, example_length
 from hierbd3lm.data.loading import prepare_dataset
 from hierbd3lm.diffusion_hierbd3lm import MaskDraw, draw_mask, exact_nelbo
+from hierbd3lm.likelihood import likelihood_metrics, per_segment
 from hierbd3lm.masking_hierbd3lm import EXECUTION, PLAN
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.trainer import (
@@ -22,13 +24,12 @@ from hierbd3lm.trainer import (
     HierBD3LMTrainer,
     HierBD3LMTrainingArguments,
     last_complete_checkpoint,
-    likelihood_metrics,
-    per_segment,
 )
 from safetensors.torch import load_file
 from transformers import Qwen3Config, TrainerCallback
 
 from .tiny import FIRST_CONTENT_ID, make_config, make_model
+from .tiny_algorithms import ALL
 from .tiny_tokenizer import make_config_for, make_tokenizer
 
 SEGMENTS = {"plan": PLAN, "execution": EXECUTION}
@@ -143,7 +144,7 @@ def draws(monkeypatch):
         record.append(SimpleNamespace(draw=one_copy, clip=clip, block_ids=block_ids, maskable=maskable, copies=draw))
         return draw
 
-    monkeypatch.setattr(hierbd3lm.trainer, "draw_mask", recording_draw_mask)
+    monkeypatch.setattr(hierbd3lm.objectives, "draw_mask", recording_draw_mask)
     return record
 
 
@@ -191,6 +192,28 @@ def test_loss_of_several_noisy_copies_is_the_mean_of_theirs(tmp_path, draws):
     single = make_trainer(tmp_path, noisy_copies=1)
     single.compute_loss(single.model, batch)
     assert copies.weights.sum() < 2 * draws[1].draw.weights.sum()  # each copy has a third of the weight
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_algorithm_learns_and_is_measured_on_the_same_tokens(tmp_path, name):
+    settings = {"learning_rate": 3e-3, "max_steps": 12, "per_device_train_batch_size": 8, "ema_decay": 0.0}
+    torch.manual_seed(0)
+    model = HierBD3LMForBlockDiffusion._from_config(make_config(**ALL[name]))
+    trainer = make_trainer(tmp_path, model, train_dataset=make_dataset(8, model.config), **settings)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_nll"] < 0.95 * before["eval_nll"]
+    counts = counted_tokens(trainer.eval_dataset)
+    assert {segment: after[f"eval_{segment}_num_tokens"] for segment in SEGMENTS} == counts
+
+
+def test_filler_weight_is_not_of_the_opener_that_a_flat_model_predicts(tmp_path):
+    losses = {}
+    for weight in (0.0, 1.0):
+        trainer = make_trainer(tmp_path, seeded_model(algorithm="bd3lm", block_size=1), filler_weight=weight)
+        losses[weight] = trainer.compute_loss(trainer.model, whole_batch(trainer)).item()
+    assert losses[0.0] == losses[1.0]  # blocks of one token have no filler
 
 
 def test_only_masked_positions_reach_the_head(tmp_path, draws):
@@ -721,6 +744,11 @@ def test_a_loss_that_is_not_finite_is_shown(tmp_path):
 def test_settings_out_of_range_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         HierBD3LMTrainingArguments(output_dir="x", use_cpu=True, **setting)
+
+
+def test_noisy_copies_of_what_has_no_noise_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`noisy_copies` must be 1 for an objective without noise, but got 2"):
+        make_trainer(tmp_path, make_model(algorithm="ar", block_size=None), noisy_copies=2)
 
 
 def test_metrics_of_ones_own_are_refused(tmp_path):

@@ -1,0 +1,133 @@
+"""The command line of likelihood: what it measures, counts and writes, and that the trainer measures the same."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from hierbd3lm import eval_ppl
+from hierbd3lm.data.collator import HierarchicalDataCollator
+from hierbd3lm.data.loading import prepare_dataset
+from hierbd3lm.diffusion_hierbd3lm import exact_nelbo
+from hierbd3lm.likelihood import check_counts, format_likelihood, measure_likelihood
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from hierbd3lm.trainer import HierBD3LMTrainer, HierBD3LMTrainingArguments
+
+from .tiny_algorithms import ALL, OWN_SIZE
+from .tiny_tokenizer import make_config_for, make_tokenizer
+
+ROWS = [
+    {"question": "2 + 3?", "plan": "add", "execution": "5"},
+    {"question": "What is 7 * 2?", "plan": "", "execution": "it is 14"},
+    {"question": "?", "plan": "a plan", "execution": "x" * 30},  # longer than an execution may be
+    {"question": "1?", "plan": "pq", "execution": "12345678"},
+]
+COUNTS = {"plan": (3 + 1) + (0 + 1) + (2 + 1), "execution": (1 + 1) + (8 + 1) + (8 + 1)}
+
+
+def make_checkpoint(folder, **fields):
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    model = HierBD3LMForBlockDiffusion._from_config(make_config_for(tokenizer, **fields)).eval()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    dataset, _ = prepare_dataset(Dataset.from_list(ROWS), tokenizer, model.config)
+    return model, dataset
+
+
+def run(folder, monkeypatch, *arguments):
+    argv = ["eval_ppl.py", "--model", str(folder / "model"), "--dataset", str(folder / "rows.jsonl"), *arguments]
+    monkeypatch.setattr(sys, "argv", argv)
+    eval_ppl.main()
+    return json.loads((folder / "model" / "likelihood.json").read_text())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_algorithm_is_measured_over_the_same_tokens(name, tmp_path, monkeypatch, capsys):
+    make_checkpoint(tmp_path, **ALL[name])
+    result = run(tmp_path, monkeypatch, "--num_draws", "2")
+    assert {segment: result[f"{segment}_num_tokens"] for segment in COUNTS} == COUNTS
+    assert result["num_tokens"] == sum(COUNTS.values())
+    assert (result["num_examples"], result["num_dropped"]) == (4, 1)
+    assert result["dropped_by_segment"] == {"question": 0, "plan": 0, "execution": 1}
+    assert result["nll"] == pytest.approx(
+        sum(result[f"{segment}_nll"] * count for segment, count in COUNTS.items()) / sum(COUNTS.values())
+    )
+    assert result["bpd"] == pytest.approx(result["nll"] / math.log(2))
+    assert result["ppl"] == pytest.approx(math.exp(result["nll"]))
+    assert ("nll_stderr" in result) is (name != "ar")
+    printed = capsys.readouterr().out
+    assert f"{sum(COUNTS.values())}" in printed and f"{result['ppl']:.4f}" in printed
+    assert "1 of them over-long and left out" in printed
+
+
+def test_draws_of_the_noise_agree_with_the_enumeration_within_their_error(tmp_path, monkeypatch):
+    model, dataset = make_checkpoint(tmp_path)
+    exact = run(tmp_path, monkeypatch, "--exact", "true")
+    assert "nll_stderr" not in exact
+    drawn = run(tmp_path, monkeypatch, "--num_draws", "80", "--batch_size", "2")
+    for prefix in ("plan_", "execution_", ""):
+        error = drawn[f"{prefix}nll_stderr"]
+        assert 0 < error < 0.05 * exact[f"{prefix}nll"]
+        assert abs(drawn[f"{prefix}nll"] - exact[f"{prefix}nll"]) < 4 * error
+    batch = HierarchicalDataCollator(model.config)(list(dataset))
+    with torch.no_grad():
+        by_hand = exact_nelbo(
+            lambda masked: model.masked_nll(masked, batch["input_ids"], segment_ids=batch["segment_ids"]),
+            batch["block_ids"],
+            model.maskable_tokens(batch["input_ids"], batch["segment_ids"]),
+        )
+    assert exact["nll"] == pytest.approx(by_hand.sum().item() / sum(COUNTS.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"block_size": 1}, {"algorithm": "ar", **OWN_SIZE}])
+def test_the_trainer_measures_the_same(fields, tmp_path):
+    model, dataset = make_checkpoint(tmp_path, **fields)
+    arguments = HierBD3LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_eval_batch_size=2)
+    trainer = HierBD3LMTrainer(
+        model,
+        arguments,
+        eval_dataset=dataset,
+        data_collator=HierarchicalDataCollator(model.config),
+        train_dataset=dataset,
+    )
+    ours, theirs = measure_likelihood(model, dataset, num_draws=2, batch_size=3), trainer.evaluate()
+    for name in ("nll", "plan_nll", "execution_ppl", "num_tokens"):
+        assert theirs[f"eval_{name}"] == pytest.approx(ours[name], rel=1e-5)
+
+
+def test_a_seed_is_a_number_and_another_seed_another(tmp_path):
+    model, dataset = make_checkpoint(tmp_path)
+    nlls = [measure_likelihood(model, dataset, num_draws=1, seed=seed)["nll"] for seed in (0, 0, 1)]
+    assert nlls[0] == nlls[1] != nlls[2]
+
+
+def test_other_counts_than_those_of_every_algorithm_are_an_error(tmp_path):
+    _, dataset = make_checkpoint(tmp_path)
+    check_counts(torch.tensor([8.0, 20.0]), dataset)
+    with pytest.raises(RuntimeError, match=r"the counted tokens must be \[8, 20\]"):
+        check_counts(torch.tensor([8.0, 21.0]), dataset)
+
+
+def test_large_blocks_are_not_enumerated(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path, **ALL["mdlm"])
+    with pytest.raises(ValueError, match="blocks of at most 8 tokens, got 47"):
+        run(tmp_path, monkeypatch, "--exact", "true")
+
+
+def test_the_table_has_an_error_only_where_there_is_noise():
+    metrics = {"nll": 1.0, "bpd": 1.44, "ppl": 2.72, "num_tokens": 12345}
+    table = {f"{prefix}{name}": value for prefix in ("", "plan_", "execution_") for name, value in metrics.items()}
+    assert "+/-" not in format_likelihood(table)
+    line = format_likelihood(table | {"nll_stderr": 0.25}).splitlines()[-1]
+    assert line.split() == ["total", "12,345", "1.00000", "+/-", "0.25000", "1.4400", "2.7200"]
+
+
+@pytest.mark.parametrize("setting", [{"num_draws": 0}, {"limit": 0}, {"batch_size": 0}, {"estimator": "exact"}])
+def test_settings_out_of_range_are_refused(setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        eval_ppl.LikelihoodArguments(model="x", **setting)
