@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.done
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format bench compare clean
 
 demo: $(SETUP)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu \
@@ -27,6 +27,11 @@ format: $(SETUP)
 bench: $(SETUP)
 	$(BIN)/python -m hierbd3lm.benchmarks.training
 	$(BIN)/python -m hierbd3lm.benchmarks.generation
+	$(BIN)/python -m hierbd3lm.benchmarks.variance
+	$(BIN)/python -m hierbd3lm.benchmarks.profile
+
+compare: $(SETUP)
+	$(BIN)/python -m hierbd3lm.benchmarks.compare
 
 clean:
 	rm -rf .venv outputs

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
 from hierbd3lm import __version__
 from hierbd3lm.adapters import is_adapter, load_adapter
 from hierbd3lm.data.run_folder import write_json
@@ -32,8 +35,6 @@ from hierbd3lm.evaluation import (
 )
 from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings, segment_limits
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from transformers import HfArgumentParser
-from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 

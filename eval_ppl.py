@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import AutoTokenizer, HfArgumentParser
+
 from hierbd3lm import __version__
 from hierbd3lm.data.loading import prepare_dataset
 from hierbd3lm.data.run_folder import write_json
@@ -19,7 +21,6 @@ from hierbd3lm.diffusion_hierbd3lm import ESTIMATORS
 from hierbd3lm.eval_gsm8k import NUM_SYNTHETIC, find_data
 from hierbd3lm.likelihood import format_likelihood, measure_likelihood
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from transformers import AutoTokenizer, HfArgumentParser
 
 LIKELIHOOD_FILE = "likelihood.json"
 

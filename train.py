@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
+from trl import TrlParser
+
 from hierbd3lm.adapters import AdapterArguments, HierBD3LMAdapter, add_adapter, is_own_checkpoint, load_checkpoint
 from hierbd3lm.configuration_hierbd3lm import (
     BLOCK_SIZES,
@@ -23,9 +27,6 @@ from hierbd3lm.data.synthetic import SyntheticConfig, vocabulary_texts
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.trainer import HierBD3LMTrainer, HierBD3LMTrainingArguments, last_complete_checkpoint
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from transformers.utils import logging
-from trl import TrlParser
 
 # of HierBD3LMConfig, where they are given
 CONFIG_FIELDS = ("block_size", "plan_block_size", "execution_block_size", "question_len", "plan_len", "execution_len")

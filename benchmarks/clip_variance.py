@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from transformers import AutoTokenizer
+
 from hierbd3lm.clip_search import ClipSearch, clipped_segments, draw_losses, measure_costs
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.data.loading import prepare_dataset
@@ -23,8 +26,6 @@ from hierbd3lm.diffusion_hierbd3lm import ESTIMATORS
 from hierbd3lm.likelihood import SEGMENT_NAMES, per_segment, with_predicted_tokens
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.objectives import Batch, Objective, make_objective
-from matplotlib.figure import Figure
-from transformers import AutoTokenizer
 
 from .measure import Measured, bar, measure_parts
 

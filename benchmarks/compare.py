@@ -1,7 +1,7 @@
 """The algorithms side by side: the same backbone, data, tokenizer, optimiser steps and evaluation for each.
 
-`python -m hierbd3lm.benchmarks.compare [--quick] [--data gsm8k]`, or `make compare`. Every run is three command lines in
-a folder of its own: train.py, eval_ppl.py, eval_gsm8k.py. A run whose result is there is not made again, so an
+`python -m hierbd3lm.benchmarks.compare [--quick] [--data gsm8k]`, or `make compare`. Every run is three command lines
+in a folder of its own: train.py, eval_ppl.py, eval_gsm8k.py. A run whose result is there is not made again, so that an
 interrupted comparison goes on. Writes docs/comparison.md, docs/comparison.png and results/compare.json.
 """
 
@@ -169,9 +169,9 @@ def write(results: dict[Run, dict[str, Any]], command: str) -> None:
 
 `{command}`: {note}
 
-{steps} optimiser steps of 16 problems for every run, {num_seeds} seed(s), {PROBLEMS} test problems. PPL is the bound for
-the diffusions and exact for `ar` and blocks of one; it averages over the same tokens for all. "training s" is the other
-view of the budget: what the same steps took.
+{steps} optimiser steps of 16 problems for every run, {num_seeds} seed(s), {PROBLEMS} test problems. PPL is the
+bound for the diffusions and exact for `ar` and blocks of one; it averages over the same tokens for all. "training s" is
+the other view of the budget: what the same steps took.
 
 {table}
 

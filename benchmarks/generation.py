@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+
 from hierbd3lm.generation_hierbd3lm import BlockCache, BlockDenoiser
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 

@@ -12,9 +12,10 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
-from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .generation import denoising_step, endless_model, filled_cache
 from .measure import interleaved_medians, write_text

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+
 from hierbd3lm.diffusion_hierbd3lm import draw_mask
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 

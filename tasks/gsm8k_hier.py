@@ -3,6 +3,7 @@
 from typing import Any
 
 from datasets import Dataset
+
 from hierbd3lm.data.gsm8k import load_gsm8k_rows
 
 

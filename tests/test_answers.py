@@ -4,6 +4,8 @@ import itertools
 from decimal import Decimal
 
 import pytest
+from scipy.stats import binomtest, norm
+
 from hierbd3lm.data.answers import (
     INVALID,
     count_votes,
@@ -20,7 +22,6 @@ from hierbd3lm.data.answers import (
     reference_answer,
     wilson_interval,
 )
-from scipy.stats import binomtest, norm
 
 GOLD_18 = "She sells 16 - 3 - 4 = 9 eggs.\nShe makes 9 * 2 = $18.\n#### 18"
 GOLD_1080 = "He earns 27 * 40 = $1,080.\n#### 1,080"

@@ -5,10 +5,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import Gemma3TextConfig
+
 from hierbd3lm import attention_hierbd3lm as attention
 from hierbd3lm.attention_hierbd3lm import TILE, TiledMask, plan_parts, tile_pairs, worth_tiling
 from hierbd3lm.masking_hierbd3lm import CLEAN, NOISY, PADDING, TokenLayout, dense_mask, layout_from_segments
-from transformers import Gemma3TextConfig
 
 from .tiny import make_batch, make_model
 

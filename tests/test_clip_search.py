@@ -2,10 +2,11 @@
 
 import json
 
-import hierbd3lm.objectives
 import pytest
 import torch
 from datasets import Dataset
+
+import hierbd3lm.objectives
 from hierbd3lm.clip_search import (
     NUM_REPLICATES,
     BlockCosts,

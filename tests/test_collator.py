@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+
 from hierbd3lm.data.collator import (
     HierarchicalDataCollator,
     collate_questions,

@@ -4,8 +4,9 @@ import json
 from dataclasses import fields
 
 import pytest
-from hierbd3lm.configuration_hierbd3lm import NOISE_SCHEDULES, HierBD3LMConfig
 from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from hierbd3lm.configuration_hierbd3lm import NOISE_SCHEDULES, HierBD3LMConfig
 
 from .tiny import TINY_TOKEN_IDS, make_config
 

@@ -6,6 +6,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
 from hierbd3lm import convert_bd3lm
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.convert_bd3lm import BUFFERS, NEVER, PublishedModel, convert, fold_modulation, read_published
@@ -14,11 +20,6 @@ from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig
 from hierbd3lm.masking_hierbd3lm import EXECUTION
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion, check_backbone_behaviour
 from hierbd3lm.sample_metrics import write_from_nothing
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from .test_remote_code import CODE, QUESTION, assert_same_model, load_elsewhere
 from .tiny import make_model

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+
 from hierbd3lm.diffusion_hierbd3lm import (
     ESTIMATORS,
     SCHEDULES,

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+from transformers import AutoTokenizer, Qwen3Config
+
 from hierbd3lm import eval_gsm8k
 from hierbd3lm.configuration_hierbd3lm import special_token_ids
 from hierbd3lm.data.answers import wilson_interval
@@ -22,7 +24,6 @@ from hierbd3lm.eval_gsm8k import EvaluationArguments, evaluate, find_data, parse
 from hierbd3lm.evaluation import format_summary, make_batches, read_plans, read_problems, with_given_plans
 from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from transformers import AutoTokenizer, Qwen3Config
 
 from .tiny import make_model
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
+
 from hierbd3lm import eval_ppl
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.data.loading import prepare_dataset

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hierbd3lm.generation_hierbd3lm import BlockCache, HierBD3LMGenerationConfig, sample_tokens
-from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from scipy import stats
 from transformers import Gemma3TextConfig, GenerationConfig, GPT2Config, Qwen3Config
 from transformers.generation.streamers import TextDiffusionStreamer, TextStreamer
+
+from hierbd3lm.generation_hierbd3lm import BlockCache, HierBD3LMGenerationConfig, sample_tokens
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .reference_generation import MOVE_CHANCE, SlowDenoiser, denoise
 from .tiny import make_model

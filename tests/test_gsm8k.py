@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 
 import pytest
+
 from hierbd3lm.data.answers import match_strict
 from hierbd3lm.data.gsm8k import (
     computed_values,

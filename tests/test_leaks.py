@@ -10,8 +10,9 @@ import itertools
 
 import pytest
 import torch
-from hierbd3lm.generation_hierbd3lm import BlockCache
 from transformers import DynamicCache
+
+from hierbd3lm.generation_hierbd3lm import BlockCache
 
 from .tiny import FIRST_CONTENT_ID, make_batch, make_model
 from .tiny_backbones import make_backbone_config

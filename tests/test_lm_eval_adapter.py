@@ -13,17 +13,18 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
+from lm_eval.api.registry import get_model
+from lm_eval.api.task import ConfigurableTask
+from transformers import Qwen3Config
+
 from hierbd3lm.configuration_hierbd3lm import special_token_ids
 from hierbd3lm.data.answers import extract_flexible, extract_strict
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.eval_gsm8k import EvaluationArguments, evaluate
 from hierbd3lm.lm_eval_adapter import GENERATION_SETTINGS, HierBD3LMHarnessModel
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import CachingLM
-from lm_eval.api.registry import get_model
-from lm_eval.api.task import ConfigurableTask
-from transformers import Qwen3Config
 
 from .tiny import make_model
 

@@ -8,6 +8,13 @@ import lm_eval
 import pytest
 import yaml
 from datasets import Dataset
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import get_metric
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.filters import build_filter_ensemble
+from lm_eval.models.utils import postprocess_generated_text
+
 from hierbd3lm.data.answers import (
     count_votes,
     cut_at_stops,
@@ -19,12 +26,6 @@ from hierbd3lm.data.answers import (
     reference_answer,
 )
 from hierbd3lm.data.gsm8k import load_gsm8k_rows
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-from lm_eval.api.registry import get_metric
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.filters import build_filter_ensemble
-from lm_eval.models.utils import postprocess_generated_text
 
 from .test_answers import TABLE as ANSWERS_BY_HAND
 

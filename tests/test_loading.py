@@ -6,6 +6,7 @@ import logging
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict
+
 from hierbd3lm.data import loading
 from hierbd3lm.data.collator import HierarchicalDataCollator, encode_example
 from hierbd3lm.data.loading import load_reasoning_dataset, prepare_dataset

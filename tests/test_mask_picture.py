@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from hierbd3lm.mask_picture import (
     FINISHED,
     LEGEND,

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_mask
+from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config, Qwen3NextConfig
+
 from hierbd3lm.masking_hierbd3lm import (
     CLEAN,
     NOISY,
@@ -18,8 +21,6 @@ from hierbd3lm.masking_hierbd3lm import (
     layout_from_segments,
     render_mask,
 )
-from torch.nn.attention.flex_attention import create_mask
-from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config, Qwen3NextConfig
 
 PLAN_BLOCK_SIZE, EXECUTION_BLOCK_SIZE = 3, 2
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import evaluate
 import pytest
+
 from hierbd3lm.data.answers import cut_at_stops, match_numeric
 
 from .test_lm_eval_metrics import ROWS, harness  # noqa: F401 a fixture

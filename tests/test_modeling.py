@@ -5,10 +5,6 @@ import math
 
 import pytest
 import torch
-from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS
-from hierbd3lm.diffusion_hierbd3lm import draw_mask, exact_nelbo, token_nll
-from hierbd3lm.masking_hierbd3lm import layout_from_segments
-from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion, needed_columns
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -27,6 +23,11 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS
+from hierbd3lm.diffusion_hierbd3lm import draw_mask, exact_nelbo, token_nll
+from hierbd3lm.masking_hierbd3lm import layout_from_segments
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion, needed_columns
 
 from .tiny import make_batch, make_config, make_model
 from .tiny_backbones import BACKBONES, SIZES, make_backbone_config

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_matrix
+
 from hierbd3lm.data import gsm8k
 from hierbd3lm.data.splits import DataArguments, load_counted_split, training_splits
-from scipy.sparse import csr_matrix
 
 pytestmark = pytest.mark.skipif(
     "GSM8K_DIR" not in os.environ, reason="GSM8K_DIR must name a folder with GSM8K's train.jsonl and test.jsonl"

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from hierbd3lm.optimization import MuonAdamW, split_parameters
 from transformers import GPT2Config
+
+from hierbd3lm.optimization import MuonAdamW, split_parameters
 
 from .tiny import make_batch, make_model
 

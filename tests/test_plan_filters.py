@@ -7,6 +7,7 @@ from collections import Counter
 from fractions import Fraction
 
 import pytest
+
 from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS
 from hierbd3lm.data.gsm8k import load_gsm8k_rows, parse_main
 from hierbd3lm.data.plan_filters import (

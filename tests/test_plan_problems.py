@@ -5,6 +5,7 @@ import os
 
 import datasets
 import pytest
+
 from hierbd3lm.data.gsm8k import load_gsm8k, load_gsm8k_rows
 from hierbd3lm.data.plan_problems import load_problems
 from hierbd3lm.data.synthetic import SyntheticConfig, generate_problems

@@ -9,6 +9,7 @@ from itertools import chain
 from types import ModuleType, SimpleNamespace
 
 import pytest
+
 from hierbd3lm.data.plan_prompt import plan_schema
 from hierbd3lm.data.plan_writers import PlanReply, PlanRequest, SamplingSettings, ServerWriter, VllmWriter
 

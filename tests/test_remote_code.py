@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 

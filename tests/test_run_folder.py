@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+
 from hierbd3lm.data.run_folder import Log, hash_of, start_run, write_json, write_lines
 
 SETTINGS = {"model": "a", "seed": 0, "pair": (1, 2)}

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
 from hierbd3lm import sample_metrics
 from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig, HierBD3LMGenerationOutput
 from hierbd3lm.sample_metrics import (
@@ -20,7 +22,6 @@ from hierbd3lm.sample_metrics import (
     unigram_entropy,
     write_from_nothing,
 )
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from .tiny import make_model
 from .tiny_tokenizer import make_config_for, make_tokenizer

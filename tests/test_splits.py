@@ -6,6 +6,7 @@ import re
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict
+
 from hierbd3lm.data.near_duplicates import highest_similarities
 from hierbd3lm.data.splits import FILE_NAME, DataArguments, load_counted_split, load_split, training_splits
 from hierbd3lm.data.synthetic import SyntheticConfig, generate_dataset

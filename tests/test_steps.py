@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from hierbd3lm.data.steps import make_row, number_steps, pair_lines, render_steps
 
 

@@ -12,6 +12,7 @@ from functools import cache
 from itertools import combinations
 
 import pytest
+
 from hierbd3lm.data import synthetic
 from hierbd3lm.data.synthetic import (
     PHRASINGS,

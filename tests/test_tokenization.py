@@ -1,6 +1,10 @@
 """The word-level tokenizer gives every text back, and knows the special tokens of the model."""
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
+
 from hierbd3lm.configuration_hierbd3lm import (
     SPECIAL_TOKENS,
     HierBD3LMConfig,
@@ -9,9 +13,6 @@ from hierbd3lm.configuration_hierbd3lm import (
 )
 from hierbd3lm.data.synthetic import SPLITS, SyntheticConfig, generate_problems, vocabulary_texts
 from hierbd3lm.data.tokenization import PAD_TOKEN, UNK_TOKEN, train_tokenizer
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 CONFIG = SyntheticConfig()
 COLUMNS = ("question", "plan", "execution")

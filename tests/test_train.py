@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hierbd3lm import train
-from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from hierbd3lm import train
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .tiny_tokenizer import make_tokenizer
 

@@ -7,11 +7,14 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import hierbd3lm.objectives
-import hierbd3lm.trainer
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import Qwen3Config, TrainerCallback
+
+import hierbd3lm.objectives
+import hierbd3lm.trainer
 from hierbd3lm.data.collator import HierarchicalDataCollator, example_length
 from hierbd3lm.data.loading import prepare_dataset
 from hierbd3lm.diffusion_hierbd3lm import MaskDraw, draw_mask, exact_nelbo
@@ -25,8 +28,6 @@ from hierbd3lm.trainer import (
     HierBD3LMTrainingArguments,
     last_complete_checkpoint,
 )
-from safetensors.torch import load_file
-from transformers import Qwen3Config, TrainerCallback
 
 from .tiny import FIRST_CONTENT_ID, make_config, make_model
 from .tiny_algorithms import ALL

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import datasets
 import pytest
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
 from hierbd3lm.data import plan_hub, run_folder, write_plans
 from hierbd3lm.data.loading import load_reasoning_dataset, prepare_dataset
 from hierbd3lm.data.plan_filters import FILTERS, PlanDraft, score
 from hierbd3lm.data.plan_problems import load_problems
 from hierbd3lm.data.splits import DataArguments, load_split
 from hierbd3lm.data.write_plans import MAX_REFUSALS, WritePlansArguments, choose_plans, parse_arguments
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from .plan_server import PlanServer
 from .tiny_tokenizer import make_config_for, make_tokenizer

@@ -1,9 +1,10 @@
 """Tiny random models and batches for the tests; nothing is downloaded."""
 
 import torch
+from transformers import Qwen3Config
+
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from transformers import Qwen3Config
 
 TINY_TOKEN_IDS = {
     "pad_token_id": 0,

@@ -2,6 +2,7 @@
 
 import datasets
 import evaluate
+
 from hierbd3lm.data.answers import cut_at_stops, match_flexible, match_numeric, match_strict
 
 DESCRIPTION = """
