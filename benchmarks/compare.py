@@ -170,8 +170,8 @@ def write(results: dict[Run, dict[str, Any]], command: str) -> None:
 `{command}`: {note}
 
 {steps} optimiser steps of 16 problems for every run, {num_seeds} seed(s), {PROBLEMS} test problems. PPL is the
-bound for the diffusions and exact for `ar` and blocks of one; it averages over the same tokens for all. "training s" is
-the other view of the budget: what the same steps took.
+bound for the diffusions and exact for `ar` and blocks of one, over the same tokens for all. "training s" is the other
+view of the budget: what the same steps took.
 
 {table}
 
