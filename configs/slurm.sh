@@ -19,7 +19,7 @@ launch=(
     --config_file "$ACCELERATE_CONFIG"
     --num_machines "$SLURM_JOB_NUM_NODES"
     --num_processes "$((SLURM_JOB_NUM_NODES * GPUS_PER_NODE))"
-    --main_process_ip "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+    --main_process_ip "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)" # reads to the end, as pipefail asks
     --main_process_port "$((20000 + SLURM_JOB_ID % 10000))"
 )
 # The rank of a node is known there only.
