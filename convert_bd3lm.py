@@ -82,9 +82,9 @@ def read_published(source: str | os.PathLike, **download: Any) -> PublishedModel
             unknown.
     """
     config = json.loads(Path(cached_file(source, "config.json", **download)).read_text(encoding="utf-8"))
-    for name in ("time_conditioning", "causal"):
+    for name, why in (("time_conditioning", "the condition is no constant"), ("causal", "there are no blocks")):
         if config.get(name):
-            raise ValueError(f"`{name}` of {source} must be False, as the condition must be constant, but got True")
+            raise ValueError(f"`{name}` of {source} must be False, else {why}, but got {config[name]}")
     missing = [name for name in ("n_heads", "model_length") if name not in config]
     if missing:
         raise ValueError(f"config.json of {source} must hold {', '.join(missing)}, but holds {', '.join(config)}")

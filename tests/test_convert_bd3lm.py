@@ -268,17 +268,27 @@ def test_mdlm_is_one_block_that_sees_all_of_itself():
     torch.testing.assert_close(logits, reference, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_generation_writes_what_the_published_network_finds_most_probable(block_size):
-    weights, tokenizer = random_weights(), text_tokenizer()
-    weights["output_layer.linear.bias"][TEXT_END] -= 1  # so that the text has some length
-    model = converted(block_size, 16, weights)
+def weights_that_vary(end_bias):
+    """Weights under which no token is much more probable than the others whatever stands before it."""
+    weights, canvas = random_weights(), torch.tensor([TEXT_END] + [MASK] * 15)
+    logits = published_logits(weights, canvas, torch.arange(16.0), torch.ones(16, 16, dtype=torch.bool))
+    weights["output_layer.linear.bias"] -= logits.mean(dim=0)
+    weights["output_layer.linear.bias"][TEXT_END] += end_bias
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("block_size", "end_bias", "ends"), [(1, 1, True), (4, 0, False), (4, 0.8, True), (16, 0, False)]
+)
+def test_generation_writes_what_the_published_network_finds_most_probable(block_size, end_bias, ends):
+    weights = weights_that_vary(end_bias)
     settings = HierBD3LMGenerationConfig(stage="execution", sampler="first_hitting")
-    output = write_from_nothing(model, tokenizer, 2, settings)
+    output = write_from_nothing(converted(block_size, 16, weights), text_tokenizer(), 2, settings)
     expected = published_greedy_text(weights, 16, block_size)
-    assert len(set(expected)) > 1
+    assert len(set(expected)) >= 4 and (len(expected) < 15) == ends
     assert output.plan.shape == (2, 0)
     assert output.execution.tolist() == [expected] * 2
+    assert output.finished.tolist() == [ends] * 2
 
 
 def test_the_backbone_obeys_mask_and_positions_and_learns():
