@@ -27,7 +27,6 @@ from .data import run_folder
 from .data.collator import collate_questions, encode_example
 from .evaluation import check_samples, checksum_of_weights, decode, load_model
 from .generation_hierbd3lm import (
-    BlockDenoiser,
     HierBD3LMGenerationConfig,
     HierBD3LMGenerationOutput,
     resolve_settings,
@@ -35,6 +34,7 @@ from .generation_hierbd3lm import (
 )
 from .masking_hierbd3lm import PADDING, QUESTION
 from .modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from .orders_hierbd3lm import denoiser_class
 
 SAMPLES_FILE, SETTINGS_FILE, METRICS_SUFFIX = "samples.jsonl", "settings.json", ".metrics.json"
 NGRAM_SIZES = (1, 2, 3)
@@ -372,7 +372,7 @@ def write_from_nothing(
         return model.generate(**prompt, generation_config=settings)
     # Here `generate` asks for a plan, and puts an empty one where there shall be none.
     segment_ids = torch.where(prompt["attention_mask"].bool(), QUESTION, PADDING)
-    denoiser = BlockDenoiser(model, settings, prompt["input_ids"], segment_ids, streamer=None)
+    denoiser = denoiser_class(model.config, settings)(model, settings, prompt["input_ids"], segment_ids, streamer=None)
     denoiser.run()
     return denoiser.output(prompt["input_ids"])
 

@@ -50,11 +50,7 @@ train_and_evaluate() {
 }
 
 train_and_evaluate hier "$@"
-if [[ $("$PYTHON" train.py --help) == *--algorithm* ]]; then
-    train_and_evaluate ar "$@" --algorithm ar --noisy_copies 1
-else
-    echo "train.py has no setting --algorithm: the autoregressive baseline is left out." >&2
-fi
+train_and_evaluate ar "$@" --algorithm ar --noisy_copies 1
 
 "$PYTHON" - "$OUTPUT"/*/eval/summary.json <<'EOF'
 import json

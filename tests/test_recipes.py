@@ -285,8 +285,11 @@ def test_the_gpu_benchmark_goes_on_piece_by_piece_and_reports_test_accuracy(tmp_
     assert early.returncode == 75 and "call again" in early.stderr
     whole = piece("5")
     assert whole.returncode == 0, whole.stderr[-3000:]
-    line = next(line for line in whole.stdout.splitlines() if line.startswith(f"{tmp_path}/gpu/hier: strict"))
-    assert "flexible" in line and line.endswith("n = 3")
+    for name in ("hier", "ar"):
+        line = next(line for line in whole.stdout.splitlines() if line.startswith(f"{tmp_path}/gpu/{name}: strict"))
+        assert "flexible" in line and line.endswith("n = 3")
+        config = json.loads((tmp_path / "gpu" / name / "config.json").read_text())
+        assert config["algorithm"] == name
     folder = tmp_path / "gpu" / "hier"
     report = json.loads((folder / "data_report.json").read_text())
     assert (report["synthetic"]["num_kept"], report["train"]["num_near_test"]) == (8, 0)

@@ -307,7 +307,9 @@ def test_greedy_samples_are_refused_before_anything_is_written(arguments, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_the_stage_execution_writes_no_plan_at_all(model):
+@pytest.mark.parametrize("algorithm", ["hier", "bd3lm", "mdlm", "ar"])
+def test_the_stage_execution_writes_no_plan_at_all(algorithm):
+    model = make_model(algorithm=algorithm, **({} if algorithm in ("hier", "bd3lm") else {"block_size": None}))
     settings = HierBD3LMGenerationConfig(stage="execution", sampler="first_hitting", temperature=1.0, seed=0)
     output = write_from_nothing(model, make_tokenizer(), 3, settings)
     assert (output.sequences[:, 0] == model.config.execution_token_id).all()
