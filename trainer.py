@@ -246,6 +246,10 @@ class HierBD3LMTrainer(Trainer):
                 f"`muon_learning_rate` must be None for an adapter, whose matrices are not the backbone's, but got "
                 f"{args.muon_learning_rate}"
             )
+        if self.is_fsdp_enabled and any("trainable_tokens" in name for name, _ in model.named_parameters()):
+            raise ValueError(
+                "`args` must be without FSDP for an adapter with rows of single tokens: peft cannot shard them"
+            )
         self.ema = EMACallback(args.ema_decay) if args.ema_decay > 0 else None
         if self.ema is not None:
             self.add_callback(self.ema)

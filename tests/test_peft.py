@@ -316,6 +316,19 @@ def test_an_adapter_needs_a_base():
         train.ModelArguments(use_peft=True)
 
 
+def test_shards_are_refused(tied_base, tmp_path, monkeypatch):
+    def create_sharded(trainer):
+        create(trainer)
+        trainer.is_fsdp_enabled = True
+
+    create = HierBD3LMTrainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(HierBD3LMTrainer, "create_accelerator_and_postprocess", create_sharded)
+    arguments = HierBD3LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, ema_decay=0.0)
+    with pytest.raises(ValueError, match="`args` must be without FSDP for an adapter"):
+        HierBD3LMTrainer(adapted(tied_base), arguments)
+    HierBD3LMTrainer(make_model(), arguments)
+
+
 def test_muon_is_refused(tied_base, tmp_path):
     arguments = HierBD3LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, muon_learning_rate=0.02)
     with pytest.raises(ValueError, match="`muon_learning_rate` must be None for an adapter"):
