@@ -12,9 +12,6 @@ from .modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the head
 
-# peft looks for the ties of sub-models only in a model where this is a dict; all of ours are the backbone's.
-HierBD3LMForBlockDiffusion._tied_weights_keys = {}
-
 
 @dataclass
 class AdapterArguments:
@@ -121,9 +118,15 @@ def load_checkpoint(
 
 def load_adapter(path: str, device: str) -> tuple[HierBD3LMForBlockDiffusion, PreTrainedTokenizerBase]:
     """An adapter merged into its base, on a device and in evaluation mode, with its tokenizer."""
-    # Without a configuration AutoTokenizer asks whether it may run code that travels with a checkpoint.
-    tokenizer = AutoTokenizer.from_pretrained(path, config=HierBD3LMConfig.from_pretrained(path))
+    tokenizer = load_tokenizer(path)
     return load_checkpoint(path, tokenizer, {}).to(device).eval(), tokenizer
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint of any kind."""
+    # Without a configuration AutoTokenizer asks whether it may run the code that travels with ours.
+    config = HierBD3LMConfig.from_pretrained(path) if is_own_checkpoint(path) else None
+    return AutoTokenizer.from_pretrained(path, config=config)
 
 
 def is_adapter(path: str) -> bool:

@@ -1,7 +1,8 @@
 """What a hierarchical block diffusion model is made of: its backbone, segments, blocks, noise and special tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -133,7 +134,7 @@ class HierBD3LMConfig(PreTrainedConfig):
         _refuse_misspelt_fields(kwargs)
         replaced = {name: kwargs.pop(name) for name in _own_fields() if name in kwargs and name != "backbone_config"}
         merged = config_dict | replaced
-        if "block_size" in replaced or merged.get("algorithm") in SIZED_BY_ALGORITHM or merged.get("joint"):
+        if "block_size" in replaced or has_one_block_size(merged):
             merged = {name: merged[name] for name in merged if name in replaced or name not in BLOCK_SIZES}
         return super().from_dict(merged, **kwargs)
 
@@ -234,6 +235,11 @@ class HierBD3LMConfig(PreTrainedConfig):
             for second in names[i + 1 :]:
                 if ids[first] == ids[second] and (first, second) != ("end_token_id", "pad_token_id"):
                     raise ValueError(f"`{second}` must differ from `{first}`, but both are {ids[first]}")
+
+
+def has_one_block_size(fields: Mapping[str, Any]) -> bool:
+    """Whether these fields of a configuration leave no choice of block sizes."""
+    return fields.get("algorithm") in SIZED_BY_ALGORITHM or bool(fields.get("joint"))
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:

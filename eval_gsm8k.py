@@ -9,16 +9,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from datasets import Dataset
 from transformers import HfArgumentParser
-from transformers.utils import logging
 
-from hierbd3lm import __version__
-from hierbd3lm.adapters import is_adapter, load_adapter
+from hierbd3lm.data.arguments import check_at_least
 from hierbd3lm.data.run_folder import write_json
-from hierbd3lm.data.splits import FILE_NAME, SYNTHETIC, DataArguments, load_split
+from hierbd3lm.data.splits import DataArguments
 from hierbd3lm.evaluation import (
     REFERENCE_PLANS,
     SUMMARY_FILE,
@@ -33,37 +29,15 @@ from hierbd3lm.evaluation import (
     summarize,
     with_given_plans,
 )
+from hierbd3lm.evaluation_data import CheckpointArguments, load_examples, versions
 from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings, segment_limits
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
-logger = logging.get_logger(__name__)
-
-NUM_SYNTHETIC = 300  # problems, unless `--limit` says otherwise
-
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(CheckpointArguments):
     """What is evaluated, on what, and how it generates. A generation setting that is omitted is the checkpoint's."""
 
-    model: str = field(metadata={"help": "Folder or id of a checkpoint or an adapter, with its tokenizer."})
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "`synthetic`, `gsm8k`, a .json or .jsonl file, a folder, or a dataset on the Hub; what the "
-            "checkpoint was trained on if omitted."
-        },
-    )
-    split: str = field(
-        default="test",
-        metadata={
-            "help": "train, validation or test; ood_longer and ood_wider too for `synthetic`. A file is `test`."
-        },
-    )
-    limit: int | None = field(
-        default=None,
-        metadata={"help": f"The first so many examples; if omitted, all, or {NUM_SYNTHETIC} for `synthetic`."},
-    )
-    batch_size: int = field(default=32, metadata={"help": "Examples that are answered together."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder of the results; `eval` in `model`."})
     overwrite: bool = field(default=False, metadata={"help": "Throws away the results that `output_dir` holds."})
     given_plan: str | None = field(
@@ -76,7 +50,6 @@ class EvaluationArguments:
     num_samples: int = field(
         default=1, metadata={"help": "Answers to each example; several ask for a temperature > 0."}
     )
-    device: str | None = field(default=None, metadata={"help": "Such as `cpu` or `cuda:0`; a GPU if there is one."})
     num_examples_to_print: int = field(default=0, metadata={"help": "Examples that are printed at the end."})
 
     sampler: str | None = field(default=None, metadata={"help": "first_hitting, ancestral, confidence or entropy."})
@@ -95,16 +68,13 @@ class EvaluationArguments:
     seed: int = field(default=0, metadata={"help": "Of the random draws; one of its own per batch follows from it."})
 
     def __post_init__(self):
-        for name, low in (("limit", 1), ("batch_size", 1), ("num_samples", 1), ("num_examples_to_print", 0)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"`{name}` must be at least {low}, but got {value}")
+        super().__post_init__()
+        for name, low in (("num_samples", 1), ("num_examples_to_print", 0)):
+            check_at_least(name, getattr(self, name), low)
         if self.given_plan not in (None, REFERENCE_PLANS) and not Path(self.given_plan).is_file():
             raise ValueError(f"`given_plan` must be {REFERENCE_PLANS!r} or a file, but got {self.given_plan!r}")
         if self.output_dir is None:
             self.output_dir = str(Path(self.model, "eval"))
-        if self.device is None:
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def generation_settings(self) -> dict[str, Any]:
         """The settings of HierBD3LMGenerationConfig that are given; the stage follows from `given_plan`."""
@@ -131,14 +101,11 @@ def main() -> None:
 
 def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Evaluates a checkpoint, or goes on with that; returns the predictions, and the summary that is written."""
-    load = load_adapter if is_adapter(args.model) else load_model
-    model, tokenizer = load(args.model, args.device)
+    model, tokenizer = load_model(args.model, args.device)
     settings = resolve_settings(model.generation_config, args.generation_settings())
     segment_limits(model.config, settings)
     check_samples(args.num_samples, settings)
-    data_args = find_data(args)
-    limit = NUM_SYNTHETIC if args.limit is None and data_args.dataset == SYNTHETIC else args.limit
-    dataset = load_split(data_args, args.split, limit)
+    data_args, dataset = load_examples(args)
     if args.given_plan is not None:
         dataset = with_given_plans(dataset, args.given_plan, args.num_samples)
     start_run(args.output_dir, describe_run(args, data_args, dataset, model, settings), args.overwrite)
@@ -152,33 +119,10 @@ def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str,
         "settings": settings_of(settings),
         "batch_size": args.batch_size,
         "device": str(model.device),
-        "versions": {
-            "hierbd3lm": __version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
     }
     write_json(Path(args.output_dir, SUMMARY_FILE), summary)
     return predictions, summary
-
-
-def find_data(args: EvaluationArguments) -> DataArguments:
-    """What the checkpoint was trained on, unless another dataset is given.
-
-    Raises:
-        ValueError: for the test split of a file that the checkpoint was trained on: a file is one split.
-    """
-    trained_on = DataArguments.load(args.model)
-    if args.dataset is None and not Path(args.model, FILE_NAME).is_file():
-        logger.warning(f"{args.model} has no {FILE_NAME}, so that it is evaluated on {trained_on.dataset}")
-    if args.dataset not in (None, trained_on.dataset):
-        return DataArguments(dataset=args.dataset)
-    if args.split == "test" and Path(trained_on.dataset).is_file():
-        raise ValueError(
-            f"`split` must be train or validation for {trained_on.dataset}, which {args.model} was trained on, but "
-            f"got 'test': give `--dataset` for other examples"
-        )
-    return trained_on
 
 
 def describe_run(

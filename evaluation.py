@@ -19,8 +19,9 @@ import torch
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from .adapters import is_adapter, load_adapter, load_tokenizer
 from .configuration_hierbd3lm import HierBD3LMConfig
 from .data import run_folder
 from .data.answers import (
@@ -94,10 +95,10 @@ class Written:
 
 
 def load_model(path: str, device: str) -> tuple[HierBD3LMForBlockDiffusion, PreTrainedTokenizerBase]:
-    """A checkpoint on its device, with its tokenizer."""
-    model = HierBD3LMForBlockDiffusion.from_pretrained(path).to(device).eval()
-    # Without a configuration AutoTokenizer asks whether it may run the code that travels with the checkpoint.
-    return model, AutoTokenizer.from_pretrained(path, config=model.config)
+    """A checkpoint, or an adapter merged into its base, on its device, with its tokenizer."""
+    if is_adapter(path):
+        return load_adapter(path, device)
+    return HierBD3LMForBlockDiffusion.from_pretrained(path).to(device).eval(), load_tokenizer(path)
 
 
 def predict(

@@ -23,8 +23,10 @@ from transformers.utils import logging
 from .data.collator import check_content, encode_example
 from .diffusion_hierbd3lm import MAX_EXACT_BLOCK_SIZE, draw_mask, exact_nelbo
 from .evaluation import Prompt, Written, decode, encode_prompt, generate_batch, load_model, make_batches
+from .evaluation_data import default_device
 from .generation_hierbd3lm import HierBD3LMGenerationConfig, lay_out_plan, resolve_settings, segment_limits
-from .masking_hierbd3lm import EXECUTION, QUESTION, layout_from_segments
+from .likelihood import with_predicted_tokens
+from .masking_hierbd3lm import EXECUTION, QUESTION
 
 logger = logging.get_logger(__name__)
 
@@ -109,7 +111,7 @@ class HierBD3LMHarnessModel(LM):
         for name in settings:
             _check_choice("model_args", name, GENERATION_SETTINGS)
         self.likelihood, self.likelihood_plan = likelihood, likelihood_plan
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = torch.device(device or default_device())
         self.model, self.tokenizer = load_model(pretrained, str(self._device))
         self.config = self.model.config
         if likelihood == "exact" and self.config.execution_block_size > MAX_EXACT_BLOCK_SIZE:
@@ -277,10 +279,8 @@ class HierBD3LMHarnessModel(LM):
     @torch.no_grad()
     def _nelbo(self, input_ids: torch.LongTensor, segment_ids: torch.LongTensor) -> float:
         """NELBO in nats of the execution of one row, `(1, length)`, given its question and plan."""
-        sizes = self.config.plan_block_size, self.config.execution_block_size
-        block_ids, position_ids = layout_from_segments(segment_ids, *sizes)
-        maskable = self.model.maskable_tokens(input_ids, segment_ids) & (segment_ids == EXECUTION)
-        row = {"input_ids": input_ids, "block_ids": block_ids, "position_ids": position_ids}
+        row = with_predicted_tokens(self.model, {"input_ids": input_ids, "segment_ids": segment_ids})
+        block_ids, maskable = row["block_ids"], row.pop("maskable") & (row.pop("segment_ids") == EXECUTION)
 
         def nll_of_masks(masked: torch.BoolTensor) -> torch.FloatTensor:
             rows = {name: ids.expand_as(masked).to(self.device) for name, ids in row.items()}

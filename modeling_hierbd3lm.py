@@ -65,6 +65,8 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
     generation_config_class = HierBD3LMGenerationConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
+    # All ties are the backbone's, and peft looks for those only where this is a dict.
+    _tied_weights_keys = {}  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True

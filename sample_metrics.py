@@ -24,8 +24,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
 from .data import run_folder
+from .data.arguments import check_at_least
 from .data.collator import collate_questions, encode_example
 from .evaluation import check_samples, checksum_of_weights, decode, load_model
+from .evaluation_data import default_device
 from .generation_hierbd3lm import (
     HierBD3LMGenerationConfig,
     HierBD3LMGenerationOutput,
@@ -73,13 +75,13 @@ class SampleArguments:
                 f"model={self.model!r}, num_samples={self.num_samples!r}"
             )
         for name, low in (("num_samples", 1), ("batch_size", 1), ("context", 2)):
-            _check_at_least(name, getattr(self, name), low)
+            check_at_least(name, getattr(self, name), low)
         if isinstance(self.settings, str):
             self.settings = json.loads(self.settings)
         if self.model is not None and self.output_dir is None:
             self.output_dir = str(Path(self.model, "samples"))
         if self.device is None:
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.device = default_device()
 
 
 def parse_arguments(argv: list[str]) -> SampleArguments:
@@ -177,8 +179,8 @@ def nll_of_sequences(
     Raises:
         ValueError: for a context or a batch size out of its range.
     """
-    _check_at_least("context", context, 2)
-    _check_at_least("batch_size", batch_size, 1)
+    check_at_least("context", context, 2)
+    check_at_least("batch_size", batch_size, 1)
     windows = [(index, window) for index, ids in enumerate(sequences) for window in _windows(ids, context)]
     windows.sort(key=lambda item: len(item[1]), reverse=True)  # little padding; memory runs out at once or never
     totals = [0.0] * len(sequences)
@@ -271,11 +273,6 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None
         return mean, None
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return mean, math.sqrt(variance / len(values))
-
-
-def _check_at_least(name: str, value: int | None, low: int) -> None:
-    if value is not None and value < low:
-        raise ValueError(f"`{name}` must be at least {low}, but got {value}")
 
 
 # Drawing them

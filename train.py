@@ -12,17 +12,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 from trl import TrlParser
 
-from hierbd3lm.adapters import AdapterArguments, HierBD3LMAdapter, add_adapter, is_own_checkpoint, load_checkpoint
+from hierbd3lm.adapters import AdapterArguments, HierBD3LMAdapter, add_adapter, load_checkpoint, load_tokenizer
 from hierbd3lm.configuration_hierbd3lm import (
     BLOCK_SIZES,
-    SIZED_BY_ALGORITHM,
     HierBD3LMConfig,
     add_special_tokens,
+    has_one_block_size,
     special_token_ids,
 )
 from hierbd3lm.data.collator import SEGMENTS, HierarchicalDataCollator
 from hierbd3lm.data.loading import prepare_dataset
-from hierbd3lm.data.splits import SYNTHETIC, DataArguments, load_counted_split, load_split, training_splits
+from hierbd3lm.data.splits import SYNTHETIC, DataArguments, load_counted_split, training_splits
 from hierbd3lm.data.synthetic import SyntheticConfig, vocabulary_texts
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
@@ -33,6 +33,8 @@ CONFIG_FIELDS = ("block_size", "plan_block_size", "execution_block_size", "quest
 CONFIG_FIELDS += ("noise", "sampling_eps", "plan_clip", "execution_clip", "algorithm", "hierarchical_mask", "joint")
 
 logger = logging.get_logger(__name__)
+
+Examples = dict[str, tuple[Dataset, dict[str, int]]]  # of each split, with the counts of what loading dropped
 
 
 @dataclass
@@ -95,7 +97,7 @@ class ModelArguments(AdapterArguments):
         """The fields of HierBD3LMConfig that are given; block sizes only for an algorithm that can have several."""
         values = {name: getattr(self, name) for name in CONFIG_FIELDS}
         given = {name: value for name, value in values.items() if value is not None}
-        if self.algorithm in SIZED_BY_ALGORITHM or self.joint:
+        if has_one_block_size(given):
             unused = {name: given.pop(name) for name in ("block_size", *BLOCK_SIZES) if name in given}
             logger.info(f"Block sizes follow from the algorithm; not used: {unused}")
         return given
@@ -124,9 +126,10 @@ def main() -> None:
     model_args, data_args, args = parse_arguments(sys.argv[1:])
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
-    tokenizer = make_tokenizer(model_args, data_args, args)
+    examples = load_examples(data_args, args)
+    tokenizer = make_tokenizer(model_args, data_args, args, examples)
     model = make_model(model_args, tokenizer)
-    datasets = make_datasets(data_args, args, tokenizer, model.config)
+    datasets = make_datasets(data_args, args, examples, tokenizer, model.config)
     trainer = HierBD3LMTrainer(
         model,
         args,
@@ -159,31 +162,35 @@ def find_checkpoint(args: TrainScriptArguments) -> str | None:
     return last if args.resume_from_checkpoint == "last" else args.resume_from_checkpoint
 
 
+def load_examples(data_args: DataArguments, args: TrainScriptArguments) -> Examples:
+    """The examples of every split that is trained on, and of validation if there is one."""
+    splits = training_splits(data_args) + (["validation"] if data_args.num_validation_examples else [])
+    with args.main_process_first(desc="examples"):
+        return {split: load_counted_split(data_args, split) for split in splits}
+
+
 def make_tokenizer(
-    model_args: ModelArguments, data_args: DataArguments, args: TrainScriptArguments
+    model_args: ModelArguments, data_args: DataArguments, args: TrainScriptArguments, examples: Examples
 ) -> PreTrainedTokenizerBase:
     """The given tokenizer, or one trained on the training split by the first process and kept in `output_dir`."""
     if model_args.tokenizer is not None:
         return AutoTokenizer.from_pretrained(model_args.tokenizer)
     if model_args.init_from is not None:
-        # Without its configuration AutoTokenizer asks whether it may run the code that travels with our checkpoint.
-        is_ours = is_own_checkpoint(model_args.init_from)
-        config = HierBD3LMConfig.from_pretrained(model_args.init_from) if is_ours else None
-        return AutoTokenizer.from_pretrained(model_args.init_from, config=config)
+        return load_tokenizer(model_args.init_from)
     folder = Path(args.output_dir, "tokenizer")
     with args.main_process_first(desc="tokenizer"):
         if args.process_index == 0 and not (args.resume_from_checkpoint and folder.is_dir()):
-            train_tokenizer(training_texts(data_args), model_args.vocab_size).save_pretrained(folder)
+            train_tokenizer(training_texts(data_args, examples), model_args.vocab_size).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
-def training_texts(data_args: DataArguments) -> list[str]:
+def training_texts(data_args: DataArguments, examples: Examples) -> list[str]:
     """What a tokenizer is trained on: every word of the synthetic problems, or all that is trained on."""
     if data_args.dataset == SYNTHETIC:
         return vocabulary_texts(SyntheticConfig(**data_args.synthetic))
     texts = []
     for split in training_splits(data_args):
-        dataset = load_split(data_args, split)
+        dataset, _ = examples[split]
         columns = [column for column in (*SEGMENTS, "text") if column in dataset.column_names]
         texts += [text for column in columns for text in dataset[column]]
     return texts
@@ -209,15 +216,14 @@ def make_model(
 def make_datasets(
     data_args: DataArguments,
     args: TrainScriptArguments,
+    examples: Examples,
     tokenizer: PreTrainedTokenizerBase,
     config: HierBD3LMConfig,
 ) -> dict[str, Dataset | None]:
     """The encoded training and validation examples; what was dropped is written to `output_dir`/data_report.json."""
-    splits = training_splits(data_args) + (["validation"] if data_args.num_validation_examples else [])
     datasets, reports = {}, {}
-    for split in splits:
+    for split, (dataset, counts) in examples.items():
         with args.main_process_first(desc=f"{split} examples"):
-            dataset, counts = load_counted_split(data_args, split)
             datasets[split], report = prepare_dataset(
                 dataset,
                 tokenizer,

@@ -181,7 +181,7 @@ Dotted: the small size. Tokens a second are of batched evaluation; `ar` generate
 """
     (DOCS / "comparison.md").write_text(page)
     draw(results, DOCS / "comparison.png")
-    rows = [{"run": vars(run) | {"folder": None}, **row} for run, row in results.items()]
+    rows = [{"run": vars(run), **row} for run, row in results.items()]
     (RESULTS / "compare.json").write_text(
         json.dumps({"command": command, "machine": machine, "runs": rows}, indent=2) + "\n"
     )

@@ -16,8 +16,10 @@ from hierbd3lm.attention_hierbd3lm import TiledMask
 from hierbd3lm.configuration_hierbd3lm import special_token_ids
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.diffusion_hierbd3lm import draw_mask
+from hierbd3lm.likelihood import with_predicted_tokens
 from hierbd3lm.masking_hierbd3lm import dense_mask, fixed_length_layout, layout_from_segments
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion, needed_columns
+from hierbd3lm.objectives import make_objective
 
 from .measure import Measured, added_memory, bar, interleaved_medians, measure_parts
 from .models import make_model, problem_batches, text_batch
@@ -35,16 +37,11 @@ def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
 def block_diffusion_step(model: HierBD3LMForBlockDiffusion, batch: dict[str, torch.Tensor]) -> Step:
     """A training step as the trainer takes it."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    config, input_ids, segment_ids = model.config, batch["input_ids"], batch["segment_ids"]
+    objective, inputs = make_objective(model.config), {name: batch[name] for name in ("input_ids", "segment_ids")}
 
     def step() -> None:
-        block_ids, position_ids = layout_from_segments(
-            segment_ids, config.plan_block_size, config.execution_block_size
-        )
-        maskable = model.maskable_tokens(input_ids, segment_ids)
-        draw = draw_mask(block_ids, maskable)
-        nll = model.masked_nll(draw.masked, input_ids, block_ids=block_ids, position_ids=position_ids)
-        update(optimizer, (nll * draw.weights[draw.masked]).sum() / maskable.sum())
+        predicted = with_predicted_tokens(model, inputs)
+        update(optimizer, objective.shares(model, predicted).sum() / predicted["maskable"].sum())
 
     return step
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from hierbd3lm.diffusion_hierbd3lm import draw_mask
+from hierbd3lm.likelihood import with_predicted_tokens
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from hierbd3lm.objectives import make_objective
 
 from .measure import Measured, bar, interleaved_medians, measure_parts
 from .models import make_model, problem_batches
@@ -28,11 +29,9 @@ def gradient(
 ) -> torch.Tensor:
     """One draw of the NELBO's gradient, flat: `(num_parameters,)`."""
     generator = torch.Generator().manual_seed(seed)
-    maskable = model.maskable_tokens(batch["input_ids"], batch["segment_ids"])
-    draw = draw_mask(batch["block_ids"], maskable, generator=generator, noisy_copies=copies)
-    layout = {name: batch[name] for name in ("block_ids", "position_ids")}
-    nll = model.masked_nll(draw.masked, batch["input_ids"], **layout)
-    loss = (nll * draw.weights[draw.masked]).sum() / maskable.sum()
+    predicted = with_predicted_tokens(model, batch)
+    shares = make_objective(model.config).shares(model, predicted, generator, noisy_copies=copies)
+    loss = shares.sum() / predicted["maskable"].sum()
     return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(model.parameters()))])
 
 

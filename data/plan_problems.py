@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .arguments import check_at_least
 from .gsm8k import HUB_IDS, computed_values, parse_main
 from .loading import load_reasoning_dataset
 from .plan_numbers import stated_values, with_plain_digits
@@ -55,8 +56,7 @@ def load_problems(dataset: str, split: str = "train", num_examples: int | None =
         ValueError: for less than one example, a column that is missing, and a solution without steps or without an
             answer; the message names the row.
     """
-    if num_examples is not None and num_examples < 1:
-        raise ValueError(f"`num_examples` must be at least 1, but got {num_examples}")
+    check_at_least("num_examples", num_examples, 1)
     split = None if Path(dataset).is_file() else split
     rows = load_reasoning_dataset(dataset, split, parse_example=_read_gsm8k if dataset in HUB_IDS else _read_row)
     rows = rows if num_examples is None else rows.select(range(min(num_examples, len(rows))))

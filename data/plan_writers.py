@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
+from .arguments import check_at_least
+
 Item = TypeVar("Item")
 
 
@@ -166,8 +168,7 @@ class ServerWriter:
         max_retries: int = 10,
     ):
         for name, value, low in (("concurrency", concurrency, 1), ("max_retries", max_retries, 0)):
-            if value < low:
-                raise ValueError(f"`{name}` must be at least {low}, but got {value}")
+            check_at_least(name, value, low)
         if not timeout > 0:
             raise ValueError(f"`timeout` must be more than 0 seconds, but got {timeout}")
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from .arguments import check_at_least
 from .gsm8k import HUB_IDS, load_gsm8k_rows
 from .loading import load_reasoning_dataset
 from .near_duplicates import NEAR_DUPLICATE, highest_similarities
@@ -68,9 +69,7 @@ class DataArguments:
         if self.tested_on is None and self.dataset in HUB_IDS:
             self.tested_on = self.dataset
         for name, low in (("num_train_examples", 1), ("num_validation_examples", 0), ("num_synthetic_examples", 0)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"`{name}` must be at least {low}, but got {value}")
+            check_at_least(name, getattr(self, name), low)
         if self.dataset == SYNTHETIC and self.num_synthetic_examples:
             raise ValueError(
                 f"`num_synthetic_examples` must be 0 for `dataset: synthetic`, but got {self.num_synthetic_examples}"

@@ -23,6 +23,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from .. import __version__
+from .arguments import check_at_least
 from .plan_filters import FILTERS, PlanDraft, find_rejection, score
 from .plan_hub import CARD_FILE, PLANS_FILE, push_plans, write_card
 from .plan_problems import SolvedProblem, load_problems
@@ -88,9 +89,7 @@ class WritePlansArguments:
 
     def __post_init__(self):
         for name in ("limit", "num_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, but got {value}")
+            check_at_least(name, getattr(self, name), 1)
         if self.fallback not in (None, *FALLBACKS):
             raise ValueError(f"`fallback` must be one of {', '.join(FALLBACKS)}, but got {self.fallback!r}")
         self.sampling()

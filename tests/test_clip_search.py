@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
 
 import hierbd3lm.objectives
 from hierbd3lm.clip_search import (
@@ -16,35 +15,23 @@ from hierbd3lm.clip_search import (
     draw_losses,
     measure_costs,
 )
-from hierbd3lm.data.collator import HierarchicalDataCollator, example_length
+from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.diffusion_hierbd3lm import draw_mask
 from hierbd3lm.likelihood import per_segment, with_predicted_tokens
 from hierbd3lm.objectives import make_objective
 from hierbd3lm.trainer import HierBD3LMTrainer, HierBD3LMTrainingArguments
 
-from .tiny import FIRST_CONTENT_ID, make_config, make_model
+from .tiny import make_config, make_dataset, make_model
 from .tiny_algorithms import ABLATIONS, ALGORITHMS
 
-
-def make_dataset(num_examples, config, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def tokens(low, high):
-        count = int(torch.randint(low, high + 1, (), generator=generator))
-        return torch.randint(FIRST_CONTENT_ID, config.vocab_size, (count,), generator=generator).tolist()
-
-    rows = [
-        {"question_ids": tokens(1, 5), "plan_ids": tokens(2, 6), "execution_ids": tokens(2, 9)}
-        for _ in range(num_examples)
-    ]
-    return Dataset.from_list([row | {"length": example_length(row, config)} for row in rows])
+LENGTHS = {"question": (1, 5), "plan": (2, 6), "execution": (2, 9)}  # least and most tokens
 
 
 def make_trainer(folder, model=None, **settings):
     if model is None:
         torch.manual_seed(0)
         model = make_model()
-    dataset = make_dataset(12, model.config)
+    dataset = make_dataset(12, model.config, **LENGTHS)
     defaults = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "max_steps": 6, "logging_steps": 1}
     defaults |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 1}
     defaults |= {"use_cpu": True, "disable_tqdm": True, "learning_rate": 0.01, "eval_noise_draws": 1}
@@ -82,7 +69,8 @@ def test_widths_that_are_no_whole_bins_are_refused(width):
 
 def test_costs_are_the_shares_of_each_block_at_each_mask_rate():
     model = make_model()
-    batch = with_predicted_tokens(model, HierarchicalDataCollator(model.config)(list(make_dataset(3, model.config))))
+    rows = list(make_dataset(3, model.config, **LENGTHS))
+    batch = with_predicted_tokens(model, HierarchicalDataCollator(model.config)(rows))
     value = torch.arange(batch["input_ids"].numel(), dtype=torch.float32).view(batch["input_ids"].shape)
     seen = []
 
@@ -134,7 +122,7 @@ def test_copies_share_one_grid_and_their_loss_is_the_mean():
 def test_variance_is_that_of_losses_that_are_really_drawn(estimator):
     """20 draws of the noise for each of 10 batches, under the interval itself, against the search's."""
     model = make_model()
-    rows = list(make_dataset(40, model.config))
+    rows = list(make_dataset(40, model.config, **LENGTHS))
     objective, segments = make_objective(model.config, estimator), list(clipped_segments(model.config).values())
     candidates, predicted, drawn = Candidates((0.5,), num_levels=20), [], {}
     generator = torch.Generator().manual_seed(0)

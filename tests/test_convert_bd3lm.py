@@ -205,6 +205,13 @@ def test_folding_the_modulation_is_exact():
     assert (other - reference).abs().max() > 0.1  # so that what is folded is the condition of sigma = 0
 
 
+@torch.no_grad()
+def our_training_logits(model, xt, x0):
+    """Logits `(length, vocabulary)` of the noisy stream in a training pass over one text, all of it execution."""
+    segment_ids = torch.full((1, len(x0)), EXECUTION)
+    return model(as_ours(x0, model), noisy_input_ids=as_ours(xt, model), segment_ids=segment_ids).logits[0]
+
+
 @pytest.mark.parametrize(
     ("block_size", "length", "attn_implementation"),
     [
@@ -220,12 +227,7 @@ def test_the_training_pass_is_the_published_one(block_size, length, attn_impleme
     model = converted(block_size, length, weights, attn_implementation)
     x0, masked = noisy_text(length)
     xt = x0.masked_fill(masked, MASK)
-    with torch.no_grad():
-        logits = model(
-            as_ours(x0, model),
-            noisy_input_ids=as_ours(xt, model),
-            segment_ids=torch.full((1, length), EXECUTION),
-        ).logits[0]
+    logits = our_training_logits(model, xt, x0)
     reference = published_training_logits(weights, xt, x0, block_size)
     torch.testing.assert_close(logits[:, :VOCAB_SIZE], reference, atol=1e-4, rtol=1e-4)
     assert (logits[:, VOCAB_SIZE:] == NEVER).all()
@@ -236,10 +238,7 @@ def test_long_texts_are_attended_to_tile_by_tile_with_the_same_result():
     model = converted(4, length, weights)
     x0, masked = noisy_text(length)
     xt = x0.masked_fill(masked, MASK)
-    with torch.no_grad():
-        logits = model(
-            as_ours(x0, model), noisy_input_ids=as_ours(xt, model), segment_ids=torch.full((1, length), EXECUTION)
-        ).logits[0, :, :VOCAB_SIZE]
+    logits = our_training_logits(model, xt, x0)[:, :VOCAB_SIZE]
     torch.testing.assert_close(logits, published_training_logits(weights, xt, x0, 4), atol=1e-4, rtol=1e-4)
 
 
@@ -259,10 +258,7 @@ def test_mdlm_is_one_block_that_sees_all_of_itself():
     model = converted(length, length, weights)
     x0, masked = noisy_text(length)
     xt = x0.masked_fill(masked, MASK)
-    with torch.no_grad():
-        logits = model(
-            as_ours(x0, model), noisy_input_ids=as_ours(xt, model), segment_ids=torch.full((1, length), EXECUTION)
-        ).logits[0, :, :VOCAB_SIZE]
+    logits = our_training_logits(model, xt, x0)[:, :VOCAB_SIZE]
     everything = torch.ones(length, length, dtype=torch.bool)
     reference = published_logits(weights, xt, torch.arange(float(length)), everything)
     torch.testing.assert_close(logits, reference, atol=1e-4, rtol=1e-4)

@@ -147,10 +147,11 @@ def test_synthetic_problems_join_another_dataset_and_are_counted(tmp_path):
     settings = {"dataset": str(tmp_path / "rows.jsonl"), "num_synthetic_examples": 20, "num_train_examples": None}
     arguments = train.parse_arguments([write_config(tmp_path, num_validation_examples=2, **settings)])
     model_args, data_args, args = arguments
-    tokenizer = train.make_tokenizer(model_args, data_args, args)
+    examples = train.load_examples(data_args, args)
+    tokenizer = train.make_tokenizer(model_args, data_args, args, examples)
     assert {" cats", " has"} < set(tokenizer.get_vocab())
     config = train.make_model(model_args, tokenizer).config
-    datasets = train.make_datasets(data_args, args, tokenizer, config)
+    datasets = train.make_datasets(data_args, args, examples, tokenizer, config)
     report = json.loads((tmp_path / "out" / "data_report.json").read_text())
     assert {name: (part["num_kept"], part["num_dropped"]) for name, part in report.items()} == {
         "train": (6, 1),

@@ -15,7 +15,7 @@ from transformers import Qwen3Config, TrainerCallback
 
 import hierbd3lm.objectives
 import hierbd3lm.trainer
-from hierbd3lm.data.collator import HierarchicalDataCollator, example_length
+from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.data.loading import prepare_dataset
 from hierbd3lm.diffusion_hierbd3lm import MaskDraw, draw_mask, exact_nelbo
 from hierbd3lm.likelihood import likelihood_metrics, per_segment
@@ -29,27 +29,12 @@ from hierbd3lm.trainer import (
     last_complete_checkpoint,
 )
 
-from .tiny import FIRST_CONTENT_ID, make_config, make_model
+from .tiny import make_config, make_dataset, make_model
 from .tiny_algorithms import ALL
 from .tiny_tokenizer import make_config_for, make_tokenizer
 
 SEGMENTS = {"plan": PLAN, "execution": EXECUTION}
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
-
-
-def make_dataset(num_examples, config, seed=0):
-    """Random examples of many lengths, encoded as `prepare_dataset` does."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def tokens(low, high):
-        count = int(torch.randint(low, high + 1, (), generator=generator))
-        return torch.randint(FIRST_CONTENT_ID, config.vocab_size, (count,), generator=generator).tolist()
-
-    rows = [
-        {"question_ids": tokens(1, 9), "plan_ids": tokens(0, 7), "execution_ids": tokens(1, 12)}
-        for _ in range(num_examples)
-    ]
-    return Dataset.from_list([row | {"length": example_length(row, config)} for row in rows])
 
 
 def seeded_model(**overrides):

@@ -1,9 +1,11 @@
 """Tiny random models and batches for the tests; nothing is downloaded."""
 
 import torch
+from datasets import Dataset
 from transformers import Qwen3Config
 
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
+from hierbd3lm.data.collator import example_length
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 TINY_TOKEN_IDS = {
@@ -73,3 +75,22 @@ def make_batch(lengths, config, seed=0) -> dict[str, torch.Tensor]:
         input_ids[row, left : left + len(ids)] = ids
         segment_ids[row, left : left + len(ids)] = segments
     return {"input_ids": input_ids, "segment_ids": segment_ids}
+
+
+def make_dataset(num_examples, config, seed=0, question=(1, 9), plan=(0, 7), execution=(1, 12)) -> Dataset:
+    """Random examples of many lengths, encoded as `prepare_dataset` does.
+
+    Args:
+        question, plan, execution: least and most tokens of each segment.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low, high):
+        count = int(torch.randint(low, high + 1, (), generator=generator))
+        return torch.randint(FIRST_CONTENT_ID, config.vocab_size, (count,), generator=generator).tolist()
+
+    rows = [
+        {"question_ids": tokens(*question), "plan_ids": tokens(*plan), "execution_ids": tokens(*execution)}
+        for _ in range(num_examples)
+    ]
+    return Dataset.from_list([row | {"length": example_length(row, config)} for row in rows])
