@@ -387,7 +387,9 @@ def add_token_rows(backbone: PreTrainedModel, first_new: int, length: int) -> No
     num_rows = backbone.get_input_embeddings().weight.shape[0]
     if length > num_rows:
         backbone.resize_token_embeddings(length, mean_resizing=False)
-    for embeddings in {backbone.get_input_embeddings(), backbone.get_output_embeddings()} - {None}:
+    matrices = backbone.get_input_embeddings(), backbone.get_output_embeddings()
+    # once where the two are one module, and in this order, which decides on the noise that each row gets
+    for embeddings in dict.fromkeys(matrix for matrix in matrices if matrix is not None):
         fill_new_rows(embeddings.weight.data, min(first_new, num_rows), length)
 
 
