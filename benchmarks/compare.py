@@ -1,20 +1,24 @@
 """The algorithms side by side: the same backbone, data, tokenizer, optimiser steps and evaluation for each.
 
-`python -m hierbd3lm.benchmarks.compare [--quick] [--data gsm8k]`, or `make compare`. Every run is three command lines
-in a folder of its own: train.py, eval_ppl.py, eval_gsm8k.py. A run whose result is there is not made again, so that an
-interrupted comparison goes on. Writes docs/comparison.md, docs/comparison.png and results/compare.json.
+`python -m hierbd3lm.benchmarks.compare [--quick] [--data gsm8k]`, or `make compare`. Every run is a few command lines
+in a folder of its own: train.py, eval_ppl.py, eval_gsm8k.py, and for the hierarchy hierbd3lm.analysis. An interrupted
+comparison goes on where it stopped. Writes docs/comparison.md, docs/comparison.png and results/compare.json.
 """
 
 import argparse
+import functools
 import json
-import shutil
+import math
+import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
@@ -30,15 +34,23 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "mdlm": {"algorithm": "mdlm"},
     "sedd": {"algorithm": "sedd"},
     "bd3lm": {"algorithm": "bd3lm"},
-    "bd3lm, blocks of 1": {"algorithm": "bd3lm", "block_size": 1},
     "hier": {},
+}
+ABLATIONS: dict[str, dict[str, Any]] = {  # at the base size only
+    "bd3lm, blocks of 1": {"algorithm": "bd3lm", "block_size": 1},
     "hier, no mask": {"hierarchical_mask": False},
     "hier, joint": {"joint": True},
     "hier, joint, no mask": {"joint": True, "hierarchical_mask": False},
 }
+ANALYSED = ("hier", "hier, no mask")  # whether the execution follows the plan
 SIZES = {"small": (64, 2), "base": (96, 3)}  # hidden size, heads
+# One or two operations: what models of this size begin to solve within the steps that 90 minutes allow.
+PROBLEMS = {"num_steps": [1, 2], "max_depth": 2, "num_distractors": [0, 0], "max_value": 16}
+PROBLEMS |= {"num_names": 8, "num_things": 2}
+BATCH_SIZE = 16
 EVALUATIONS = 5  # of the likelihood during training
-PROBLEMS = 200  # that each run answers
+MOST_STEPS_AGAIN = 250  # that an interrupted run does a second time
+NUM_ANSWERS = 200  # of each run
 # column -> (file of the run, entry)
 COLUMNS = {
     "PPL": ("likelihood.json", "ppl"),
@@ -51,6 +63,16 @@ COLUMNS = {
     "tokens/forward": ("eval/summary.json", "tokens_per_forward"),
     "training s": ("train_results.json", "train_runtime"),
 }
+EQUAL_TIME = "PPL, equal time"
+ANALYSIS_COLUMNS = {
+    "own plan": "own_exact_match",
+    "oracle plan": "oracle_exact_match",
+    "another's plan": "other_exact_match",
+    "empty plan": "empty_exact_match",
+    "agrees with own plan": "own_agreement",
+    "follows a changed step": "swap_follows_step",
+    "ignores the change": "swap_ignores_change",
+}
 
 
 @dataclass(frozen=True)
@@ -62,144 +84,209 @@ class Run:
     seed: int
     steps: int
     data: str
+    recipe: str
 
     @property
     def folder(self) -> Path:
         name = self.algorithm.replace(", ", "_").replace(" ", "_")
-        return OUTPUTS / f"{self.data}_{self.steps}_steps" / f"{name}_{self.size}_{self.seed}"
+        return OUTPUTS / f"{Path(self.recipe).stem}_{self.steps}_steps" / f"{name}_{self.size}_{self.seed}"
 
-    def commands(self) -> list[list[str]]:
-        """What is run, in order."""
+    def commands(self) -> dict[str, list[str]]:
+        """What is run, in order, by the file that each command writes at its end."""
         python, folder = sys.executable, str(self.folder)
-        settings = {"output_dir": folder, "max_steps": self.steps, "seed": self.seed, "noisy_copies": 1}
-        settings |= {"eval_steps": self.steps // EVALUATIONS, "save_strategy": "no", "logging_steps": 50}
-        settings |= {"warmup_steps": self.steps // 20}
-        recipe = "gsm8k_small" if self.data == "gsm8k" else "quickstart"
+        limit = ["--limit", str(NUM_ANSWERS)] if self.data == "synthetic" else []
+        commands = {
+            "data_config.json": [str(ROOT / "train.py"), self.recipe, *self.training_flags()],
+            "likelihood.json": [str(ROOT / "eval_ppl.py"), "--model", folder, "--num_draws", "4", *limit],
+            "eval/summary.json": [str(ROOT / "eval_gsm8k.py"), "--model", folder, *limit],
+        }
+        if self.algorithm in ANALYSED and self.data == "synthetic":
+            commands["analysis/analysis.json"] = ["-m", "hierbd3lm.analysis", "--model", folder, *limit]
+        return {file: [python, *command] for file, command in commands.items()}
+
+    def training_flags(self) -> list[str]:
+        """The settings of train.py beyond the recipe's."""
+        settings: dict[str, Any] = {"output_dir": str(self.folder), "max_steps": self.steps, "seed": self.seed}
+        every = self.steps // EVALUATIONS
+        settings |= {"eval_steps": every, "save_steps": min(every, MOST_STEPS_AGAIN)}
+        settings |= {"resume_from_checkpoint": "last", "logging_steps": 50, "warmup_steps": self.steps // 20}
+        # the same for all: one copy, as `ar` has one, and no clipping, as a block of a whole answer must not have it
+        settings |= {"noisy_copies": 1, "plan_clip": [0, 1], "execution_clip": [0, 1]}
         if self.data == "synthetic":
             width, heads = SIZES[self.size]
-            shape = {"hidden_size": width, "intermediate_size": 8 * width // 3, "num_hidden_layers": 4}
-            shape |= {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 32}
-            shape |= {"initializer_range": 0.1, "tie_word_embeddings": True}
-            settings |= {"backbone": json.dumps(shape), "num_train_examples": 16 * self.steps}
-        settings |= ALGORITHMS[self.algorithm]
-        flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-        limit = ["--limit", str(PROBLEMS)]
-        return [
-            [python, str(ROOT / "train.py"), str(ROOT / "configs" / f"{recipe}.yaml"), *flags],
-            [python, str(ROOT / "eval_ppl.py"), "--model", folder, "--num_draws", "4", *limit],
-            [python, str(ROOT / "eval_gsm8k.py"), "--model", folder, "--overwrite", *limit],
-        ]
+            backbone = {"hidden_size": width, "intermediate_size": 8 * width // 3, "num_hidden_layers": 4}
+            backbone |= {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 32}
+            backbone |= {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+            backbone |= {"initializer_range": 0.1, "tie_word_embeddings": True}
+            settings |= {"backbone": json.dumps(backbone), "synthetic": json.dumps(PROBLEMS)}
+            settings |= {"num_train_examples": BATCH_SIZE * self.steps, "per_device_train_batch_size": BATCH_SIZE}
+        settings |= ALGORITHMS.get(self.algorithm) or ABLATIONS.get(self.algorithm, {})
+        flags: list[str] = []
+        for name, value in settings.items():
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        return flags
 
-    def result(self) -> dict[str, Any]:
-        """Every column of the table; made first where it is not there."""
-        path = self.folder / "result.json"
-        if not path.is_file():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            with open(self.folder / "log.txt", "w") as log:
-                for command in self.commands():
-                    subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
-            row = {column: self._read(file).get(entry) for column, (file, entry) in COLUMNS.items()}
-            row["curve"] = [
-                (entry["step"], entry["eval_nll"])
-                for entry in self._read("trainer_state.json")["log_history"]
-                if "eval_nll" in entry
-            ]
-            path.write_text(json.dumps(row, indent=2) + "\n")
-        return json.loads(path.read_text())
+    def finish(self, environment: dict[str, str]) -> dict[str, Any]:
+        """Runs the commands whose results are not there; returns every column of the tables."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for file, command in self.commands().items():
+            if not (self.folder / file).is_file():
+                with open(self.folder / "log.txt", "a") as log:
+                    output = {"stdout": log, "stderr": subprocess.STDOUT}
+                    subprocess.run(command, cwd=ROOT, env=environment, check=True, **output)
+        row = {column: self._read(file).get(entry) for column, (file, entry) in COLUMNS.items()}
+        row["curve"] = [
+            (entry["step"], entry["eval_nll"])
+            for entry in self._read("trainer_state.json")["log_history"]
+            if "eval_nll" in entry
+        ]
+        if "analysis/analysis.json" in self.commands():
+            analysis = self._read("analysis/analysis.json")
+            row |= {column: analysis.get(entry) for column, entry in ANALYSIS_COLUMNS.items()}
+        return row
 
     def _read(self, file: str) -> dict[str, Any]:
         return json.loads((self.folder / file).read_text())
 
 
-def summarize(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float] | None]:
-    """Mean and standard deviation of each column over seeds; None where a column has no value."""
-    summary = {}
-    for column in COLUMNS:
-        values = [row[column] for row in rows if row[column] is not None]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        summary[column] = (statistics.mean(values), spread) if values else None
-    return summary
+Results = dict[Run, dict[str, Any]]
 
 
-def format_table(summaries: dict[tuple[str, str], dict[str, tuple[float, float] | None]], num_seeds: int) -> str:
-    """A Markdown table with a line for each algorithm and size."""
-    lines = [f"| algorithm | size | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for (algorithm, size), summary in summaries.items():
-        cells = []
-        for value in summary.values():
-            spread = "" if value is None or num_seeds == 1 else f" +/- {value[1]:.2g}"
-            cells.append("" if value is None else f"{value[0]:.4g}{spread}")
+def choose_runs(data: str, recipe: str, steps: int, quick: bool) -> list[Run]:
+    """Five algorithms at two sizes and their ablations at one, three seeds each; quick or on GSM8K one of each."""
+    one_of_each = quick or data == "gsm8k"
+    sizes, seeds = (["base"], [0]) if one_of_each else (list(SIZES), [0, 1, 2])
+    names = [(name, size) for size in sizes for name in (*ALGORITHMS, *(ABLATIONS if size == "base" else ()))]
+    return [Run(name, size, seed, steps, data, recipe) for name, size in names for seed in seeds]
+
+
+def nll_at(seconds: float, curve: list[tuple[int, float]], seconds_per_step: float) -> float:
+    """The likelihood after so many seconds of training, in a straight line between evaluations."""
+    steps, nll = zip(*curve, strict=True)
+    return float(np.interp(seconds, [step * seconds_per_step for step in steps], nll))
+
+
+def add_equal_time(results: Results) -> None:
+    """Adds the perplexity on the validation split when the fastest run of the same size was through."""
+    for size in {run.size for run in results}:
+        of_size = {run: row for run, row in results.items() if run.size == size}
+        least = min(row["training s"] for row in of_size.values())
+        for run, row in of_size.items():
+            row[EQUAL_TIME] = math.exp(nll_at(least, row["curve"], row["training s"] / run.steps))
+
+
+def format_table(results: Results, columns: list[str]) -> str:
+    """A Markdown table: a line for each algorithm and size, mean and standard deviation over the seeds."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run, row in results.items():
+        groups.setdefault((run.algorithm, run.size), []).append(row)
+    lines = [f"| algorithm | size | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for (algorithm, size), rows in groups.items():
+        cells = [_mean_and_spread([row[column] for row in rows if row.get(column) is not None]) for column in columns]
         lines.append(f"| {algorithm} | {size} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def draw(results: dict[Run, dict[str, Any]], path: Path) -> None:
+def _mean_and_spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" +/- {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4g}{spread}"
+
+
+def draw(results: Results, path: Path) -> None:
     """Exact match against tokens/s, and the likelihood against steps and against seconds of training."""
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     pareto, by_step, by_second = figure.subplots(1, 3)
-    for number, algorithm in enumerate(ALGORITHMS):
+    for number, algorithm in enumerate(dict.fromkeys(run.algorithm for run in results)):
         runs = [run for run in results if run.algorithm == algorithm]
-        color = f"C{number}"
-        points = [(results[run]["tokens/s"], results[run]["exact match"]) for run in runs]
-        pareto.scatter(*zip(*points, strict=True), color=color, label=algorithm)
-        for run in (run for run in runs if run.seed == 0):
-            steps, nll = zip(*results[run]["curve"], strict=True)
-            seconds = [step * results[run]["training s"] / run.steps for step in steps]
-            style = {"color": color, "linestyle": "-" if run.size == "base" else ":"}
-            by_step.plot(steps, nll, **style)
-            by_second.plot(seconds, nll, **style)
-    pareto.set(xlabel="tokens / second", ylabel="exact match (strict)", xscale="log")
-    by_step.set(xlabel="optimiser steps", ylabel="validation NLL (nats / token)", yscale="log")
-    by_second.set(xlabel="seconds of training", yscale="log")
+        for size, marker, line in (("base", "o", "-"), ("small", "x", ":")):
+            of_size = [run for run in runs if run.size == size]
+            points = [(results[run]["tokens/s"], results[run]["exact match"]) for run in of_size]
+            if points:
+                label = algorithm if size == "base" else None
+                pareto.scatter(*zip(*points, strict=True), color=f"C{number}", marker=marker, label=label)
+            for run in of_size[:1]:
+                steps, nll = zip(*results[run]["curve"], strict=True)
+                seconds = [step * results[run]["training s"] / run.steps for step in steps]
+                by_step.plot(steps, nll, line, color=f"C{number}", label=algorithm)
+                by_second.plot(seconds, nll, line, color=f"C{number}")
+    pareto.set(xlabel="tokens / second", ylabel="exact match (strict)", xscale="log", title="o base, x small")
+    by_step.set(xlabel="optimiser steps", ylabel="validation NLL (nats / token)", yscale="log", title="seed 0")
+    by_second.set(xlabel="seconds of training", yscale="log", title="dotted: small")
     pareto.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
-def write(results: dict[Run, dict[str, Any]], command: str) -> None:
+def write(results: Results, command: str, jobs: int, threads: int) -> None:
     """Writes the page, the picture and the JSON."""
     machine = describe_machine()
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for run, row in results.items():
-        groups.setdefault((run.algorithm, run.size), []).append(row)
-    num_seeds, steps = len({run.seed for run in results}), next(iter(results)).steps
-    table = format_table({key: summarize(rows) for key, rows in groups.items()}, num_seeds)
-    note = ", ".join(f"{key} {value}" for key, value in machine.items())
+    first = next(iter(results))
+    num_seeds = len({run.seed for run in results})
+    table = format_table(results, [*COLUMNS, EQUAL_TIME])
+    analysed = {run: row for run, row in results.items() if ANALYSIS_COLUMNS.keys() <= row.keys()}
+    note = ", ".join(f"{key} {value}" for key, value in (machine | {"threads": threads}).items())
+    problems = f"{NUM_ANSWERS} test problems" if first.data == "synthetic" else "the whole test split"
     page = f"""# The algorithms side by side
 
-`{command}`: {note}
+`{command}`: {note}; runs side by side: {jobs}.
 
-{steps} optimiser steps of 16 problems for every run, {num_seeds} seed(s), {PROBLEMS} test problems. PPL is the
-bound for the diffusions and exact for `ar` and blocks of one, over the same tokens for all. "training s" is the other
-view of the budget: what the same steps took.
+{first.steps:,} optimiser steps on the same examples for every run, {num_seeds} seed(s), {problems}. PPL is the bound
+for the diffusions and exact for `ar` and blocks of one, over the same tokens for all. "{EQUAL_TIME}" is the other view
+of the budget: on the validation split, when the fastest run of that size was through ("training s" holds the
+evaluations too). Tokens a second are of batched evaluation; `ar` generates by transformers with its own cache.
 
 {table}
 
 ![Exact match against speed, likelihood against steps and seconds](comparison.png)
+"""
+    if analysed:
+        page += f"""
+## Does the hierarchy do work?
 
-Dotted: the small size. Tokens a second are of batched evaluation; `ar` generates by transformers with its own cache.
+Exact match of the execution under the model's own plan, the reference, another problem's plan and none; how often it
+carries out the steps of its own plan; and what it does where one operation of the reference plan is changed
+(`python -m hierbd3lm.analysis`).
+
+{format_table(analysed, list(ANALYSIS_COLUMNS))}
 """
     (DOCS / "comparison.md").write_text(page)
     draw(results, DOCS / "comparison.png")
-    rows = [{"run": vars(run), **row} for run, row in results.items()]
-    (RESULTS / "compare.json").write_text(
-        json.dumps({"command": command, "machine": machine, "runs": rows}, indent=2) + "\n"
-    )
-    print(table)
+    rows = [asdict(run) | row for run, row in results.items()]
+    content = {"command": command, "machine": machine, "jobs": jobs, "threads_of_a_run": threads, "runs": rows}
+    (RESULTS / "compare.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(page)
+
+
+def finish_all(runs: list[Run], jobs: int, threads: int) -> Results:
+    """Every run's row, `jobs` of them at a time on `threads` threads each."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with ThreadPoolExecutor(jobs) as pool:
+        rows = pool.map(functools.partial(Run.finish, environment=environment), runs)
+        return dict(zip(runs, tqdm(rows, desc="Comparing", unit="run", total=len(runs)), strict=True))
 
 
 def main() -> None:
     """Makes every run and writes what they say together."""
+    cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="One size, one seed, few steps.")
     parser.add_argument("--data", default="synthetic", choices=("synthetic", "gsm8k"), help="What is learned.")
+    parser.add_argument("--recipe", default=None, help="A YAML file of train.py; that of the data if omitted.")
     parser.add_argument("--steps", type=int, default=None, help="Optimiser steps of each run.")
+    parser.add_argument("--jobs", type=int, default=cores, help="Runs side by side, which share the cores.")
     args = parser.parse_args()
-    steps = args.steps or (150 if args.quick else 600)
-    sizes, seeds = (["base"], [0]) if args.quick or args.data == "gsm8k" else (list(SIZES), [0, 1, 2])
-    runs = [Run(name, size, seed, steps, args.data) for size in sizes for name in ALGORITHMS for seed in seeds]
-    results = {run: run.result() for run in tqdm(runs, desc="Comparing", unit="run")}
-    write(results, " ".join(["python -m hierbd3lm.benchmarks.compare", *sys.argv[1:]]))
+    for name in ("steps", "jobs"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, but got {value}")
+    steps = args.steps or (150 if args.quick else 800)
+    recipe = args.recipe or str(ROOT / "configs" / f"{'gsm8k_small' if args.data == 'gsm8k' else 'quickstart'}.yaml")
+    threads = max(1, cores // args.jobs)
+    runs = choose_runs(args.data, recipe, steps, args.quick)
+    results = finish_all(runs, args.jobs, threads)
+    add_equal_time(results)
+    write(results, " ".join(["python -m hierbd3lm.benchmarks.compare", *sys.argv[1:]]), args.jobs, threads)
 
 
 if __name__ == "__main__":

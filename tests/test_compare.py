@@ -1,0 +1,114 @@
+"""The comparison: which runs it makes, that it goes on where it stopped, and how its figures are computed."""
+
+import json
+import subprocess
+
+import pytest
+
+import hierbd3lm.benchmarks.compare as compare
+from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
+from hierbd3lm.train import parse_arguments
+
+RECIPE = str(compare.ROOT / "configs" / "quickstart.yaml")
+NAMES = [*compare.ALGORITHMS, *compare.ABLATIONS]
+
+
+def make_run(algorithm="hier", size="base", seed=0, steps=100):
+    return compare.Run(algorithm, size, seed, steps, "synthetic", RECIPE)
+
+
+def make_row(**values):
+    columns = dict.fromkeys([*compare.COLUMNS], 1.0)
+    return columns | {"curve": [(50, 2.0), (100, 1.0)], "training s": 100.0} | values
+
+
+def test_every_algorithm_runs_at_both_sizes_and_every_ablation_at_one_with_three_seeds():
+    runs = compare.choose_runs("synthetic", RECIPE, 100, quick=False)
+    count = {name: sum(run.algorithm == name for run in runs) for name in NAMES}
+    assert count == dict.fromkeys(compare.ALGORITHMS, 6) | dict.fromkeys(compare.ABLATIONS, 3)
+    assert len({run.folder for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flags_of_every_run_are_settings_of_training(name):
+    model_args, data_args, args = parse_arguments([RECIPE, *make_run(name).training_flags()])
+    fields = {"algorithm": "hier", "hierarchical_mask": True, "joint": False} | compare.ALGORITHMS.get(name, {})
+    fields |= compare.ABLATIONS.get(name, {})
+    config = HierBD3LMConfig(**model_args.config_fields())
+    assert {key: getattr(config, key) for key in ("algorithm", "hierarchical_mask", "joint")} == {
+        key: fields[key] for key in ("algorithm", "hierarchical_mask", "joint")
+    }
+    assert config.plan_clip == config.execution_clip == [0, 1]
+    assert (args.max_steps, args.noisy_copies, args.resume_from_checkpoint) == (100, 1, "last")
+    assert data_args.num_train_examples == 100 * args.per_device_train_batch_size
+
+
+def test_runs_differ_in_nothing_but_what_is_compared():
+    flags = {name: make_run(name).training_flags() for name in NAMES}
+    base = flags["hier"]
+    for name, settings in (compare.ALGORITHMS | compare.ABLATIONS).items():
+        added = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        folder = str(make_run(name).folder)
+        assert flags[name] == [folder if word == str(make_run().folder) else word for word in base] + added
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "OUTPUTS", tmp_path)
+    run, called = make_run(), []
+    files = list(run.commands())
+    history = {"log_history": [{"step": 50, "eval_nll": 2.0}, {"loss": 1.0}, {"step": 100, "eval_nll": 1.0}]}
+
+    def fake(command, fails, **kwargs):
+        file = next(name for name, words in run.commands().items() if words == command)
+        called.append(file)
+        if file == fails:
+            raise subprocess.CalledProcessError(1, command)
+        for name in (file, "trainer_state.json", "train_results.json"):
+            path = run.folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(history if name == "trainer_state.json" else {"ppl": 1.5}))
+
+    monkeypatch.setattr(compare.subprocess, "run", lambda command, **kwargs: fake(command, "eval/summary.json"))
+    with pytest.raises(subprocess.CalledProcessError):
+        run.finish({})
+    monkeypatch.setattr(compare.subprocess, "run", lambda command, **kwargs: fake(command, None))
+    row = run.finish({})
+    first, second, third, fourth = files
+    assert called == [first, second, third, third, fourth]
+    assert row["PPL"] == 1.5
+    assert row["curve"] == [(50, 2.0), (100, 1.0)]
+
+
+def test_equal_time_is_when_the_fastest_run_of_a_size_was_through():
+    fast, slow, small = make_run("ar"), make_run("hier"), make_run("ar", size="small")
+    results = {
+        fast: make_row(**{"training s": 75.0}),
+        slow: make_row(**{"training s": 100.0}),
+        small: make_row(**{"training s": 10.0}),
+    }
+    compare.add_equal_time(results)
+    nll = {run: compare.math.log(row[compare.EQUAL_TIME]) for run, row in results.items()}
+    assert nll[fast] == pytest.approx(1.0)
+    assert nll[slow] == pytest.approx(1.5)  # at 75 of 100 seconds, half way from step 50 to step 100
+    assert nll[small] == pytest.approx(1.0)
+
+
+def test_table_has_mean_and_standard_deviation_over_seeds():
+    results = {make_run(seed=seed): make_row(PPL=value) for seed, value in enumerate((1.0, 2.0, 3.0))}
+    results |= {make_run("ar"): make_row(PPL=4.0, **{"plan match": None})}
+    lines = compare.format_table(results, ["PPL", "plan match"]).splitlines()
+    assert lines[2:] == ["| hier | base | 2 +/- 1 | 1 +/- 0 |", "| ar | base | 4 |  |"]
+
+
+def test_page_and_picture_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "DOCS", tmp_path)
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    results = {make_run(name): make_row() for name in NAMES}
+    results[make_run("hier")] |= dict.fromkeys(compare.ANALYSIS_COLUMNS, 0.25)
+    compare.add_equal_time(results)
+    compare.write(results, "command", jobs=1, threads=2)
+    page = (tmp_path / "comparison.md").read_text()
+    assert all(f"| {name} | base |" in page for name in NAMES)
+    assert "| hier | base | 0.25 |" in page
+    assert (tmp_path / "comparison.png").stat().st_size > 0
+    assert len(json.loads((tmp_path / "compare.json").read_text())["runs"]) == len(NAMES)
