@@ -350,6 +350,17 @@ def test_a_tiny_model_learns_a_text_file_writes_and_is_measured(tmp_path, monkey
     assert output.plan.shape == (4, 0) and output.execution.shape[1] > 1
 
 
+def test_a_clip_search_chooses_for_the_text_alone(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "lines.txt", many_documents(100))
+    search = {"clip_search": [0.5], "eval_strategy": "steps", "eval_steps": 1}
+    out = run(monkeypatch, tmp_path, dataset=path, max_steps=1, **search)
+    config = HierBD3LMForBlockDiffusion.from_pretrained(out).config
+    low, high = config.execution_clip
+    assert high - low == pytest.approx(0.5) and config.plan_clip == [0.0, 1.0]
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert all(math.isfinite(entry[name]) for entry in log for name in entry if "clip_variance" in name)
+
+
 def evaluation_tokenizer(folder):
     return eval_ppl.load_model(str(folder), "cpu")[1]
 
