@@ -64,10 +64,10 @@ class Candidates:
 
 
 def clipped_segments(config: HierBD3LMConfig) -> dict[str, tuple[int, ...]]:
-    """Segments that have an interval together: name -> segment ids."""
+    """Segments that have an interval together: name -> segment ids; a plan that there is not has none."""
     if config.blocks_hold_both_segments:
         return {"all": tuple(SEGMENT_NAMES)}
-    return {name: (segment,) for segment, name in SEGMENT_NAMES.items()}
+    return {name: (segment,) for segment, name in SEGMENT_NAMES.items() if getattr(config, f"{name}_len")}
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ class HierBD3LMConfig(PreTrainedConfig):
             With `True`, for `hier` only, plan and execution are one block each, which share their noise level: under
             the hierarchical mask the execution attends to the noisy plan, and the plan to itself.
         question_len, plan_len, execution_len (`int`, defaults to 256, 256, 512):
-            The most tokens that each segment may have.
+            The most tokens that each segment may have. With `plan_len=0` there is no plan, and no token of it:
+            `<|execution|>` follows the question. A model of plain text has no question either.
         block_size (`int`, *optional*):
             Sets `plan_block_size` and `execution_block_size` at once; not stored.
         plan_block_size, execution_block_size (`int`, defaults to 16):
@@ -149,6 +150,11 @@ class HierBD3LMConfig(PreTrainedConfig):
         return self.question_len + self.plan_len + self.execution_len
 
     @property
+    def has_plan(self) -> bool:
+        """Whether there is a plan between question and execution."""
+        return self.plan_len > 0
+
+    @property
     def is_flat(self) -> bool:
         """Whether what follows the question is one run of tokens, with no edge between plan and execution."""
         return self.algorithm != "hier"
@@ -175,13 +181,16 @@ class HierBD3LMConfig(PreTrainedConfig):
 
     def _check_order(self) -> None:
         for name in ("question_len", "plan_len", "execution_len"):
-            _check_integer(name, getattr(self, name), 0 if name == "question_len" else 2, None)
+            low = 0 if name == "question_len" else 2
+            _check_integer(name, getattr(self, name), low, None, or_zero=name == "plan_len")
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"`algorithm` must be one of {', '.join(ALGORITHMS)}, but got {self.algorithm!r}")
         for name, default in (("hierarchical_mask", True), ("joint", False)):
             value = getattr(self, name)
-            if not isinstance(value, bool) or (self.is_flat and value is not default):
-                accepted = f"{default} for algorithm={self.algorithm!r}" if self.is_flat else "True or False"
+            needs_default = self.is_flat or not self.has_plan
+            if not isinstance(value, bool) or (needs_default and value is not default):
+                setting = f"algorithm={self.algorithm!r}" if self.is_flat else "plan_len=0"
+                accepted = f"{default} for {setting}" if needs_default else "True or False"
                 raise ValueError(f"`{name}` must be {accepted}, but got {value!r}")
 
     def _resolve_block_size(self, name: str, block_size: int | None) -> int:
@@ -295,14 +304,15 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_integer(name: str, value: object, low: int, high: int | None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+def _check_integer(name: str, value: object, low: int, high: int | None, or_zero: bool = False) -> None:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or (value < low and not (or_zero and value == 0)) or (high is not None and value > high):
         accepted = f">= {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"`{name}` must be an integer {accepted}, but got {value!r}")
+        raise ValueError(f"`{name}` must be {'0 or ' * or_zero}an integer {accepted}, but got {value!r}")
 
 
 def _check_divides(name: str, block_size: object, segment_len: int) -> None:
-    _check_integer(name, block_size, 1, segment_len)
+    _check_integer(name, block_size, 1, segment_len or None)  # no length, no limit
     if segment_len % block_size:
         raise ValueError(f"`{name}` must divide the segment's length {segment_len}, but got {block_size}")
 

@@ -46,7 +46,6 @@ BLOCK_NAMES = (
 BUFFERS = {"rotary_emb.inv_freq", "block_diff_mask", "sampling_eps_min", "sampling_eps_max"}
 
 TEXT_TOKENS = [SPECIAL_TOKENS[role] for role in ("mask", "plan", "execution")]  # in the order of their ids
-UNUSED_PLAN_LEN = 2  # the least that a configuration may have
 NEVER = -1e4  # a logit whose probability is 0 in every floating-point type, and which all of them hold
 
 
@@ -112,10 +111,9 @@ def convert(published: PublishedModel, tokenizer: PreTrainedTokenizerBase) -> Hi
     config = HierBD3LMConfig(
         backbone_config=_backbone_config(published, weights),
         question_len=0,
-        plan_len=UNUSED_PLAN_LEN,
-        plan_block_size=UNUSED_PLAN_LEN,
+        plan_len=0,
         execution_len=published.length,
-        execution_block_size=published.block_size,
+        block_size=published.block_size,
         mask_token_id=num_rows - 1,
         plan_token_id=num_rows,
         execution_token_id=num_rows + 1,
@@ -124,7 +122,7 @@ def convert(published: PublishedModel, tokenizer: PreTrainedTokenizerBase) -> Hi
     )
     model = HierBD3LMForBlockDiffusion(config).eval()
     model.backbone.load_state_dict(weights)
-    model.generation_config = HierBD3LMGenerationConfig(stage="execution", sampler="first_hitting", temperature=1.0)
+    model.generation_config = HierBD3LMGenerationConfig(sampler="first_hitting", temperature=1.0)
     return model
 
 
@@ -209,7 +207,7 @@ def _backbone_config(published: PublishedModel, weights: Weights) -> HierBD3LMDi
         num_hidden_layers=_num_blocks(published.weights),
         num_attention_heads=published.num_heads,
         intermediate_size=len(weights["gpt_neox.layers.0.mlp.dense_h_to_4h.bias"]),
-        max_position_embeddings=UNUSED_PLAN_LEN + published.length,
+        max_position_embeddings=published.length,
     )
 
 

@@ -1,6 +1,6 @@
 """Which checkpoint is evaluated on which examples: what every command line of evaluation asks for."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from transformers.utils import logging
 from . import __version__
 from .data.arguments import check_at_least
 from .data.splits import FILE_NAME, SYNTHETIC, DataArguments, load_split
+from .data.text_sets import TEXT_SETS
 
 logger = logging.get_logger(__name__)
 
@@ -25,8 +26,8 @@ class CheckpointArguments:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "`synthetic`, `gsm8k`, a .json or .jsonl file, a folder, or a dataset on the Hub; what the "
-            "checkpoint was trained on if omitted."
+            "help": "`synthetic`, `gsm8k`, a .json, .jsonl or .txt file, a folder, a dataset on the Hub, or a set of "
+            f"plain text: {', '.join(TEXT_SETS)}; what the checkpoint was trained on if omitted."
         },
     )
     split: str = field(
@@ -54,24 +55,31 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_examples(args: CheckpointArguments) -> tuple[DataArguments, Dataset]:
+def load_examples(args: CheckpointArguments, text_column: str | None = None) -> tuple[DataArguments, Dataset]:
     """The settings of the data (see [`find_data`]), and the examples."""
-    data_args = find_data(args)
+    data_args = find_data(args, text_column)
     limit = NUM_SYNTHETIC if args.limit is None and data_args.dataset == SYNTHETIC else args.limit
     return data_args, load_split(data_args, args.split, limit)
 
 
-def find_data(args: CheckpointArguments) -> DataArguments:
+def find_data(args: CheckpointArguments, text_column: str | None = None) -> DataArguments:
     """What the checkpoint was trained on, unless another dataset is given.
+
+    Another dataset is plain text, in `text_column` or in a column of the same name, if that of training is; never is
+    it a stream.
 
     Raises:
         ValueError: for the test split of a file that the checkpoint was trained on: a file is one split.
     """
-    trained_on = DataArguments.load(args.model)
+    if args.dataset in TEXT_SETS:
+        return DataArguments(**TEXT_SETS[args.dataset])
+    trained_on = replace(DataArguments.load(args.model), streaming=False)
     if args.dataset is None and not Path(args.model, FILE_NAME).is_file():
         logger.warning(f"{args.model} has no {FILE_NAME}, so that it is evaluated on {trained_on.dataset}")
     if args.dataset not in (None, trained_on.dataset):
-        return DataArguments(dataset=args.dataset)
+        return DataArguments(
+            dataset=args.dataset, text_column=text_column or trained_on.text_column, wrap=trained_on.wrap
+        )
     if args.split == "test" and Path(trained_on.dataset).is_file():
         raise ValueError(
             f"`split` must be train or validation for {trained_on.dataset}, which {args.model} was trained on, but "

@@ -33,7 +33,7 @@ class HierBD3LMGenerationConfig(GenerationConfig):
         stage (`str`, defaults to `"full"`):
             `full` denoises plan and execution in the order that the model is trained for, `plan` the plan only,
             `execution` the execution of given `plan_ids`; `joint` is `full`, and asks for a model that denoises plan
-            and execution at the same time.
+            and execution at the same time. For a model without a plan `full` and `execution` are the same.
         sampler (`str`, defaults to `"confidence"`):
             `first_hitting`: one token a step at random times; exact (Zheng et al. 2024, algorithm 1).
             `ancestral`: `num_steps` equal time steps a block (MDLM, section 3.4); a step that reveals nothing costs
@@ -571,6 +571,8 @@ class HierBD3LMGenerationMixin:
         """
         # 1. Settings: the checkpoint's or the argument's, then the keyword arguments
         settings = resolve_settings(generation_config or self.generation_config, kwargs)
+        if settings.stage == "full" and not self.config.has_plan:
+            settings = resolve_settings(settings, {"stage": "execution"})
         segment_limits(self.config, settings)
         # 2. The prompt: the question, and the plan where it is given
         if attention_mask is None:
@@ -677,10 +679,11 @@ def check_prompt(
     longest = int(attention_mask.sum(dim=1).amax()) if input_ids.numel() else 0
     if longest > config.question_len:
         raise ValueError(f"`input_ids` must have at most question_len={config.question_len} tokens, but got {longest}")
-    if (settings.stage == "execution") != (plan_ids is not None):
+    if (settings.stage == "execution" and config.has_plan) != (plan_ids is not None):
+        model = "" if config.has_plan else " of a model without a plan (`plan_len=0`)"
         raise ValueError(
-            f"`plan_ids` must be given for stage='execution' and for no other, but got stage={settings.stage!r} "
-            f"{'without' if plan_ids is None else 'with'} plan_ids"
+            f"`plan_ids` must be given for stage='execution' of a model with a plan and for no other, but got "
+            f"stage={settings.stage!r}{model} {'without' if plan_ids is None else 'with'} plan_ids"
         )
     if plan_ids is not None and (plan_ids.ndim != 2 or len(plan_ids) != len(input_ids)):
         raise ValueError(

@@ -7,7 +7,8 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .data.collator import HierarchicalDataCollator
+from .configuration_hierbd3lm import HierBD3LMConfig
+from .data.collator import ID_KEYS, HierarchicalDataCollator, counted_tokens
 from .masking_hierbd3lm import EXECUTION, PLAN, layout_from_segments
 from .objectives import Batch, Objective, make_objective
 
@@ -43,7 +44,8 @@ def measure_likelihood(
         seed: of the noise.
 
     Raises:
-        RuntimeError: if not exactly the content and one `<|end|>` of each segment were counted.
+        RuntimeError: if not exactly the content and one `<|end|>` of each segment were counted, or of text that goes
+            on in other rows exactly its tokens.
     """
     objective, collator = make_objective(model.config, estimator), HierarchicalDataCollator(model.config)
     generator = torch.Generator(device=model.device).manual_seed(seed)
@@ -55,13 +57,15 @@ def measure_likelihood(
         batch = with_predicted_tokens(model, inputs)
         totals.append(measure_batch(objective, model, batch, num_draws, generator, exact).sum(dim=0).cpu())
     total = torch.stack(totals).sum(dim=0)
-    check_counts(total[-1], dataset)
+    check_counts(total[-1], dataset, model.config)
     return likelihood_metrics(total[:-1], total[-1])
 
 
-def check_counts(num_tokens: torch.Tensor, dataset: Dataset) -> None:
+def check_counts(num_tokens: torch.Tensor, dataset: Dataset, config: HierBD3LMConfig) -> None:
     """Raises a RuntimeError unless `num_tokens` of shape `(segments,)` are those that every algorithm counts."""
-    expected = [sum(map(len, dataset[f"{name}_ids"])) + len(dataset) for name in SEGMENT_NAMES.values()]
+    columns = [name for name in (*ID_KEYS, "goes_on") if name in dataset.column_names]
+    counts = [counted_tokens(example, config) for example in dataset.select_columns(columns)]
+    expected = [sum(count[name] for count in counts) for name in SEGMENT_NAMES.values()]
     if num_tokens.tolist() != expected:
         raise RuntimeError(f"the counted tokens must be {expected}, as for every algorithm, but are {num_tokens}")
 
@@ -104,7 +108,7 @@ def per_segment(values: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor
 
 
 def likelihood_metrics(nats: torch.Tensor, num_tokens: torch.Tensor) -> dict[str, float]:
-    """Likelihoods of all tokens and of each segment.
+    """Likelihoods of all tokens and of each segment that has any.
 
     Args:
         nats (`torch.DoubleTensor` of shape `(draws, segments)`): NELBO of every draw, summed over the data.
@@ -114,6 +118,8 @@ def likelihood_metrics(nats: torch.Tensor, num_tokens: torch.Tensor) -> dict[str
     columns = {"": slice(None), **{f"{name}_": slice(i, i + 1) for i, name in enumerate(SEGMENT_NAMES.values())}}
     for prefix, column in columns.items():
         count = num_tokens[column].sum()
+        if prefix and count == 0:
+            continue
         nll_of_draws = nats[:, column].sum(dim=1) / count
         nll = nll_of_draws.mean()
         metrics[f"{prefix}nll"] = nll.item()
@@ -126,9 +132,12 @@ def likelihood_metrics(nats: torch.Tensor, num_tokens: torch.Tensor) -> dict[str
 
 
 def format_likelihood(metrics: dict[str, float]) -> str:
-    """The metrics as a table for people: a line per segment and one for all tokens."""
+    """The metrics as a table for people: a line for each segment that has tokens, and one for all."""
     lines = [f"{'':<11}{'tokens':>10}{'nll':>10}{'':<13}{'bpd':>8}{'ppl':>11}"]
-    for name, prefix in [*((name, f"{name}_") for name in SEGMENT_NAMES.values()), ("total", "")]:
+    prefixes = {name: f"{name}_" for name in SEGMENT_NAMES.values()} | {"total": ""}
+    for name, prefix in prefixes.items():
+        if f"{prefix}nll" not in metrics:
+            continue
         stderr = metrics.get(f"{prefix}nll_stderr")
         error = "" if stderr is None else f" +/- {stderr:.5f}"
         numbers = f"{metrics[f'{prefix}nll']:>10.5f}{error:<13}{metrics[f'{prefix}bpd']:>8.4f}"

@@ -223,9 +223,12 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         return masked_nll(self, masked, input_ids, self.config.mask_token_id, **layout)
 
     def maskable_tokens(self, input_ids: torch.LongTensor, segment_ids: torch.LongTensor) -> torch.BoolTensor:
-        """Tokens that the model predicts: all of plan and execution but the openers that it is given."""
+        """Tokens that the model predicts: all of plan and execution but the openers that it is given.
+
+        In a flat order `<|execution|>` is predicted, unless it stands first for want of a plan.
+        """
         opener = input_ids == self.config.plan_token_id
-        if not self.config.is_flat:
+        if not self.config.is_flat or not self.config.has_plan:
             opener = opener | (input_ids == self.config.execution_token_id)
         return (segment_ids > QUESTION) & ~opener
 

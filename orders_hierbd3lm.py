@@ -20,6 +20,8 @@ def denoiser_class(config: Any, settings: HierBD3LMGenerationConfig) -> type[Blo
     """
     if settings.stage == "joint" and not config.joint:
         raise ValueError("`stage` must not be 'joint' for a model that is not trained jointly (`joint=True`)")
+    if settings.stage == "plan" and not config.has_plan:
+        raise ValueError("`stage` must not be 'plan' for a model without a plan (`plan_len=0`)")
     if config.is_flat:
         return AutoregressiveWriter if config.algorithm == "ar" else FlatDenoiser
     if not config.hierarchical_mask and settings.stage == "plan":
@@ -83,7 +85,8 @@ class FlatDenoiser(BlockDenoiser):
         in_execution = (written & (self.tokens == self.config.execution_token_id)).cumsum(dim=1) > 0
         self.segments = torch.where(in_execution, EXECUTION, PLAN).masked_fill(~written, PADDING)
         ended = written & ~in_execution & (self.tokens == self.config.end_token_id)
-        self.finished = self.finished & ended.any(dim=1)
+        has_plan = (self.segments == PLAN).any(dim=1)
+        self.finished = self.finished & (ended.any(dim=1) | ~has_plan)
         return super().output(question)
 
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from .data import run_folder
 from .data.arguments import check_at_least
-from .data.collator import collate_questions, encode_example
+from .data.collator import collate_questions, empty_question
 from .evaluation import check_samples, checksum_of_weights, decode, load_model
 from .evaluation_data import default_device
 from .generation_hierbd3lm import (
@@ -34,9 +34,7 @@ from .generation_hierbd3lm import (
     resolve_settings,
     segment_limits,
 )
-from .masking_hierbd3lm import PADDING, QUESTION
 from .modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from .orders_hierbd3lm import denoiser_class
 
 SAMPLES_FILE, SETTINGS_FILE, METRICS_SUFFIX = "samples.jsonl", "settings.json", ".metrics.json"
 NGRAM_SIZES = (1, 2, 3)
@@ -310,8 +308,7 @@ def draw_samples(
     """Has a model write texts from an empty question; those that the file holds are not written again.
 
     Args:
-        settings: `stage="execution"` writes an execution without any plan: plain text. The seed is that of the run,
-            from which each batch gets one of its own.
+        settings: the seed is that of the run, from which each batch gets one of its own.
         path: a JSON lines file, which grows batch by batch.
 
     Returns:
@@ -362,16 +359,9 @@ def write_from_nothing(
     settings: HierBD3LMGenerationConfig,
 ) -> HierBD3LMGenerationOutput:
     """What a model writes after an empty question, `num_samples` times; see [`draw_samples`]."""
-    question = encode_example({"question": "", "plan": "", "execution": ""}, tokenizer)["question_ids"]
-    prompt = collate_questions([question] * num_samples, model.config.pad_token_id)
+    prompt = collate_questions([empty_question(tokenizer)] * num_samples, model.config.pad_token_id)
     prompt = {name: ids.to(model.device) for name, ids in prompt.items()}
-    if settings.stage != "execution":
-        return model.generate(**prompt, generation_config=settings)
-    # Here `generate` asks for a plan, and puts an empty one where there shall be none.
-    segment_ids = torch.where(prompt["attention_mask"].bool(), QUESTION, PADDING)
-    denoiser = denoiser_class(model.config, settings)(model, settings, prompt["input_ids"], segment_ids, streamer=None)
-    denoiser.run()
-    return denoiser.output(prompt["input_ids"])
+    return model.generate(**prompt, generation_config=settings)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 from trl import TrlParser
@@ -21,8 +21,7 @@ from hierbd3lm.configuration_hierbd3lm import (
     special_token_ids,
 )
 from hierbd3lm.data.collator import SEGMENTS, HierarchicalDataCollator
-from hierbd3lm.data.loading import prepare_dataset
-from hierbd3lm.data.splits import SYNTHETIC, DataArguments, load_counted_split, training_splits
+from hierbd3lm.data.splits import SYNTHETIC, DataArguments, encode_split, load_counted_split, training_splits
 from hierbd3lm.data.synthetic import SyntheticConfig, vocabulary_texts
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
@@ -34,7 +33,9 @@ CONFIG_FIELDS += ("noise", "sampling_eps", "plan_clip", "execution_clip", "algor
 
 logger = logging.get_logger(__name__)
 
-Examples = dict[str, tuple[Dataset, dict[str, int]]]  # of each split, with the counts of what loading dropped
+Examples = dict[
+    str, tuple[Dataset | IterableDataset, dict[str, int]]
+]  # of each split, with the counts of what loading dropped
 
 
 @dataclass
@@ -191,6 +192,8 @@ def training_texts(data_args: DataArguments, examples: Examples) -> list[str]:
     texts = []
     for split in training_splits(data_args):
         dataset, _ = examples[split]
+        if not isinstance(dataset, Dataset):
+            raise ValueError("`tokenizer` must be given to train on a stream, which is not read beforehand; got None")
         columns = [column for column in (*SEGMENTS, "text") if column in dataset.column_names]
         texts += [text for column in columns for text in dataset[column]]
     return texts
@@ -219,24 +222,18 @@ def make_datasets(
     examples: Examples,
     tokenizer: PreTrainedTokenizerBase,
     config: HierBD3LMConfig,
-) -> dict[str, Dataset | None]:
+) -> dict[str, Dataset | IterableDataset | None]:
     """The encoded training and validation examples; what was dropped is written to `output_dir`/data_report.json."""
     datasets, reports = {}, {}
     for split, (dataset, counts) in examples.items():
         with args.main_process_first(desc=f"{split} examples"):
-            datasets[split], report = prepare_dataset(
-                dataset,
-                tokenizer,
-                config,
-                over_long=data_args.over_long,
-                num_proc=data_args.dataset_num_proc,
-                auto_split=data_args.auto_split,
-            )
+            datasets[split], report = encode_split(dataset, data_args, tokenizer, config)
             reports[split] = counts | report
     if args.process_index == 0:
         os.makedirs(args.output_dir, exist_ok=True)
         Path(args.output_dir, "data_report.json").write_text(json.dumps(reports, indent=2) + "\n")
-    trained_on = concatenate_datasets([datasets[split] for split in training_splits(data_args)])
+    first, *others = (datasets[split] for split in training_splits(data_args))
+    trained_on = concatenate_datasets([first, *others]) if others else first
     return {"train": trained_on, "validation": datasets.get("validation")}
 
 

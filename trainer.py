@@ -516,7 +516,7 @@ class TrainingProgress:
             return {}
         nats, num_tokens = accelerator.reduce(self._sums).tolist()
         logs = {
-            f"loss_{name}": n / max(d, 1) for name, n, d in zip(SEGMENT_NAMES.values(), nats, num_tokens, strict=True)
+            f"loss_{name}": n / d for name, n, d in zip(SEGMENT_NAMES.values(), nats, num_tokens, strict=True) if d
         }
         total = accelerator.reduce(self._num_tokens).item()
         logs["tokens_per_second"] = total / (time.perf_counter() - self._start)

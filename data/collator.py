@@ -14,7 +14,7 @@ SEGMENTS = ("question", "plan", "execution")  # in the order of a sequence
 ID_KEYS = tuple(f"{segment}_ids" for segment in SEGMENTS)
 IGNORED_LABEL = -100
 
-ExampleIds = Mapping[str, Sequence[int]]  # `question_ids`, `plan_ids`, `execution_ids`
+ExampleIds = Mapping[str, Any]  # `question_ids`, `plan_ids`, `execution_ids`, and `goes_on` where it is cut
 
 
 class Columns(NamedTuple):
@@ -29,7 +29,9 @@ class HierarchicalDataCollator:
     """Makes model inputs from examples.
 
     An example is a dict with `question_ids`, `plan_ids`, `execution_ids` (content only: no openers, no `<|end|>`; see
-    [`encode_example`]), or with the texts `question`, `plan`, `execution`, or with `text` alone.
+    [`encode_example`]), or with the texts `question`, `plan`, `execution`, or with `text` alone. Where `goes_on` is
+    true beside the ids, the execution is a piece of text that goes on in another row: nothing closes or fills it, and
+    an `<|end|>` in it closes a document.
 
     Args:
         config: gives the lengths, the block sizes and the special token ids.
@@ -47,8 +49,8 @@ class HierarchicalDataCollator:
         - `block_ids`: question 0, plan blocks 1 to P, execution blocks P + 1 to P + E, padding -1; for other orders
           see [`layout_from_segments`].
         - `position_ids`: 0 at the first real token, 0 on padding.
-        - `labels`: the token where a likelihood counts it (content and first `<|end|>` of plan and execution), else
-          -100.
+        - `labels`: the token where a likelihood counts it (content and first `<|end|>` of plan and execution; all but
+          the opener where an execution goes on), else -100.
 
     Raises (when called):
         ValueError: for an example that lacks a key, is longer than the configuration allows, or holds a special token.
@@ -84,7 +86,8 @@ class HierarchicalDataCollator:
 
     def _read_ids(self, feature: dict[str, Any]) -> ExampleIds:
         if all(key in feature for key in ID_KEYS):
-            return {key: [int(token) for token in feature[key]] for key in ID_KEYS}
+            ids = {key: [int(token) for token in feature[key]] for key in ID_KEYS}
+            return ids | {"goes_on": bool(feature.get("goes_on"))}
         if self.tokenizer is None:
             raise ValueError(
                 f"an example must have the keys {', '.join(ID_KEYS)}, as the collator has no `tokenizer` for texts, "
@@ -162,15 +165,31 @@ def collate_questions(question_ids: Sequence[Sequence[int]], pad_token_id: int) 
     }
 
 
-def segment_lengths(example: ExampleIds) -> dict[str, int]:
-    """Tokens that count towards each segment's limit: plan and execution have an opener and one `<|end|>` too."""
+def empty_question(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of an empty question: those that the tokenizer adds, such as a BOS token."""
+    return encode_example({"question": "", "plan": "", "execution": ""}, tokenizer)["question_ids"]
+
+
+def segment_lengths(example: ExampleIds, config: HierBD3LMConfig) -> dict[str, int]:
+    """Tokens that count towards each segment's limit: plan and execution have an opener and one `<|end|>` too.
+
+    There is none of them where the model has no plan and the example neither, and no `<|end|>` where it goes on.
+    """
     question, plan, execution = (len(example[key]) for key in ID_KEYS)
-    return {"question": question, "plan": 1 + plan + 1, "execution": 1 + execution + 1}
+    has_plan = config.has_plan or plan > 0
+    closed = not example.get("goes_on")
+    return {"question": question, "plan": (1 + plan + 1) * has_plan, "execution": 1 + execution + closed}
+
+
+def counted_tokens(example: ExampleIds, config: HierBD3LMConfig) -> dict[str, int]:
+    """Tokens of plan and execution that a likelihood counts: all that count towards a limit but the openers."""
+    lengths = segment_lengths(example, config)
+    return {segment: max(lengths[segment] - 1, 0) for segment in ("plan", "execution")}
 
 
 def over_long_segments(example: ExampleIds, config: HierBD3LMConfig) -> list[str]:
     """Names of the segments that are longer than the configuration allows."""
-    lengths = segment_lengths(example)
+    lengths = segment_lengths(example, config)
     return [segment for segment, length in lengths.items() if length > getattr(config, f"{segment}_len")]
 
 
@@ -182,7 +201,7 @@ def example_length(example: ExampleIds, config: HierBD3LMConfig) -> int:
 def check_lengths(example: ExampleIds, config: HierBD3LMConfig) -> None:
     """Raises a ValueError that names the first segment that is too long, its length and the limit."""
     for segment in over_long_segments(example, config):
-        limit, length = getattr(config, f"{segment}_len"), segment_lengths(example)[segment]
+        limit, length = getattr(config, f"{segment}_len"), segment_lengths(example, config)[segment]
         counted = "" if segment == "question" else ", opener and <|end|> included"
         raise ValueError(f"`{segment}` must have at most {segment}_len={limit} tokens{counted}, but got {length}")
 
@@ -190,13 +209,16 @@ def check_lengths(example: ExampleIds, config: HierBD3LMConfig) -> None:
 def check_content(example: ExampleIds, config: HierBD3LMConfig) -> None:
     """Raises a ValueError for a special token in the content, where it would be read as structure.
 
-    A question may hold the pad token, unless that is `<|end|>` too: some tokenizers pad with their BOS token.
+    A question may hold the pad token, unless that is `<|end|>` too: some tokenizers pad with their BOS token. An
+    execution that goes on may hold the `<|end|>` of documents.
     """
     special = {getattr(config, f"{role}_token_id"): role for role in ("pad", *SPECIAL_TOKENS)}
     for segment, key in zip(SEGMENTS, ID_KEYS, strict=True):
         found = special.keys() & set(example[key])
         if segment == "question":
             found -= {config.pad_token_id} - {config.end_token_id}
+        if segment == "execution" and example.get("goes_on"):
+            found -= {config.end_token_id}
         if found:
             names = ", ".join(f"{special[token]} ({token})" for token in sorted(found))
             raise ValueError(f"`{key}` must hold content only, but got the special tokens {names}")
@@ -211,19 +233,23 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: b
 def _lay_out_segments(example: ExampleIds, config: HierBD3LMConfig) -> list[Columns]:
     """Question, plan, execution, each without padding."""
     question, plan, execution = (list(example[key]) for key in ID_KEYS)
-    plan_filler = -(len(plan) + 2) % config.plan_multiple
-    before_execution = len(plan) + 2 if config.is_flat else 0  # on the grid that the execution stands on
-    execution_filler = -(before_execution + len(execution) + 2) % config.execution_block_size
+    lengths, end, goes_on = segment_lengths(example, config), [config.end_token_id], bool(example.get("goes_on"))
+    plan_filler = end * (-lengths["plan"] % config.plan_multiple)
+    before_execution = lengths["plan"] if config.is_flat else 0  # on the grid that the execution stands on
+    execution_filler = (
+        [] if goes_on else end * (-(before_execution + lengths["execution"]) % config.execution_block_size)
+    )
+    no_plan = Columns([], [], [])
     return [
         Columns(question, [QUESTION] * len(question), [IGNORED_LABEL] * len(question)),
-        _lay_out_segment(plan, PLAN, config.plan_token_id, config.end_token_id, plan_filler),
-        _lay_out_segment(execution, EXECUTION, config.execution_token_id, config.end_token_id, execution_filler),
+        _lay_out_segment(config.plan_token_id, plan + end, plan_filler, PLAN) if lengths["plan"] else no_plan,
+        _lay_out_segment(config.execution_token_id, execution + end * (not goes_on), execution_filler, EXECUTION),
     ]
 
 
-def _lay_out_segment(content: list[int], segment: int, opener: int, end: int, filler: int) -> Columns:
-    tokens = [opener, *content, end] + [end] * filler
-    labels = [IGNORED_LABEL, *content, end] + [IGNORED_LABEL] * filler
+def _lay_out_segment(opener: int, counted: list[int], filler: list[int], segment: int) -> Columns:
+    tokens = [opener, *counted, *filler]
+    labels = [IGNORED_LABEL, *counted] + [IGNORED_LABEL] * len(filler)
     return Columns(tokens, [segment] * len(tokens), labels)
 
 

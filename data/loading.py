@@ -1,4 +1,4 @@
-"""How a dataset of reasoning problems is found, and encoded with its over-long examples counted."""
+"""How a dataset is found, and problems are encoded with the over-long ones counted."""
 
 import os
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
+from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -24,7 +24,7 @@ from .gsm8k import HUB_IDS, load_gsm8k, load_gsm8k_rows
 
 logger = logging.get_logger(__name__)
 
-JSON_SUFFIXES = (".json", ".jsonl")
+FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".txt": "text"}  # of `load_dataset`; a .txt has a row a line
 SAVED_FILES = ("dataset_info.json", "dataset_dict.json")  # one of which `save_to_disk` writes
 OVER_LONG = ("drop", "raise")
 ENCODED_FEATURES = {
@@ -62,6 +62,10 @@ def load_reasoning_dataset(
         dataset = load(split, name or "main", **load_dataset_kwargs)
     else:
         dataset = _load(os.fspath(path_or_hub_id), split, name, load_dataset_kwargs)
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"{path_or_hub_id} must load as a Dataset, but got {type(dataset).__name__}: `streaming` is not taken"
+        )
     if parse_example is not None:
         # never from the cache: its key does not see what the parser imports
         dataset = dataset.map(parse_example, remove_columns=dataset.column_names, load_from_cache_file=False)
@@ -73,6 +77,34 @@ def load_reasoning_dataset(
             f"{', '.join(dataset.column_names)}; `parse_example` makes them from another format"
         )
     return dataset
+
+
+def load_documents(
+    path_or_hub_id: str | os.PathLike,
+    split: str | None = None,
+    name: str | None = None,
+    text_column: str = "text",
+    **load_dataset_kwargs: Any,
+) -> Dataset | IterableDataset:
+    """Loads plain text: a dataset with the column `text` alone, a document a row.
+
+    Args:
+        path_or_hub_id, split, name: as in [`load_reasoning_dataset`]; also a `.txt` file, with a document a line.
+        text_column: which column the documents are.
+        load_dataset_kwargs: for `datasets.load_dataset`; `streaming=True` gives a stream, of a saved dataset too.
+
+    Raises:
+        ValueError: if the split must be chosen, or the column is missing.
+        FileNotFoundError: if a file does not exist.
+    """
+    dataset = _load(os.fspath(path_or_hub_id), split, name, load_dataset_kwargs)
+    columns = dataset.column_names if isinstance(dataset, Dataset) else next(iter(dataset.take(1)), {}).keys()
+    if text_column not in columns:
+        raise ValueError(
+            f"`text_column` must be one of {', '.join(columns)} for {path_or_hub_id}, but got {text_column!r}"
+        )
+    dataset = dataset.select_columns(text_column)
+    return dataset if text_column == "text" else dataset.rename_column(text_column, "text")
 
 
 def prepare_dataset(
@@ -130,33 +162,31 @@ def prepare_dataset(
     return prepared.select(kept).remove_columns("over_long"), report
 
 
-def _load(source: str, split: str | None, name: str | None, kwargs: dict[str, Any]) -> Dataset:
+def _load(source: str, split: str | None, name: str | None, kwargs: dict[str, Any]) -> Dataset | IterableDataset:
     path = Path(source)
     is_saved = any((path / file).is_file() for file in SAVED_FILES)
-    is_file = path.is_file() or (path.suffix in JSON_SUFFIXES and "://" not in source)
+    is_file = path.is_file() or (path.suffix in FILE_BUILDERS and "://" not in source)
     if name is not None and (is_saved or is_file):
         raise ValueError(f"`name` must be None for a file or a saved dataset, but got {name!r} for {source}")
     if is_saved:
-        return _choose_split(load_from_disk(source, **kwargs), source, split)
+        streaming = kwargs.pop("streaming", False)
+        dataset = _choose_split(load_from_disk(source, **kwargs), source, split)
+        return dataset.to_iterable_dataset() if streaming else dataset
     if not is_file:
         dataset = load_dataset(source, name, split=split, **kwargs)
-        return _choose_split(dataset, source, split if isinstance(dataset, DatasetDict) else None)
-    if path.suffix not in JSON_SUFFIXES or not path.is_file():
-        raise FileNotFoundError(f"`path_or_hub_id` must be a .json or .jsonl file that exists, but got {source}")
-    return load_dataset("json", data_files=source, split=split or "train", **kwargs)
+        return _choose_split(dataset, source, split if isinstance(dataset, dict) else None)
+    if path.suffix not in FILE_BUILDERS or not path.is_file():
+        raise FileNotFoundError(f"`path_or_hub_id` must be a .json, .jsonl or .txt file that exists, but got {source}")
+    return load_dataset(FILE_BUILDERS[path.suffix], data_files=source, split=split or "train", **kwargs)
 
 
-def _choose_split(dataset: Any, source: str, split: str | None) -> Dataset:
-    if isinstance(dataset, DatasetDict):
+def _choose_split(dataset: Any, source: str, split: str | None) -> Dataset | IterableDataset:
+    if isinstance(dataset, dict):
         if split is None and len(dataset) == 1:
             return next(iter(dataset.values()))
         if split not in dataset:
             raise ValueError(f"`split` must be one of {', '.join(dataset)} for {source}, but got {split!r}")
         return dataset[split]
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"{source} must load as a Dataset, but got {type(dataset).__name__}: `streaming` is not taken"
-        )
     if split not in (None, str(dataset.split)):
         raise ValueError(f"`split` must be None for {source}, whose only split is {dataset.split}, but got {split!r}")
     return dataset

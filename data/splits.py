@@ -5,13 +5,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
 
+from ..configuration_hierbd3lm import HierBD3LMConfig
 from .arguments import check_at_least
 from .gsm8k import HUB_IDS, load_gsm8k_rows
-from .loading import load_reasoning_dataset
+from .loading import load_documents, load_reasoning_dataset, prepare_dataset
 from .near_duplicates import NEAR_DUPLICATE, highest_similarities
 from .synthetic import HASH_SPLITS, SyntheticConfig, generate_dataset
+from .text import TEXT, prepare_text
 
 SYNTHETIC = "synthetic"
 FILE_NAME = "data_config.json"  # beside a checkpoint: what it was trained on
@@ -23,10 +26,29 @@ class DataArguments:
 
     dataset: str = field(
         default=SYNTHETIC,
-        metadata={"help": "`synthetic`, `openai/gsm8k`, a .json or .jsonl file, a folder, or a dataset on the Hub."},
+        metadata={
+            "help": "`synthetic`, `openai/gsm8k`, a .json or .jsonl file, a .txt file of plain text with a document a "
+            "line, a folder, or a dataset on the Hub."
+        },
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Configuration of the dataset; for GSM8K `main` or `socratic`."}
+    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the Hub."})
+    text_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of plain text, which a model without a question and a plan (`plan_len: 0`) is trained "
+            "on; `text` for a .txt file."
+        },
+    )
+    wrap: bool = field(
+        default=True,
+        metadata={"help": "Plain text: joins documents and cuts them into rows, else each has rows of its own."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Plain text: reads the training split while it trains, in its order, without a copy of it."},
     )
     synthetic: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Fields of SyntheticConfig, as JSON, for the synthetic problems."}
@@ -43,7 +65,8 @@ class DataArguments:
         default=None, metadata={"help": "The first so many training examples; needed for `dataset: synthetic`."}
     )
     num_validation_examples: int = field(
-        default=256, metadata={"help": "Examples that the likelihood is measured on; 0 for no validation."}
+        default=256,
+        metadata={"help": "Examples, or documents, that the likelihood is measured on; 0 for no validation."},
     )
     tested_on: str | None = field(
         default=None,
@@ -68,12 +91,23 @@ class DataArguments:
         self.synthetic = json.loads(self.synthetic) if isinstance(self.synthetic, str) else self.synthetic or {}
         if self.tested_on is None and self.dataset in HUB_IDS:
             self.tested_on = self.dataset
+        if self.text_column is None and self.dataset.endswith(".txt") and not self.auto_split:
+            self.text_column = TEXT
+        if self.text_column is None:
+            self._check_default("streaming", False, "without `text_column`")
+        else:
+            for name, default in (("auto_split", False), ("num_synthetic_examples", 0), ("tested_on", None)):
+                self._check_default(name, default, f"for plain text, `text_column={self.text_column}`")
         for name, low in (("num_train_examples", 1), ("num_validation_examples", 0), ("num_synthetic_examples", 0)):
             check_at_least(name, getattr(self, name), low)
         if self.dataset == SYNTHETIC and self.num_synthetic_examples:
             raise ValueError(
                 f"`num_synthetic_examples` must be 0 for `dataset: synthetic`, but got {self.num_synthetic_examples}"
             )
+
+    def _check_default(self, name: str, default: Any, where: str) -> None:
+        if getattr(self, name) != default:
+            raise ValueError(f"`{name}` must be {default} {where}, but got {getattr(self, name)!r}")
 
     def save(self, folder: str) -> None:
         """Writes the arguments beside a checkpoint."""
@@ -98,8 +132,10 @@ def load_split(args: DataArguments, split: str, num_examples: int | None = None)
 
 def load_counted_split(
     args: DataArguments, split: str, num_examples: int | None = None
-) -> tuple[Dataset, dict[str, int]]:
+) -> tuple[Dataset | IterableDataset, dict[str, int]]:
     """The examples of one split, with the columns `question`, `plan`, `execution` (or `text`).
+
+    Of a stream, what is validated on is the start where it is held out of training, and is read into memory.
 
     Args:
         split: `train`, `validation` or `test`; `synthetic` for the synthetic problems beside another dataset; for
@@ -125,10 +161,42 @@ def load_counted_split(
         return generate_dataset(split, num_examples, SyntheticConfig(**args.synthetic)), {}
     if split not in HASH_SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(HASH_SPLITS)} for {args.dataset}, but got {split!r}")
+    if args.streaming and split != "test":
+        return _stream(args, split, num_examples), {}
     dataset, counts = _load_or_hold_out(args, split), {}
     if args.tested_on is not None and split != "test":
         dataset, counts = _without_near_test(dataset, args.tested_on)
     return dataset if num_examples is None else dataset.select(range(min(num_examples, len(dataset)))), counts
+
+
+def encode_split(
+    dataset: Dataset | IterableDataset,
+    args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    config: HierBD3LMConfig,
+) -> tuple[Dataset | IterableDataset, dict[str, Any]]:
+    """Encodes the examples of a split and reports on them: see [`prepare_text`] and [`prepare_dataset`]."""
+    if args.text_column is not None:
+        return prepare_text(dataset, tokenizer, config, args.wrap, args.dataset_num_proc)
+    return prepare_dataset(
+        dataset,
+        tokenizer,
+        config,
+        over_long=args.over_long,
+        num_proc=args.dataset_num_proc,
+        auto_split=args.auto_split,
+    )
+
+
+def _stream(args: DataArguments, split: str, num_documents: int | None) -> Dataset | IterableDataset:
+    has_validation = args.dataset_validation_split is not None
+    name = args.dataset_validation_split if split == "validation" and has_validation else args.dataset_train_split
+    documents = _load(args, name, streaming=True)
+    if split == "train" and not has_validation and args.num_validation_examples:
+        documents = documents.skip(args.num_validation_examples)
+    if num_documents is not None:
+        documents = documents.take(num_documents)
+    return documents if split == "train" else Dataset.from_list(list(documents))
 
 
 def _load_or_hold_out(args: DataArguments, split: str) -> Dataset:
@@ -155,7 +223,11 @@ def _without_near_test(dataset: Dataset, tested_on: str) -> tuple[Dataset, dict[
     return dataset.select(kept), {"num_near_test": len(dataset) - len(kept)}
 
 
-def _load(args: DataArguments, split: str | None) -> Dataset:
+def _load(args: DataArguments, split: str | None, streaming: bool = False) -> Dataset | IterableDataset:
     if Path(args.dataset).is_file():
         split = None  # a file is one split, whatever it is called
-    return load_reasoning_dataset(args.dataset, split, args.dataset_name, auto_split=args.auto_split)
+    of_hub = {} if args.dataset_revision is None else {"revision": args.dataset_revision}
+    if args.text_column is None:
+        return load_reasoning_dataset(args.dataset, split, args.dataset_name, auto_split=args.auto_split, **of_hub)
+    of_hub |= {"streaming": True} if streaming else {}
+    return load_documents(args.dataset, split, args.dataset_name, args.text_column, **of_hub)

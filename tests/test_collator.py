@@ -172,7 +172,7 @@ def test_one_token_over_a_limit_raises(config, segment, lengths):
     example = make_examples([lengths])[0]
     limit = getattr(config, f"{segment}_len")
     assert over_long_segments(example, config) == [segment]
-    assert segment_lengths(example)[segment] == limit + 1
+    assert segment_lengths(example, config)[segment] == limit + 1
     with pytest.raises(ValueError, match=rf"`{segment}` .*{segment}_len={limit} .*got {limit + 1}"):
         HierarchicalDataCollator(config)([example])
 

@@ -117,7 +117,7 @@ NOT_INTEGERS = (2.0, "8", True, None, [8])
 # field -> (values, the accepted range as the message says it)
 REFUSED = {
     "question_len": ((-1, *NOT_INTEGERS), "an integer >= 0"),
-    "plan_len": ((1, 0, -8, *NOT_INTEGERS), "an integer >= 2"),
+    "plan_len": ((1, -8, *NOT_INTEGERS), "0 or an integer >= 2"),
     "execution_len": ((1, 0, -8, *NOT_INTEGERS), "an integer >= 2"),
     "noise": (("linear", "", None, 1), "one of loglinear, square, cosine, log"),
     "sampling_eps": ((0, 1, -0.1, 1.5, float("nan"), "0.1", None, True), r"a number in \(0, 1\)"),

@@ -373,7 +373,7 @@ def test_the_command_saves_a_model_that_loads_with_its_tokenizer(checkpoint, tmp
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert model.config.to_dict()["execution_block_size"] == 4
     settings = model.generation_config
-    assert (settings.stage, settings.sampler, settings.temperature) == ("execution", "first_hitting", 1.0)
+    assert (settings.sampler, settings.temperature, model.config.plan_len) == ("first_hitting", 1.0, 0)
     tokenizer = AutoTokenizer.from_pretrained(target, config=model.config)
     assert tokenizer.convert_tokens_to_ids(["<|mask|>", "<|plan|>", "<|execution|>"]) == [31, 32, 33]
     assert tokenizer.pad_token_id == model.config.end_token_id == TEXT_END

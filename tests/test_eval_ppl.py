@@ -107,10 +107,10 @@ def test_a_seed_is_a_number_and_another_seed_another(tmp_path):
 
 
 def test_other_counts_than_those_of_every_algorithm_are_an_error(tmp_path):
-    _, dataset = make_checkpoint(tmp_path)
-    check_counts(torch.tensor([8.0, 20.0]), dataset)
+    model, dataset = make_checkpoint(tmp_path)
+    check_counts(torch.tensor([8.0, 20.0]), dataset, model.config)
     with pytest.raises(RuntimeError, match=r"the counted tokens must be \[8, 20\]"):
-        check_counts(torch.tensor([8.0, 21.0]), dataset)
+        check_counts(torch.tensor([8.0, 21.0]), dataset, model.config)
 
 
 def test_large_blocks_are_not_enumerated(tmp_path, monkeypatch):

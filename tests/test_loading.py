@@ -109,9 +109,9 @@ def test_missing_file_raises(tmp_path, name):
 
 
 def test_file_of_another_kind_raises(tmp_path):
-    (tmp_path / "rows.txt").write_text("2 + 3?", encoding="utf-8")
-    with pytest.raises(FileNotFoundError, match=r"\.json or \.jsonl"):
-        load_reasoning_dataset(tmp_path / "rows.txt")
+    (tmp_path / "rows.csv").write_text("2 + 3?", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=r"\.json, \.jsonl or \.txt"):
+        load_reasoning_dataset(tmp_path / "rows.csv")
 
 
 def test_missing_columns_are_named(tmp_path):

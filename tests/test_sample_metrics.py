@@ -308,13 +308,16 @@ def test_greedy_samples_are_refused_before_anything_is_written(arguments, tmp_pa
 
 
 @pytest.mark.parametrize("algorithm", ["hier", "bd3lm", "mdlm", "ar"])
-def test_the_stage_execution_writes_no_plan_at_all(algorithm):
-    model = make_model(algorithm=algorithm, **({} if algorithm in ("hier", "bd3lm") else {"block_size": None}))
-    settings = HierBD3LMGenerationConfig(stage="execution", sampler="first_hitting", temperature=1.0, seed=0)
-    output = write_from_nothing(model, make_tokenizer(), 3, settings)
+def test_a_model_without_a_plan_writes_none(algorithm):
+    sizes = {} if algorithm in ("hier", "bd3lm") else {"block_size": None}
+    model = make_model(algorithm=algorithm, plan_len=0, **sizes)
+    settings = HierBD3LMGenerationConfig(sampler="first_hitting", temperature=1.0, seed=0)
+    output = write_from_nothing(model, make_tokenizer(), 24, settings)
+    assert torch.equal(output.finished, (output.sequences == model.config.end_token_id).any(dim=1))
+    assert output.finished.any() and not output.finished.all()
     assert (output.sequences[:, 0] == model.config.execution_token_id).all()
     assert not (output.sequences == model.config.plan_token_id).any()
-    assert output.plan.shape == (3, 0) and output.execution.shape[1] > 1
+    assert output.plan.shape == (24, 0) and output.execution.shape[1] > 1
 
 
 def test_a_full_text_is_what_generate_writes(model):

@@ -1,0 +1,506 @@
+"""Plain text: no token is lost on the way to a row, all algorithms count the same ones, and models learn it."""
+
+import json
+import math
+import random
+import sys
+from dataclasses import fields
+from itertools import chain
+
+import datasets
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from hierbd3lm import eval_ppl, evaluation_data, train
+from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
+from hierbd3lm.data.collator import HierarchicalDataCollator
+from hierbd3lm.data.loading import load_documents
+from hierbd3lm.data.splits import DataArguments, load_split
+from hierbd3lm.data.text import WRAPPED_TOGETHER, prepare_text
+from hierbd3lm.data.text_sets import TEXT_SETS
+from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig
+from hierbd3lm.likelihood import measure_likelihood
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from hierbd3lm.sample_metrics import write_from_nothing
+
+from .tiny import make_model
+from .tiny_algorithms import ALGORITHMS
+from .tiny_tokenizer import make_config_for, make_tokenizer
+
+NO_SEGMENTS = {"question_len": 0, "plan_len": 0}
+WHOLE = 23  # tokens of text on a row of 24
+DOCUMENTS = [
+    "one two three",
+    "",
+    "a document that is too long for one row of the tiny model",
+    "<|end|> é",
+    "x" * WHOLE,
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def config(tokenizer):
+    return make_config_for(tokenizer, **NO_SEGMENTS)
+
+
+def many_documents(count, seed=0):
+    letters = random.Random(seed)
+    return ["".join(letters.choices("abc d", k=letters.randrange(40))) for _ in range(count)]
+
+
+def as_dataset(texts):
+    return Dataset.from_dict({"text": texts})
+
+
+def bytes_with_ends(texts, tokenizer, config):
+    """The tokens of the texts, each with an `<|end|>` behind it, for a tokenizer that has a token a byte."""
+    vocabulary = {token: ids for token, ids in tokenizer.get_vocab().items() if len(token) == 1}
+    alphabet = {byte: vocabulary[token] for byte, token in byte_alphabet().items()}
+    return [[alphabet[byte] for byte in text.encode()] + [config.end_token_id] for text in texts]
+
+
+def byte_alphabet():
+    """The character that byte-level tokenizers write a byte as: itself where it can be seen, else the next free."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+def texts_of_rows(rows, config):
+    """What is written on the rows, the `<|end|>` that the collator adds included."""
+    return [row["execution_ids"] + [config.end_token_id] * (not row["goes_on"]) for row in rows]
+
+
+# From documents to rows
+
+
+def test_wrapped_rows_side_by_side_are_the_documents_with_ends_behind_them(tokenizer, config):
+    rows, _ = prepare_text(as_dataset(DOCUMENTS), tokenizer, config)
+    expected = list(chain(*bytes_with_ends(DOCUMENTS, tokenizer, config)))
+    pieces = texts_of_rows(rows, config)
+    assert list(chain(*pieces)) == expected
+    assert [len(piece) for piece in pieces[:-1]] == [WHOLE] * (len(expected) // WHOLE)
+    assert len(pieces[-1]) == len(expected) % WHOLE
+    assert all(row["question_ids"] == row["plan_ids"] == [] for row in rows)
+
+
+def test_a_document_of_its_own_rows_is_cut_into_consecutive_ones(tokenizer, config):
+    rows, _ = prepare_text(as_dataset(DOCUMENTS), tokenizer, config, wrap=False)
+    pieces, start = texts_of_rows(rows, config), 0
+    for document in bytes_with_ends(DOCUMENTS, tokenizer, config):
+        stop = start + math.ceil(len(document) / WHOLE)
+        assert list(chain(*pieces[start:stop])) == document
+        assert [row["goes_on"] for row in rows.select(range(start, stop))] == [True] * (stop - start - 1) + [False]
+        start = stop
+    assert start == len(rows) == 8
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_a_report_counts_what_there_is(tokenizer, config, wrap):
+    rows, report = prepare_text(as_dataset(DOCUMENTS), tokenizer, config, wrap)
+    sizes = [len(text.encode()) for text in DOCUMENTS]
+    assert report == {
+        "num_documents": 5,
+        "num_bytes": sum(sizes),
+        "num_tokens": sum(sizes) + 5,
+        "num_rows": len(rows),
+        "num_short_rows": 1 if wrap else 5,
+        "num_long_documents": 2,
+    }
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_a_stream_has_the_rows_of_a_dataset(tokenizer, config, wrap):
+    documents = as_dataset(many_documents(2 * WRAPPED_TOGETHER + 203))
+    rows, _ = prepare_text(documents, tokenizer, config, wrap)
+    streamed, report = prepare_text(documents.to_iterable_dataset(), tokenizer, config, wrap)
+    assert list(streamed) == list(rows) and report == {}
+    expected = bytes_with_ends(documents["text"], tokenizer, config)
+    assert list(chain(*texts_of_rows(rows, config))) == list(chain(*expected))
+
+
+def test_processes_do_not_change_the_rows(tokenizer, config):
+    documents = as_dataset(many_documents(WRAPPED_TOGETHER + 203))
+    one, two = (prepare_text(documents, tokenizer, config, num_proc=number)[0] for number in (1, 2))
+    assert list(one) == list(two)
+
+
+@pytest.mark.parametrize("num_read", [0, 1, 30, 700])
+def test_the_state_of_a_stream_goes_on_with_the_next_row(tokenizer, config, num_read):
+    def stream():
+        documents = as_dataset(many_documents(WRAPPED_TOGETHER + 203)).to_iterable_dataset(num_shards=2)
+        return prepare_text(documents.skip(3), tokenizer, config)[0]
+
+    whole, started = list(stream()), stream()
+    rows = iter(started)
+    assert [next(rows) for _ in range(num_read)] == whole[:num_read]
+    resumed = stream()
+    resumed.load_state_dict(json.loads(json.dumps(started.state_dict())))
+    assert list(resumed) == whole[num_read:]
+
+
+def test_a_bos_token_stands_in_the_question_and_is_not_counted(tmp_path):
+    tokenizer = make_tokenizer(adds_bos=True)
+    config = make_config_for(tokenizer, **NO_SEGMENTS | {"question_len": 1})
+    rows, report = prepare_text(as_dataset(DOCUMENTS), tokenizer, config)
+    assert rows["question_ids"][:] == [[tokenizer.bos_token_id]] * len(rows)
+    labels = HierarchicalDataCollator(config)(list(rows))["labels"]
+    assert (labels != -100).sum() == report["num_tokens"] and not (labels == tokenizer.bos_token_id).any()
+    with pytest.raises(ValueError, match="`question` must have at most question_len=0 tokens, but got 1"):
+        prepare_text(as_dataset(DOCUMENTS), tokenizer, make_config_for(tokenizer, **NO_SEGMENTS))
+
+
+def test_text_for_a_model_with_a_plan_and_text_that_is_none_are_refused(tokenizer, config):
+    with pytest.raises(ValueError, match="`plan_len` must be 0 for a model of plain text, but got 24"):
+        prepare_text(as_dataset(DOCUMENTS), tokenizer, make_config_for(tokenizer))
+    with pytest.raises(ValueError, match="at least one document"):
+        prepare_text(as_dataset([]), tokenizer, config)
+    with pytest.raises(ValueError, match="`text` must be a text, but got None"):
+        prepare_text(as_dataset(["a", None]), tokenizer, config)
+
+
+# Rows as a batch
+
+
+def test_a_row_is_an_opener_and_its_tokens(tokenizer, config):
+    ids = [7, 8, config.end_token_id, 9, 10]
+    goes_on, ends = (
+        {"question_ids": [], "plan_ids": [], "execution_ids": ids[3:] if closed else ids, "goes_on": not closed}
+        for closed in (False, True)
+    )
+    batch = HierarchicalDataCollator(config)([goes_on, ends])
+    opener, end, pad = config.execution_token_id, config.end_token_id, config.pad_token_id
+    assert batch["input_ids"].tolist() == [[opener, *ids], [opener, 9, 10, end, pad, pad]]
+    assert batch["labels"].tolist() == [[-100, *ids], [-100, 9, 10, end, -100, -100]]
+    assert batch["block_ids"].tolist() == [[1, 1, 1, 1, 2, 2], [1, 1, 1, 1, -1, -1]]
+    with pytest.raises(ValueError, match="`execution_ids` must hold content only"):
+        HierarchicalDataCollator(config)([goes_on | {"goes_on": False}])
+
+
+def test_a_model_without_a_plan_refuses_one(config):
+    example = {"question_ids": [], "plan_ids": [7], "execution_ids": [8]}
+    with pytest.raises(ValueError, match="`plan` must have at most plan_len=0 tokens"):
+        HierarchicalDataCollator(config)([example])
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_only_documents_on_one_row_see_each_other(tokenizer, config, wrap):
+    torch.manual_seed(0)
+    model = HierBD3LMForBlockDiffusion(config).eval()
+
+    def nll_of_second(first):
+        rows, _ = prepare_text(as_dataset([first, "defghij"]), tokenizer, config, wrap)
+        batch = HierarchicalDataCollator(config)(list(rows))
+        is_d = batch["input_ids"] == tokenizer("d")["input_ids"][0]
+        layout = {name: batch[name] for name in ("block_ids", "position_ids")}
+        return model.masked_nll(is_d, batch["input_ids"], **layout).item()
+
+    assert (nll_of_second("aaaaaaa") != nll_of_second("aaabaaa")) is wrap
+
+
+# Likelihood
+
+
+def checkpoint(folder, tokenizer, **overrides):
+    torch.manual_seed(0)
+    model = HierBD3LMForBlockDiffusion(make_config_for(tokenizer, **NO_SEGMENTS | overrides)).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def write_lines(path, texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+def measure(monkeypatch, folder, **arguments):
+    argv = [
+        "eval_ppl.py",
+        *(f"--{name}={value}" for name, value in ({"model": folder, "device": "cpu"} | arguments).items()),
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    eval_ppl.main()
+    return json.loads((folder / "likelihood.json").read_text())
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_counts_the_tokens_of_the_text(name, wrap, tmp_path, tokenizer, monkeypatch, capsys):
+    checkpoint(tmp_path / "model", tokenizer, **ALGORITHMS[name])
+    DataArguments(dataset=write_lines(tmp_path / "seen.txt", ["?"]), wrap=wrap).save(tmp_path / "model")
+    path = write_lines(tmp_path / "lines.txt", DOCUMENTS)
+    result = measure(monkeypatch, tmp_path / "model", dataset=path, num_draws=2)
+    num_bytes = sum(len(text.encode()) for text in DOCUMENTS)
+    assert result["num_tokens"] == result["execution_num_tokens"] == num_bytes + len(DOCUMENTS)
+    assert "plan_num_tokens" not in result
+    assert result["bits_per_byte"] == pytest.approx(result["nll"] * result["num_tokens"] / math.log(2) / num_bytes)
+    assert (result["num_documents"], result["num_rows"]) == (5, 5 if wrap else 8)
+    assert ("nll_stderr" in result) is (name != "ar")
+    assert f"5 documents of {num_bytes} bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fields", [{"block_size": 1}, {"algorithm": "bd3lm", "block_size": 1}, ALGORITHMS["ar"]])
+def test_blocks_of_one_token_have_the_likelihood_of_the_chain_rule(fields, tokenizer):
+    torch.manual_seed(0)
+    config = make_config_for(tokenizer, **NO_SEGMENTS | fields)
+    model = HierBD3LMForBlockDiffusion(config).eval()
+    rows, report = prepare_text(as_dataset(DOCUMENTS), tokenizer, config)
+    nats = 0.0
+    for row in rows["execution_ids"]:
+        tokens = torch.tensor([[config.execution_token_id, *row]])
+        for place in range(1, tokens.shape[1]):
+            nats -= log_probabilities_of_next(model, tokens[:, :place])[tokens[0, place]].item()
+    assert measure_likelihood(model, rows, num_draws=1)["nll"] == pytest.approx(nats / report["num_tokens"], rel=1e-5)
+
+
+@torch.no_grad()
+def log_probabilities_of_next(model, tokens):
+    """From a text that ends there, with one mask behind it unless the model is autoregressive."""
+    if model.config.algorithm == "ar":
+        return model.backbone(tokens).logits[0, -1].log_softmax(-1)
+    mask = torch.tensor([[model.config.mask_token_id]])
+    text = torch.cat([tokens, mask], dim=1)
+    logits = model(input_ids=text, noisy_input_ids=text, segment_ids=torch.full_like(text, 2)).logits[0, -1]
+    logits[model.config.mask_token_id] = -math.inf
+    return logits.log_softmax(-1)
+
+
+def test_without_a_plan_hier_is_bd3lm_and_one_block_is_mdlm(tokenizer):
+    torch.manual_seed(0)
+    base = HierBD3LMForBlockDiffusion(make_config_for(tokenizer, **NO_SEGMENTS))
+
+    def nll(**overrides):
+        model = HierBD3LMForBlockDiffusion(make_config_for(tokenizer, **NO_SEGMENTS | overrides)).eval()
+        model.load_state_dict(base.state_dict())
+        rows, _ = prepare_text(as_dataset(many_documents(40)), tokenizer, model.config)
+        return measure_likelihood(model, rows, num_draws=2)["nll"]
+
+    assert nll() == nll(algorithm="bd3lm") != nll(block_size=24)
+    assert nll(block_size=24) == nll(**ALGORITHMS["mdlm"])
+
+
+@pytest.mark.parametrize("fields", [{"joint": True, "block_size": None}, {"hierarchical_mask": False}])
+def test_there_is_no_hierarchy_to_take_away_from_a_model_without_a_plan(fields, tokenizer):
+    with pytest.raises(ValueError, match=r"must be .* for plan_len=0, but got"):
+        make_config_for(tokenizer, **NO_SEGMENTS | fields)
+
+
+# Training
+
+
+TINY = {
+    "backbone": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    | {"num_key_value_heads": 1, "head_dim": 16},
+    "vocab_size": 300,
+    **NO_SEGMENTS,
+    "execution_len": 32,
+    "block_size": 8,
+    "num_validation_examples": 20,
+    "max_steps": 20,
+    "learning_rate": 3e-3,
+    "ema_decay": 0.0,
+    "per_device_train_batch_size": 8,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+}
+
+
+def run(monkeypatch, folder, **settings):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"output_dir": str(folder / "out")} | settings))
+    monkeypatch.setattr(sys, "argv", ["train.py", str(path)])
+    train.main()
+    return folder / "out"
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_a_tiny_model_learns_a_text_file_writes_and_is_measured(tmp_path, monkeypatch, wrap):
+    path = write_lines(tmp_path / "lines.txt", many_documents(300))
+    out = run(monkeypatch, tmp_path, dataset=path, wrap=wrap, eval_strategy="steps", eval_steps=1)
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    nlls = [entry["eval_nll"] for entry in log if "eval_nll" in entry]
+    assert nlls[-1] < 0.8 * nlls[0]
+    assert not any("plan" in name for entry in log for name in entry)
+    report = json.loads((out / "data_report.json").read_text())
+    assert (report["train"]["num_documents"], report["validation"]["num_documents"]) == (280, 20)
+    held_out = write_lines(tmp_path / "held_out.txt", many_documents(300)[280:])
+    result = measure(monkeypatch, out, dataset=held_out, num_draws=4)
+    again = measure(monkeypatch, out, split="validation", num_draws=4)
+    assert result["nll"] == again["nll"] == pytest.approx(nlls[-1], rel=0.05)
+    model = HierBD3LMForBlockDiffusion.from_pretrained(out)
+    settings = HierBD3LMGenerationConfig(sampler="first_hitting", temperature=1.0, seed=0)
+    output = write_from_nothing(model, evaluation_tokenizer(out), 4, settings)
+    assert output.plan.shape == (4, 0) and output.execution.shape[1] > 1
+
+
+def test_a_clip_search_chooses_for_the_text_alone(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "lines.txt", many_documents(100))
+    search = {"clip_search": [0.5], "eval_strategy": "steps", "eval_steps": 1}
+    out = run(monkeypatch, tmp_path, dataset=path, max_steps=1, **search)
+    config = HierBD3LMForBlockDiffusion.from_pretrained(out).config
+    low, high = config.execution_clip
+    assert high - low == pytest.approx(0.5) and config.plan_clip == [0.0, 1.0]
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert all(math.isfinite(entry[name]) for entry in log for name in entry if "clip_variance" in name)
+
+
+def evaluation_tokenizer(folder):
+    return eval_ppl.load_model(str(folder), "cpu")[1]
+
+
+def test_training_on_a_stream_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    stream = {"dataset": write_lines(tmp_path / "lines.txt", many_documents(1500)), "streaming": True}
+    stream |= {"tokenizer": str(tmp_path / "tokenizer"), "vocab_size": None, "save_strategy": "steps"}
+    stream |= {"max_steps": 6, "save_steps": 4, "eval_noise_draws": 1}
+    seen = record_batches(monkeypatch)
+    whole = load_file(run(monkeypatch, tmp_path / "whole", **stream) / "model.safetensors")
+    expected = list(seen)
+    seen.clear()
+    last = tmp_path / "whole" / "out" / "checkpoint-4"
+    again = run(monkeypatch, tmp_path / "again", **stream, resume_from_checkpoint=str(last))
+    assert seen == expected[4:] and len(expected) == 6
+    weights = load_file(again / "model.safetensors")
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)
+
+
+def record_batches(monkeypatch):
+    """The input ids of every training step, as they come."""
+    seen, step = [], train.HierBD3LMTrainer.training_step
+
+    def recording_step(trainer, model, inputs, *args, **kwargs):
+        seen.append(inputs["input_ids"].tolist())
+        return step(trainer, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(train.HierBD3LMTrainer, "training_step", recording_step)
+    return seen
+
+
+def test_a_stream_holds_its_first_documents_out(tmp_path):
+    texts = many_documents(30)
+    args = DataArguments(
+        dataset=write_lines(tmp_path / "lines.txt", texts),
+        streaming=True,
+        num_validation_examples=5,
+        num_train_examples=8,
+    )
+    assert [row["text"] for row in load_split(args, "train")] == texts[5:13]
+    assert load_split(args, "validation")["text"][:] == texts[:5]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "saved", "folder"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_are_read_from_wherever_they_are(kind, streaming, tmp_path):
+    texts, column = ["one", "two words"], "text" if kind == "txt" else "body"
+    rows = Dataset.from_dict({column: texts, "other": [1, 2]})
+    path = tmp_path / f"corpus.{kind}"
+    if kind == "txt":
+        write_lines(path, texts)
+    elif kind == "jsonl":
+        rows.to_json(path)
+    elif kind == "saved":
+        rows.save_to_disk(path)
+    else:
+        path.mkdir()
+        rows.to_json(path / "train.jsonl")
+    documents = load_documents(path, text_column=column, streaming=streaming)
+    assert isinstance(documents, Dataset) is not streaming
+    assert list(documents) == [{"text": text} for text in texts]
+    with pytest.raises(ValueError, match=f"`text_column` must be one of {column}.*but got 'content'"):
+        load_documents(path, text_column="content", streaming=streaming)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"streaming": True}, "`streaming` must be False without `text_column`"),
+        ({"text_column": "text", "auto_split": True}, "`auto_split` must be False for plain text"),
+        ({"text_column": "text", "tested_on": "gsm8k"}, "`tested_on` must be None for plain text"),
+    ],
+)
+def test_settings_that_text_does_not_have_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        DataArguments(dataset="somewhere", **setting)
+
+
+def test_a_stream_needs_a_tokenizer(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "lines.txt", many_documents(30))
+    with pytest.raises(ValueError, match="`tokenizer` must be given to train on a stream"):
+        run(monkeypatch, tmp_path, dataset=path, streaming=True)
+
+
+# Generation
+
+
+def test_a_model_without_a_plan_answers_questions_at_once():
+    model, question = make_model(plan_len=0), torch.tensor([[7, 8, 9]])
+    full, execution = (model.generate(question, stage=stage) for stage in ("full", "execution"))
+    assert torch.equal(full.sequences, execution.sequences)
+    assert full.sequences[0, :4].tolist() == [7, 8, 9, model.config.execution_token_id]
+    with pytest.raises(ValueError, match="`stage` must not be 'plan' for a model without a plan"):
+        model.generate(question, stage="plan")
+    with pytest.raises(ValueError, match="`plan_ids` must be given for stage='execution' of a model with a plan"):
+        model.generate(question, plan_ids=question, stage="execution")
+
+
+# The sets that a zero-shot perplexity is published of
+
+
+def test_the_sets_are_those_of_the_published_tables():
+    assert list(TEXT_SETS) == ["ptb", "wikitext", "lm1b", "lambada", "ag_news", "pubmed", "arxiv"]
+    assert all(set(settings) <= {field.name for field in fields(DataArguments)} for settings in TEXT_SETS.values())
+    by_test = {name for name, settings in TEXT_SETS.items() if settings["dataset_test_split"] == "test"}
+    assert by_test == {"lm1b", "lambada", "ag_news"}  # the others by validation
+    assert all(DataArguments(**settings).wrap for settings in TEXT_SETS.values())
+    assert len({settings["dataset"] for settings in TEXT_SETS.values()}) == 7
+
+
+@pytest.mark.parametrize("name", TEXT_SETS)
+def test_a_set_is_measured_by_its_name(name, tmp_path, tokenizer, monkeypatch, capsys):
+    settings = TEXT_SETS[name]
+    column, split = settings["text_column"], settings["dataset_test_split"]
+    rows = Dataset.from_dict({column: many_documents(9), "other": list(range(9))})
+    for part, number in (("train", 2), (split, 9)):
+        rows.select(range(number)).to_json(tmp_path / "hub" / f"{part}.jsonl")
+    stand_in = {**settings, "dataset": str(tmp_path / "hub"), "dataset_name": None}
+    monkeypatch.setitem(evaluation_data.TEXT_SETS, name, stand_in)
+    checkpoint(tmp_path / "model", tokenizer)
+    result = measure(monkeypatch, tmp_path / "model", dataset=name, num_draws=1)
+    assert (result["split"], result["num_documents"]) == (split, 9)
+    assert result["num_tokens"] == sum(map(len, many_documents(9))) + 9
+    assert f"{tmp_path / 'hub'}, {split}" in capsys.readouterr().out
+    limited = measure(monkeypatch, tmp_path / "model", dataset=name, num_draws=1, limit=4)
+    assert limited["num_tokens"] == sum(map(len, many_documents(9)[:4])) + 4
+
+
+def test_a_column_of_text_can_be_named(tmp_path, tokenizer, monkeypatch):
+    checkpoint(tmp_path / "model", tokenizer)
+    Dataset.from_dict({"body": ["ab", "c"]}).to_json(tmp_path / "rows.jsonl")
+    result = measure(monkeypatch, tmp_path / "model", dataset=tmp_path / "rows.jsonl", text_column="body", num_draws=1)
+    assert result["num_tokens"] == 3 + 2
+
+
+def test_the_recipe_is_of_plain_text_alone(tmp_path):
+    path = "configs/text_small.yaml"
+    root = train.__file__.rsplit("/", 1)[0]
+    model_args, data_args, _ = train.parse_arguments([f"{root}/{path}", "--use_cpu", "true"])
+    assert data_args.text_column == "text" and data_args.wrap
+    config = HierBD3LMConfig(**model_args.config_fields())
+    assert not config.has_plan and config.question_len == 0 and config.execution_block_size == 16
