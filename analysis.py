@@ -53,7 +53,7 @@ SOURCES = {
     ORACLE: "the reference plan",
     OTHER: "another problem's plan",
     EMPTY: "a plan of no steps",
-    CHANGED: "the reference plan, one operation changed",
+    CHANGED: "the reference plan, one step changed",
 }
 CHECKED = (OWN, ORACLE, CHANGED)  # another problem's plan names people that this one does not know
 MEASURED = (ORACLE, OTHER, EMPTY)  # plans under which the likelihood of the reference execution is measured
@@ -304,8 +304,12 @@ def format_tables(metrics: dict[str, Any]) -> str:
             nll = metrics.get(f"{source}_execution_nll")
             lines.append(f"| {meaning} | {' | '.join(cells)} | {'' if nll is None else f'{nll:.4f}'} |")
     if "swap_n" in metrics:
-        lines += ["", f"| under a changed plan, the execution | of {metrics['swap_n']} |", "|---|---|"]
-        lines += [f"| {meaning} | {format_rate(metrics, name)} |" for name, meaning in SWAP_OUTCOMES.items()]
+        columns = {"all": metrics, **metrics["swap_kinds"]}
+        heads = [f"{kind} ({rates['swap_n']})" for kind, rates in columns.items()]
+        lines += ["", f"| what was changed (problems): | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+        for name, meaning in SWAP_OUTCOMES.items():
+            cells = [format_rate(rates, name) for rates in columns.values()]
+            lines.append(f"| the execution {meaning} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -325,9 +329,9 @@ def format_page(result: dict[str, Any]) -> str:
     ]
     if "swap_n" in result:
         notes.append(
-            f"Under the changed plan, exact match is of the answer that this plan has; {result['num_without_change']} "
-            f"problems have no change with another answer in the range of values. The second table is of the problems "
-            f"that are right under the reference plan."
+            f"Under the changed plan, exact match is of the answer that this plan has; no change of "
+            f"{result['num_without_change']} problems has another answer in the range of values. The second table is "
+            f"of the problems that are right under the reference plan."
         )
     figure = f"![Exact match under each plan, and what a changed plan does]({FIGURE_FILE})"
     return "\n\n".join([f"# {result['model']}: does the plan matter?", *notes, format_tables(result), figure]) + "\n"
@@ -339,10 +343,10 @@ def draw(metrics: dict[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=[len(SOURCES), len(SWAP_OUTCOMES)], sharey=True)
     exact_match = {source: f"{source}_exact_match" for source in SOURCES if f"{source}_n" in metrics}
     draw_rates(left, metrics, {f"{source} plan": name for source, name in exact_match.items()}, COLOUR)
-    left.set_title("exact match", fontsize=11, color=INK)
+    left.set_title("exact match (changed plan: with its own answer)", fontsize=11, color=INK)
     outcomes = {name.removeprefix("swap_").replace("_", "\n"): name for name in SWAP_OUTCOMES if name in metrics}
     draw_rates(right, metrics, outcomes, SWAP_COLOUR)
-    right.set_title("one operation changed", fontsize=11, color=INK)
+    right.set_title("under the changed plan", fontsize=11, color=INK)
     figure.savefig(path, dpi=150)
 
 
@@ -350,8 +354,9 @@ def draw_rates(axes: "Axes", metrics: dict[str, Any], names: dict[str, str], col
     """A bar for each named rate with its interval, as a percentage; `names` are by what stands below the bar."""
     values = [100 * metrics[name] for name in names.values()]
     intervals = [[100 * end for end in metrics[f"{name}_interval"]] for name in names.values()]
-    below = [value - low for value, (low, _) in zip(values, intervals, strict=True)]
-    above = [high - value for value, (_, high) in zip(values, intervals, strict=True)]
+    # At a rate of 0 or 1 the interval may miss the rate by a rounding, and matplotlib takes no negative lengths.
+    below = [max(0.0, value - low) for value, (low, _) in zip(values, intervals, strict=True)]
+    above = [max(0.0, high - value) for value, (_, high) in zip(values, intervals, strict=True)]
     labels = [label.replace(" ", "\n") for label in names]
     axes.bar(labels, values, yerr=[below, above], color=colour, ecolor=INK, capsize=3, width=0.65)
     axes.set_ylim(0, 105)

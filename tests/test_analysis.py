@@ -20,6 +20,7 @@ from hierbd3lm.analysis import (
     TABLE_FILE,
     AnalysisArguments,
     analyse,
+    draw,
     format_tables,
     run,
 )
@@ -28,6 +29,7 @@ from hierbd3lm.data.answers import wilson_interval
 from hierbd3lm.data.splits import DataArguments, load_split
 from hierbd3lm.data.synthetic import SyntheticConfig, vocabulary_texts
 from hierbd3lm.data.tokenization import train_tokenizer
+from hierbd3lm.evaluation import rate
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .tiny import make_model
@@ -35,6 +37,7 @@ from .tiny_algorithms import ALL
 
 SYNTHETIC = {"num_steps": [1, 2], "max_value": 50}
 NUM_PROBLEMS = 24
+INTERVALS = {"": 0.5, "_interval": [0.15, 0.85]}
 
 
 @pytest.fixture(autouse=True)
@@ -224,7 +227,7 @@ def test_without_a_right_answer_there_is_no_sensitivity(args, write):
     assert result["swap_n"] == 0
     assert not [name for name in SWAP_OUTCOMES if name in result]
     assert result["oracle_verdicts"].keys() == {"unreadable", "missing"}
-    assert "| gives the original answer |  |" in format_tables(result)
+    assert "| the execution gives the original answer |  |" in format_tables(result)
 
 
 def test_every_problem_is_executed_under_the_plans_that_the_sources_name(args, write, rows):
@@ -269,7 +272,7 @@ def test_plans_of_another_format_are_neither_changed_nor_checked(args, tmp_path)
     assert "changed_n" not in result and "swap_n" not in result and "own_agreement" not in result
     for source in ("own", "oracle", "other", "empty"):
         assert f"{source}_exact_match" in result
-    assert "operation changed" not in format_tables(result)
+    assert "step changed" not in format_tables(result)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +332,37 @@ def test_command_writes_json_table_and_figure(args, monkeypatch, capsys):
     assert table in page and f"({FIGURE_FILE})" in page
     assert (folder / FIGURE_FILE).read_bytes().startswith(b"\x89PNG")
     assert [line.split(" | ")[0] for line in table.splitlines()[2:7]] == [f"| {text}" for text in SOURCES.values()]
+
+
+def test_tables_say_what_was_measured():
+    rates = {f"{name}{suffix}": value for name in SWAP_OUTCOMES for suffix, value in INTERVALS.items()}
+    metrics = {f"own_exact_match{suffix}": value for suffix, value in INTERVALS.items()} | {"own_n": 4}
+    metrics |= {"oracle_n": 4, "oracle_execution_nll": 0.12345}
+    metrics |= rates | {"swap_n": 3, "swap_kinds": {"number": {"swap_n": 2} | rates, "operand": {"swap_n": 1}}}
+    assert format_tables(metrics).splitlines() == [
+        "| plan | exact match | agreement | steps carried out | execution NLL |",
+        "|---|---|---|---|---|",
+        "| the model's own plan | 50.0 % [15.0, 85.0] |  |  |  |",
+        "| the reference plan |  |  |  | 0.1235 |",
+        "",
+        "| what was changed (problems): | all (3) | number (2) | operand (1) |",
+        "|---|---|---|---|",
+        *(
+            f"| the execution {text} | 50.0 % [15.0, 85.0] | 50.0 % [15.0, 85.0] |  |"
+            for text in SWAP_OUTCOMES.values()
+        ),
+    ]
+
+
+@pytest.mark.parametrize("n", range(1, 40))
+def test_rates_at_the_ends_of_the_scale_are_drawn(n, tmp_path):
+    """Where the interval misses the rate by a rounding, as it does for some numbers of problems."""
+    metrics = {"swap_n": n}
+    for name, count in {"own_exact_match": n, "empty_exact_match": 0, "swap_ignores_change": n}.items():
+        metrics |= rate(name, [True] * count + [False] * (n - count))
+    metrics |= {"own_n": n, "empty_n": n}
+    draw(metrics, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(args, monkeypatch, tmp_path):
