@@ -25,6 +25,7 @@ from hierbd3lm.evaluation import (
     hash_of_data,
     load_model,
     predict,
+    settings_of,
     start_run,
     summarize,
     with_given_plans,
@@ -143,13 +144,6 @@ def describe_run(
         "num_samples": args.num_samples,
         "device": str(model.device),
     } | settings_of(settings)
-
-
-def settings_of(settings: HierBD3LMGenerationConfig) -> dict[str, Any]:
-    """The generation settings alone, as JSON takes them."""
-    return {
-        name: value for name, value in settings.to_dict().items() if name[0] != "_" and name != "transformers_version"
-    }
 
 
 if __name__ == "__main__":

@@ -424,7 +424,7 @@ def summarize(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if name == "plan_match":
             summary["num_reference_plans"] = len(values)
         if values:
-            summary |= _rate(name, [sum(rights) / len(rights) for rights in values])
+            summary |= rate(name, [sum(rights) / len(rights) for rights in values])
     if summary["num_samples"] > 1:
         summary |= summarize_samples(examples)
     totals = {
@@ -464,17 +464,18 @@ def summarize_samples(examples: Sequence[Sequence[dict[str, Any]]]) -> dict[str,
         "num_tied_votes": sum(len(votes) > 1 and votes[0][1] == votes[1][1] for votes in elections),
     }
     winners = [votes[0][0] if votes else None for votes in elections]
-    summary |= _rate(
+    summary |= rate(
         "majority_vote",
         [winner is not None and winner == target for winner, target in zip(winners, targets, strict=True)],
     )
     num_right = [sum(sample["exact_match_numeric"] for sample in samples) for samples in examples]
     for k in range(1, num_samples + 1):
-        summary |= _rate(f"pass_at_{k}", [pass_at_k(num_samples, count, k) for count in num_right])
+        summary |= rate(f"pass_at_{k}", [pass_at_k(num_samples, count, k) for count in num_right])
     return summary
 
 
-def _rate(name: str, values: Sequence[float]) -> dict[str, Any]:
+def rate(name: str, values: Sequence[float]) -> dict[str, Any]:
+    """The mean of values in [0, 1] under its name, and its 95 % interval as `..._interval`."""
     total = sum(values)
     return {name: total / len(values), f"{name}_interval": list(wilson_interval(total, len(values)))}
 
@@ -541,6 +542,13 @@ def checksum_of_weights(model: torch.nn.Module) -> int:
     """Sum of all bytes of the weights: another checkpoint in the same folder is another run."""
     tensors = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in model.state_dict().values()]
     return sum(int(tensor.sum(dtype=torch.int64)) for tensor in tensors)
+
+
+def settings_of(settings: HierBD3LMGenerationConfig) -> dict[str, Any]:
+    """The generation settings alone, as JSON takes them."""
+    return {
+        name: value for name, value in settings.to_dict().items() if name[0] != "_" and name != "transformers_version"
+    }
 
 
 def hash_of_data(dataset: Dataset) -> str:

@@ -33,6 +33,7 @@ def measure_likelihood(
     estimator: str = "stratified",
     batch_size: int = 32,
     seed: int = 0,
+    plan_is_given: bool = False,
 ) -> dict[str, float]:
     """The likelihood of plan and execution given the question: see [`likelihood_metrics`].
 
@@ -42,6 +43,7 @@ def measure_likelihood(
         estimator: see `ESTIMATORS`.
         batch_size: examples that are measured together, grouped by length.
         seed: of the noise.
+        plan_is_given: measures the execution alone, given question and plan, of which no token is then masked.
 
     Raises:
         RuntimeError: if not exactly the content and one `<|end|>` of each segment were counted, or of text that goes
@@ -55,10 +57,19 @@ def measure_likelihood(
     for rows in tqdm(batches, desc="Measuring", unit="batch"):
         inputs = {name: ids.to(model.device) for name, ids in collator([dataset[row] for row in rows]).items()}
         batch = with_predicted_tokens(model, inputs)
+        if plan_is_given:
+            batch["maskable"] &= behind_given_plan(model.config, batch)
         totals.append(measure_batch(objective, model, batch, num_draws, generator, exact).sum(dim=0).cpu())
     total = torch.stack(totals).sum(dim=0)
     check_counts(total[-1], dataset, model.config)
-    return likelihood_metrics(total[:-1], total[-1])
+    metrics = likelihood_metrics(total[:-1], total[-1])
+    measured = f"{SEGMENT_NAMES[EXECUTION]}_" if plan_is_given else ""
+    return {name: value for name, value in metrics.items() if name.startswith(measured)}
+
+
+def behind_given_plan(config: Any, batch: Batch) -> torch.Tensor:
+    """Tokens that are written where plan and openers are given: `torch.BoolTensor` of shape `(batch, length)`."""
+    return (batch["segment_ids"] == EXECUTION) & (batch["input_ids"] != config.execution_token_id)
 
 
 def check_counts(num_tokens: torch.Tensor, dataset: Dataset, config: HierBD3LMConfig) -> None:

@@ -1,4 +1,4 @@
-"""How a row is made from the steps of its plan and the steps of its execution."""
+"""How a row is made from the steps of its plan and the steps of its execution, and a text is read as steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +36,12 @@ def make_row(question: str, plan_steps: list[str], execution_steps: list[str], a
 def render_steps(steps: Sequence[str], answer: str | None = None) -> str:
     """The text of a segment: its steps one below the other and, if it has an answer, `#### <answer>` below them."""
     return STEP_SEPARATOR.join(steps if answer is None else [*steps, f"#### {answer}"])
+
+
+def read_steps(segment: str) -> list[str]:
+    """The lines of [`render_steps`], which a segment's text has before `####`; empty ones are left out."""
+    lines = segment.partition("####")[0].split(STEP_SEPARATOR)
+    return [line.strip() for line in lines if line.strip()]
 
 
 def number_steps(steps: Sequence[str]) -> list[str]:

@@ -132,3 +132,44 @@ def test_settings_out_of_range_are_refused(setting):
     (name,) = setting
     with pytest.raises(ValueError, match=f"`{name}` must be"):
         eval_ppl.LikelihoodArguments(model="x", **setting)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_token_of_a_given_plan_is_masked(name, tmp_path, monkeypatch):
+    """Whatever the order is: what is predicted is content and `<|end|>` of the execution, and the filler behind it."""
+    model, dataset = make_checkpoint(tmp_path, **ALL[name])
+    forward, predicted = model.forward, []
+
+    def spy(**inputs):
+        kept = inputs["logits_to_keep"]
+        predicted.extend(inputs["target_ids"].masked_select(kept.reshape(inputs["target_ids"].shape)).tolist())
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", spy)
+    metrics = measure_likelihood(model, dataset, num_draws=3, plan_is_given=True)
+    assert metrics.keys() <= {f"execution_{key}" for key in ("nll", "nll_stderr", "bpd", "ppl", "num_tokens")}
+    assert metrics["execution_num_tokens"] == COUNTS["execution"]
+    in_executions = {token for row in dataset["execution_ids"] for token in row}
+    assert predicted and set(predicted) <= in_executions | {model.config.end_token_id}
+
+
+def test_under_the_mask_the_execution_sees_the_plan_clean_anyway(tmp_path):
+    model, dataset = make_checkpoint(tmp_path)
+    whole = measure_likelihood(model, dataset, exact=True)
+    alone = measure_likelihood(model, dataset, exact=True, plan_is_given=True)
+    assert alone["execution_nll"] == pytest.approx(whole["execution_nll"], rel=1e-6)
+
+
+def test_the_backbone_itself_gives_the_likelihood_of_an_execution_behind_its_plan(tmp_path):
+    model, dataset = make_checkpoint(tmp_path, **ALL["ar"])
+    config, nats = model.config, 0.0
+    for row in dataset:
+        given = [*row["question_ids"], config.plan_token_id, *row["plan_ids"], config.end_token_id]
+        given.append(config.execution_token_id)
+        tokens = torch.tensor([*given, *row["execution_ids"], config.end_token_id])
+        with torch.no_grad():
+            logits = model.backbone(tokens[None]).logits[0]
+        log_probs = logits.log_softmax(dim=-1)
+        nats -= sum(log_probs[i - 1, tokens[i]].item() for i in range(len(given), len(tokens)))
+    measured = measure_likelihood(model, dataset, plan_is_given=True)
+    assert measured["execution_nll"] == pytest.approx(nats / COUNTS["execution"], rel=1e-5)
