@@ -1,11 +1,80 @@
 """How matrices and all other weights get an optimizer each, under one learning rate schedule."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+STACKED_ELEMENTS = 2**22  # of matrices that are orthogonalised at once
+
+
+class StackedMuon(torch.optim.Muon):
+    """`torch.optim.Muon` for many small matrices: those of one shape are orthogonalised together.
+
+    On a CPU in float32, as bfloat16 is slow there without AMX; elsewhere in bfloat16, as the parent does.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in by_shape.items():
+                size = max(1, STACKED_ELEMENTS // shape.numel())
+                for start in range(0, len(parameters), size):
+                    self._step_together(parameters[start : start + size], group)
+        return loss
+
+    def _step_together(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """One step of matrices of one shape."""
+        grads = [parameter.grad for parameter in parameters]
+        buffers = [self._momentum_buffer(parameter) for parameter in parameters]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        updates = torch.stack(grads).lerp(torch.stack(buffers), group["momentum"])  # Nesterov
+        updates = orthogonalize(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rows, columns = updates.shape[-2:]
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        step_size = group["lr"] * math.sqrt(max(1, rows / columns))
+        torch._foreach_add_(parameters, list(updates.unbind()), alpha=-step_size)
+
+    def _momentum_buffer(self, parameter: nn.Parameter) -> torch.Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        return state["momentum_buffer"]
+
+
+def orthogonalize(
+    matrices: torch.Tensor, coefficients: tuple[float, float, float], num_steps: int, eps: float
+) -> torch.Tensor:
+    """Brings all singular values near 1 by Newton-Schulz iterations (Jordan et al. 2024, the quintic one).
+
+    Args:
+        matrices (`torch.Tensor` of shape `(count, rows, columns)`).
+        coefficients: a, b, c of the polynomial a s + b s^3 + c s^5 that each step applies to the singular values.
+        eps: least norm that a matrix is divided by.
+
+    Returns:
+        `torch.Tensor` of the shape and type of `matrices`.
+    """
+    a, b, c = coefficients
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # singular values of at most 1
+    for _ in range(num_steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).to(matrices.dtype)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -32,7 +101,7 @@ class MuonAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ):
         self.parts = {
-            "muon": torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
+            "muon": StackedMuon(matrices, lr=muon_lr, weight_decay=weight_decay),
             "adamw": torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=0.0),
         }
         super().__init__([group for part in self.parts.values() for group in part.param_groups], {})

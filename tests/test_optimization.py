@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from hierbd3lm.optimization import MuonAdamW, split_parameters
+from hierbd3lm import optimization
+from hierbd3lm.optimization import MuonAdamW, StackedMuon, orthogonalize, split_parameters
 
 from .tiny import make_batch, make_model
 
@@ -36,9 +37,40 @@ def test_it_takes_the_steps_of_muon_and_of_adamw():
     together = take_steps(model, [MuonAdamW(*split_parameters(model), **SETTINGS)], 3)
     inner = [parameter for name, parameter in alone.named_parameters() if "proj" in name]
     outer = [parameter for name, parameter in alone.named_parameters() if "proj" not in name]
-    muon = torch.optim.Muon(inner, lr=0.03, weight_decay=0.1)
+    muon = StackedMuon(inner, lr=0.03, weight_decay=0.1)
     adamw = torch.optim.AdamW(outer, lr=0.01, betas=(0.9, 0.95), eps=1e-9, weight_decay=0.0)
     assert_same(together, take_steps(alone, [muon, adamw], 3))
+
+
+@pytest.mark.parametrize("at_once", [1, 10**9])
+def test_stacked_matrices_take_the_steps_of_torch(at_once, monkeypatch):
+    monkeypatch.setattr(optimization, "STACKED_ELEMENTS", at_once)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(12, 12), (12, 30), (30, 12), (12, 12)]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    settings = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9}
+    optimizers = StackedMuon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for number in range(4):
+        for mine, other in zip(ours, theirs, strict=True):
+            skipped = number == 2 and mine.shape == (12, 30)
+            mine.grad = None if skipped else torch.randn(mine.shape, generator=generator)
+            other.grad = None if skipped else mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for before, mine, other in zip(start, ours, theirs, strict=True):
+        assert (mine - other).norm() < 0.02 * (other - before).norm()  # theirs is rounded to bfloat16
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 20), (2, 20, 5)])
+def test_orthogonalizing_applies_its_polynomial_to_the_singular_values(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    a, b, c = coefficients = (3.4445, -4.775, 2.0315)
+    u, s, vh = torch.linalg.svd(matrices.double() / matrices.double().norm(dim=(-2, -1), keepdim=True), False)
+    for _ in range(5):
+        s = a * s + b * s**3 + c * s**5
+    expected = u @ torch.diag_embed(s) @ vh
+    torch.testing.assert_close(orthogonalize(matrices, coefficients, 5, 1e-7).double(), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])
