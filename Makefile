@@ -8,7 +8,7 @@ SETUP := .venv/.done
 demo: $(SETUP)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu \
 		train.py configs/quickstart.yaml --resume_from_checkpoint last
-	$(BIN)/python eval_gsm8k.py --model outputs/quickstart --limit 300 --num_examples_to_print 3 --overwrite
+	$(BIN)/python eval_gsm8k.py --model outputs/quickstart --sampler first_hitting --limit 600 --num_examples_to_print 3 --overwrite
 
 test: $(SETUP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not slow"
