@@ -1,0 +1,121 @@
+"""What denoising several tokens a pass gives on the quickstart model, against an autoregressive one of the same size.
+
+`python -m hierbd3lm.benchmarks.quickstart`. Both models are trained by configs/quickstart.yaml, on the same examples
+for as many steps, unless they are there. The threshold of the confidence sampler is chosen on the validation split;
+what is reported is of the test split, answered one problem at a time, the models in turns.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from hierbd3lm.data.splits import DataArguments, load_split
+from hierbd3lm.evaluation import load_model, predict, summarize
+from hierbd3lm.generation_hierbd3lm import resolve_settings
+
+from .measure import Measured, bar, measure_parts
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "configs" / "quickstart.yaml"
+MODELS = {  # folder -> settings beyond the recipe
+    "outputs/quickstart": [],
+    "outputs/quickstart_ar": ["--algorithm", "ar", "--noisy_copies", "1"],
+}
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+NUM_VALIDATION, NUM_TEST, CHUNK = 500, 500, 50
+MOST_LOST = 0.01  # exact match
+
+Answerer = tuple[Any, Any, dict[str, Any]]  # model, tokenizer, generation settings
+
+
+def train_missing(folder: str, settings: list[str]) -> None:
+    if not (ROOT / folder / "data_config.json").is_file():  # the last file that training writes
+        command = [sys.executable, "train.py", str(RECIPE), "--output_dir", folder]
+        subprocess.run([*command, "--resume_from_checkpoint", "last", *settings], cwd=ROOT, check=True)
+
+
+def answer(answerer: Answerer, dataset: Dataset, batch_size: int) -> list[dict[str, Any]]:
+    model, tokenizer, settings = answerer
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = resolve_settings(model.generation_config, settings)
+        return predict(model, tokenizer, dataset, resolved, folder, batch_size)
+
+
+def choose_threshold(exact_match: dict[float, float], passes: dict[float, float], exact: float) -> float | None:
+    """The threshold of fewest passes that loses no more than a point; None if there is none."""
+    good = [threshold for threshold in exact_match if exact_match[threshold] >= exact - MOST_LOST]
+    return min(good, key=passes.__getitem__, default=None)
+
+
+def answer_in_turns(answerers: dict[str, Answerer], dataset: Dataset) -> dict[str, list[dict[str, Any]]]:
+    """Each model's predictions, one problem at a time, after a chunk that is not measured."""
+    predictions: dict[str, list[dict[str, Any]]] = {name: [] for name in answerers}
+    for answerer in answerers.values():
+        answer(answerer, dataset.select(range(CHUNK)), 1)
+    for start in range(0, len(dataset), CHUNK):
+        rows = dataset.select(range(start, min(start + CHUNK, len(dataset))))
+        for name, answerer in answerers.items():
+            predictions[name] += answer(answerer, rows, 1)
+    return predictions
+
+
+def tokens_per_forward(plans: list[dict[str, Any]], answers: list[dict[str, Any]]) -> dict[str, float]:
+    """Of each segment. The passes that a plan took are counted in a run that stops behind it."""
+    passes = {"plan": sum(plan["num_forward_passes"] for plan in plans)}
+    passes["execution"] = sum(whole["num_forward_passes"] for whole in answers) - passes["plan"]
+    return {name: sum(whole[f"num_{name}_tokens"] for whole in answers) / passes[name] for name in passes}
+
+
+def measure_confidence() -> Measured:
+    """Bar 7: tokens a second at batch 1 against the AR model's, and what exact match that costs."""
+    for folder, settings in MODELS.items():
+        train_missing(folder, settings)
+    ours, theirs = (load_model(str(ROOT / folder), "cpu") for folder in MODELS)
+    data_args = DataArguments.load(str(ROOT / next(iter(MODELS))))
+    validation = load_split(data_args, "validation", NUM_VALIDATION)
+    exact_settings = {"sampler": "first_hitting"}
+    exact = summarize(answer((*ours, exact_settings), validation, 50))["exact_match_strict"]
+    tried = {
+        threshold: summarize(answer((*ours, {"threshold": threshold}), validation, 50)) for threshold in THRESHOLDS
+    }
+    exact_match = {threshold: summary["exact_match_strict"] for threshold, summary in tried.items()}
+    passes = {threshold: summary["num_forward_passes_mean"] for threshold, summary in tried.items()}
+    chosen = choose_threshold(exact_match, passes, exact)
+    threshold = max(exact_match, key=exact_match.__getitem__) if chosen is None else chosen
+
+    test = load_split(data_args, "test", NUM_TEST)
+    answerers = {
+        "ar": (*theirs, {}),
+        "confidence, eager": (*ours, {"threshold": threshold}),
+        "confidence, compiled": (*ours, {"threshold": threshold, "compile_steps": True}),
+        "first_hitting": (*ours, exact_settings),
+    }
+    predictions = answer_in_turns(answerers, test)
+    plans = answer((*ours, {"threshold": threshold, "stage": "plan"}), test, 50)
+    summaries = {name: summarize(lines) for name, lines in predictions.items()}
+    speed = {name: summary["tokens_per_second"] for name, summary in summaries.items()}
+    right = {name: summary["exact_match_strict"] for name, summary in summaries.items()}
+    bars = [
+        bar(f"batch 1: tokens/s / AR tokens/s, {name}", speed[name] / speed["ar"], 3.0, False)
+        for name in answerers
+        if name.startswith("confidence")
+    ]
+    lost = right["first_hitting"] - right["confidence, eager"]
+    bars.append(bar("exact match that confidence loses to first_hitting", lost, MOST_LOST, True))
+    details = {
+        "threshold": threshold,
+        "threshold_keeps_the_limit_on_validation": chosen is not None,
+        "validation": {"first_hitting": exact, "exact_match": exact_match, "passes": passes},
+        "test": {"exact_match": right, "tokens_per_second": speed},
+        "passes": {name: summary["num_forward_passes_mean"] for name, summary in summaries.items()},
+        "tokens_per_forward": tokens_per_forward(plans, predictions["confidence, eager"]),
+    }
+    return bars, details
+
+
+if __name__ == "__main__":
+    measure_parts("quickstart", {"confidence": measure_confidence}, sys.argv[1:])
