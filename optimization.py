@@ -100,11 +100,17 @@ class MuonAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        self.parts = {
-            "muon": StackedMuon(matrices, lr=muon_lr, weight_decay=weight_decay),
-            "adamw": torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=0.0),
-        }
-        super().__init__([group for part in self.parts.values() for group in part.param_groups], {})
+        self.parts = [
+            StackedMuon(matrices, lr=muon_lr, weight_decay=weight_decay),
+            torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=0.0),
+        ]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Has the parts work on the groups and the state of this optimizer: one of each."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -112,18 +118,13 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self.parts.values():
+        for part in self.parts:
             part.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(state_dict[name])
-        # The parts have new groups now: a schedule sets the rates of those that it finds here.
-        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
+        super().load_state_dict(state_dict)
+        self._share()
 
 
 def split_parameters(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

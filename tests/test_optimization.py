@@ -100,8 +100,8 @@ def test_one_schedule_sets_both_rates_before_and_after_a_resume():
     optimizer.step()
     schedule.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.015, 0.005]
-    assert optimizer.parts["muon"].param_groups[0]["lr"] == 0.015
-    assert optimizer.parts["adamw"].param_groups[0]["lr"] == 0.005
+    assert optimizer.parts[0].param_groups[0]["lr"] == 0.015
+    assert optimizer.parts[1].param_groups[0]["lr"] == 0.005
 
 
 def test_a_saved_state_goes_on_as_if_it_had_not_been_saved():

@@ -232,9 +232,11 @@ def launch_sharded(folder, *arguments):
 
 
 @pytest.mark.slow
-def test_two_processes_with_sharded_weights_train_as_one_and_save_a_whole_checkpoint(tmp_path, monkeypatch):
-    launch_sharded(tmp_path, write_settings(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["train.py", write_settings(tmp_path / "alone", per_device_train_batch_size=4)])
+@pytest.mark.parametrize("muon", [{}, {"muon_learning_rate": 0.02}], ids=["adamw", "muon"])
+def test_two_processes_with_sharded_weights_train_as_one_and_save_a_whole_checkpoint(tmp_path, monkeypatch, muon):
+    launch_sharded(tmp_path, write_settings(tmp_path, **muon))
+    alone = write_settings(tmp_path / "alone", per_device_train_batch_size=4, **muon)
+    monkeypatch.setattr(sys, "argv", ["train.py", alone])
     train.main()
     expected = HierBD3LMForBlockDiffusion.from_pretrained(tmp_path / "alone" / "out").state_dict()
     for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-4"):
