@@ -29,7 +29,6 @@ bench: $(SETUP)
 	$(BIN)/python -m hierbd3lm.benchmarks.generation
 	$(BIN)/python -m hierbd3lm.benchmarks.variance
 	$(BIN)/python -m hierbd3lm.benchmarks.profile
-	$(BIN)/python -m hierbd3lm.benchmarks.quickstart
 
 compare: $(SETUP)
 	$(BIN)/python -m hierbd3lm.benchmarks.compare
