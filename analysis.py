@@ -23,15 +23,13 @@ from .data.answers import cut_at_stops, match_strict
 from .data.arguments import check_at_least
 from .data.loading import prepare_dataset
 from .data.plan_swaps import ChangedPlan, change_plan, exchange_plans
-from .data.splits import DataArguments
 from .data.steps import read_steps
 from .data.synthetic import SyntheticConfig
 from .data.synthetic_steps import FOLLOWED, check_execution
 from .evaluation import (
     PREDICTIONS_FILE,
     SETTINGS_FILE,
-    checksum_of_weights,
-    hash_of_data,
+    describe_run,
     load_model,
     predict,
     rate,
@@ -167,14 +165,16 @@ def read_reference_plans(dataset: Dataset) -> list[str]:
 def can_check(dataset: Dataset) -> bool:
     """Whether every reference execution is seen to carry out its plan: data of the synthetic problems' format."""
     rows = zip(dataset["question"], dataset["plan"], dataset["execution"], strict=True)
-    return all(agrees(*row) for row in rows)
+    return all(agrees(check_execution(*row), row[2]) for row in rows)
 
 
-def agrees(question: str, plan: str, execution: str) -> bool:
-    """Whether an execution carries out all steps of a plan, no others, and answers with the last one's value."""
-    return set(check_execution(question, plan, execution)) == {FOLLOWED} and match_strict(
-        execution, read_steps(execution)[-1].split()[-1]
-    )
+def agrees(verdicts: Sequence[str], execution: str) -> bool:
+    """Whether an execution carries out all steps of a plan, no others, and answers with the last one's value.
+
+    Args:
+        verdicts: what [`check_execution`] says of it.
+    """
+    return set(verdicts) == {FOLLOWED} and match_strict(execution, read_steps(execution)[-1].split()[-1])
 
 
 def draw_changes(dataset: Dataset, max_value: int, seed: int) -> list[ChangedPlan | None]:
@@ -238,7 +238,8 @@ def measure_source(
         texts = [(p["question"], p["plan"], cut_at_stops(p["execution"])) for p in predictions]
         verdicts = [check_execution(*text) for text in texts]
         shares = [steps.count(FOLLOWED) / len(steps) if steps else 0.0 for steps in verdicts]
-        metrics |= rate(f"{source}_agreement", [agrees(*text) for text in texts])
+        agreement = [agrees(steps, execution) for steps, (_, _, execution) in zip(verdicts, texts, strict=True)]
+        metrics |= rate(f"{source}_agreement", agreement)
         metrics |= rate(f"{source}_step_agreement", shares)
         metrics[f"{source}_verdicts"] = dict(Counter(verdict for steps in verdicts for verdict in steps))
     return metrics
@@ -394,7 +395,11 @@ def run(args: AnalysisArguments) -> dict[str, Any]:
     figure_class()  # missed now, not after the work
     model, tokenizer = load_model(args.model, args.device)
     data_args, dataset = load_examples(args)
-    settings = describe_run(args, data_args, dataset, model)
+    settings = describe_run(args, data_args, dataset, model) | {
+        "num_draws": args.num_draws,
+        "seed": args.seed,
+        "settings": settings_of(model.generation_config),
+    }
     files = [
         *(f"{source}/{PREDICTIONS_FILE}" for source in SOURCES),
         ANALYSIS_FILE,
@@ -412,24 +417,6 @@ def run(args: AnalysisArguments) -> dict[str, Any]:
     run_folder.replace(folder / TABLE_FILE, format_page(result).encode())
     draw(result, folder / FIGURE_FILE)
     return result
-
-
-def describe_run(
-    args: AnalysisArguments, data_args: DataArguments, dataset: Dataset, model: HierBD3LMForBlockDiffusion
-) -> dict[str, Any]:
-    """All that decides what is generated and measured."""
-    return {
-        "data": asdict(data_args),
-        "split": args.split,
-        "num_examples": len(dataset),
-        "hash_of_data": hash_of_data(dataset),
-        "checksum_of_weights": checksum_of_weights(model),
-        "batch_size": args.batch_size,
-        "num_draws": args.num_draws,
-        "seed": args.seed,
-        "device": str(model.device),
-        "settings": settings_of(model.generation_config),
-    }
 
 
 if __name__ == "__main__":

@@ -5,24 +5,21 @@ single number of the question in 6.4 %.
 """
 
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from transformers import HfArgumentParser
 
 from hierbd3lm.data.arguments import check_at_least
 from hierbd3lm.data.run_folder import write_json
-from hierbd3lm.data.splits import DataArguments
 from hierbd3lm.evaluation import (
     REFERENCE_PLANS,
     SUMMARY_FILE,
     check_samples,
-    checksum_of_weights,
+    describe_run,
     format_prediction,
     format_summary,
-    hash_of_data,
     load_model,
     predict,
     settings_of,
@@ -32,7 +29,6 @@ from hierbd3lm.evaluation import (
 )
 from hierbd3lm.evaluation_data import CheckpointArguments, load_examples, versions
 from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings, segment_limits
-from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 
 @dataclass
@@ -109,7 +105,8 @@ def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str,
     data_args, dataset = load_examples(args)
     if args.given_plan is not None:
         dataset = with_given_plans(dataset, args.given_plan, args.num_samples)
-    start_run(args.output_dir, describe_run(args, data_args, dataset, model, settings), args.overwrite)
+    described = describe_run(args, data_args, dataset, model) | {"num_samples": args.num_samples}
+    start_run(args.output_dir, described | settings_of(settings), args.overwrite)
     predictions = predict(model, tokenizer, dataset, settings, args.output_dir, args.batch_size, args.num_samples)
     summary = summarize(predictions) | {
         "model": args.model,
@@ -124,26 +121,6 @@ def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str,
     }
     write_json(Path(args.output_dir, SUMMARY_FILE), summary)
     return predictions, summary
-
-
-def describe_run(
-    args: EvaluationArguments,
-    data_args: DataArguments,
-    dataset: Dataset,
-    model: HierBD3LMForBlockDiffusion,
-    settings: HierBD3LMGenerationConfig,
-) -> dict[str, Any]:
-    """All that decides what is predicted, and how fast."""
-    return {
-        "data": asdict(data_args),
-        "split": args.split,
-        "num_examples": len(dataset),
-        "hash_of_data": hash_of_data(dataset),
-        "checksum_of_weights": checksum_of_weights(model),
-        "batch_size": args.batch_size,
-        "num_samples": args.num_samples,
-        "device": str(model.device),
-    } | settings_of(settings)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -37,6 +37,8 @@ from .data.answers import (
     wilson_interval,
 )
 from .data.collator import check_content, collate_questions, encode_example, over_long_segments
+from .data.splits import DataArguments
+from .evaluation_data import CheckpointArguments
 from .generation_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
 from .modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
@@ -542,6 +544,21 @@ def checksum_of_weights(model: torch.nn.Module) -> int:
     """Sum of all bytes of the weights: another checkpoint in the same folder is another run."""
     tensors = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in model.state_dict().values()]
     return sum(int(tensor.sum(dtype=torch.int64)) for tensor in tensors)
+
+
+def describe_run(
+    args: CheckpointArguments, data_args: DataArguments, dataset: Dataset, model: HierBD3LMForBlockDiffusion
+) -> dict[str, Any]:
+    """What decides on a run over a checkpoint's answers, beside the settings that a command has of its own."""
+    return {
+        "data": asdict(data_args),
+        "split": args.split,
+        "num_examples": len(dataset),
+        "hash_of_data": hash_of_data(dataset),
+        "checksum_of_weights": checksum_of_weights(model),
+        "batch_size": args.batch_size,
+        "device": str(model.device),
+    }
 
 
 def settings_of(settings: HierBD3LMGenerationConfig) -> dict[str, Any]:
