@@ -42,6 +42,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # at the base size only
     "hier, joint": {"joint": True},
     "hier, joint, no mask": {"joint": True, "hierarchical_mask": False},
 }
+TOKENS_FIRST = "hier, tokens first"  # half of the steps in blocks of one token, then the recipe's blocks from there
+ABLATIONS[TOKENS_FIRST] = {}
 ANALYSED = ("hier", "hier, no mask")  # whether the execution follows the plan
 SIZES = {"small": (64, 2), "base": (96, 3)}  # hidden size, heads
 # One or two operations: what models of this size begin to solve within the steps that 90 minutes allow.
@@ -61,8 +63,8 @@ COLUMNS = {
     "tokens/s": ("eval/summary.json", "tokens_per_second"),
     "NFE": ("eval/summary.json", "num_forward_passes_mean"),
     "tokens/forward": ("eval/summary.json", "tokens_per_forward"),
-    "training s": ("train_results.json", "train_runtime"),
 }
+TRAINING_TIME = "training s"
 EQUAL_TIME = "PPL, equal time"
 ANALYSIS_COLUMNS = {
     "own plan": "own_exact_match",
@@ -96,7 +98,7 @@ class Run:
         python, folder = sys.executable, str(self.folder)
         limit = ["--limit", str(NUM_ANSWERS)] if self.data == "synthetic" else []
         commands = {
-            "data_config.json": [str(ROOT / "train.py"), self.recipe, *self.training_flags()],
+            **{f"{part}data_config.json": self.training(part) for part in self.parts()},
             "likelihood.json": [str(ROOT / "eval_ppl.py"), "--model", folder, "--num_draws", "4", *limit],
             "eval/summary.json": [str(ROOT / "eval_gsm8k.py"), "--model", folder, *limit],
         }
@@ -104,12 +106,18 @@ class Run:
             commands["analysis/analysis.json"] = ["-m", "hierbd3lm.analysis", "--model", folder, *limit]
         return {file: [python, *command] for file, command in commands.items()}
 
-    def training_flags(self) -> list[str]:
-        """The settings of train.py beyond the recipe's."""
-        settings: dict[str, Any] = {"output_dir": str(self.folder), "max_steps": self.steps, "seed": self.seed}
+    def parts(self) -> dict[str, int]:
+        """The subfolders of what is trained one after the other, with the steps of each."""
+        half = self.steps // 2
+        return {"tokens/": half, "": self.steps - half} if self.algorithm == TOKENS_FIRST else {"": self.steps}
+
+    def training(self, part: str = "") -> list[str]:
+        """The command line of train.py, with the settings beyond the recipe's."""
+        steps = self.parts()[part]
+        settings: dict[str, Any] = {"output_dir": str(self.folder / part), "max_steps": steps, "seed": self.seed}
         every = self.steps // EVALUATIONS
         settings |= {"eval_steps": every, "save_steps": min(every, MOST_STEPS_AGAIN)}
-        settings |= {"resume_from_checkpoint": "last", "logging_steps": 50, "warmup_steps": self.steps // 20}
+        settings |= {"resume_from_checkpoint": "last", "logging_steps": 50, "warmup_steps": steps // 20}
         # the same for all: one copy, as `ar` has one, and no clipping, as a block of a whole answer must not have it
         settings |= {"noisy_copies": 1, "plan_clip": [0, 1], "execution_clip": [0, 1]}
         if self.data == "synthetic":
@@ -121,7 +129,11 @@ class Run:
             settings |= {"backbone": json.dumps(backbone), "synthetic": json.dumps(PROBLEMS)}
             settings |= {"num_train_examples": BATCH_SIZE * self.steps, "per_device_train_batch_size": BATCH_SIZE}
         settings |= ALGORITHMS.get(self.algorithm) or ABLATIONS.get(self.algorithm, {})
-        flags: list[str] = []
+        if part:
+            settings |= {"block_size": 1}
+        elif len(self.parts()) > 1:  # another seed: other examples first
+            settings |= {"init_from": str(self.folder / "tokens"), "backbone": "null", "seed": self.seed + 1000}
+        flags = [str(ROOT / "train.py"), self.recipe]
         for name, value in settings.items():
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         return flags
@@ -135,11 +147,12 @@ class Run:
                     output = {"stdout": log, "stderr": subprocess.STDOUT}
                     subprocess.run(command, cwd=ROOT, env=environment, check=True, **output)
         row = {column: self._read(file).get(entry) for column, (file, entry) in COLUMNS.items()}
-        row["curve"] = [
-            (entry["step"], entry["eval_nll"])
-            for entry in self._read("trainer_state.json")["log_history"]
-            if "eval_nll" in entry
-        ]
+        row["curve"], before = [], 0
+        for part, steps in self.parts().items():
+            history = self._read(f"{part}trainer_state.json")["log_history"]
+            row["curve"] += [(before + entry["step"], entry["eval_nll"]) for entry in history if "eval_nll" in entry]
+            before += steps
+        row[TRAINING_TIME] = sum(self._read(f"{part}train_results.json")["train_runtime"] for part in self.parts())
         if "analysis/analysis.json" in self.commands():
             analysis = self._read("analysis/analysis.json")
             row |= {column: analysis.get(entry) for column, entry in ANALYSIS_COLUMNS.items()}
@@ -170,9 +183,9 @@ def add_equal_time(results: Results) -> None:
     """Adds the perplexity on the validation split when the fastest run of the same size was through."""
     for size in {run.size for run in results}:
         of_size = {run: row for run, row in results.items() if run.size == size}
-        least = min(row["training s"] for row in of_size.values())
+        least = min(row[TRAINING_TIME] for row in of_size.values())
         for run, row in of_size.items():
-            row[EQUAL_TIME] = math.exp(nll_at(least, row["curve"], row["training s"] / run.steps))
+            row[EQUAL_TIME] = math.exp(nll_at(least, row["curve"], row[TRAINING_TIME] / run.steps))
 
 
 def format_table(results: Results, columns: list[str]) -> str:
@@ -208,7 +221,7 @@ def draw(results: Results, path: Path) -> None:
                 pareto.scatter(*zip(*points, strict=True), color=f"C{number}", marker=marker, label=label)
             for run in of_size[:1]:
                 steps, nll = zip(*results[run]["curve"], strict=True)
-                seconds = [step * results[run]["training s"] / run.steps for step in steps]
+                seconds = [step * results[run][TRAINING_TIME] / run.steps for step in steps]
                 by_step.plot(steps, nll, line, color=f"C{number}", label=algorithm)
                 by_second.plot(seconds, nll, line, color=f"C{number}")
     pareto.set(xlabel="tokens / second", ylabel="exact match (strict)", xscale="log", title="o base, x small")
@@ -223,7 +236,7 @@ def write(results: Results, command: str, jobs: int, threads: int) -> None:
     machine = describe_machine()
     first = next(iter(results))
     num_seeds = len({run.seed for run in results})
-    table = format_table(results, [*COLUMNS, EQUAL_TIME])
+    table = format_table(results, [*COLUMNS, TRAINING_TIME, EQUAL_TIME])
     analysed = {run: row for run, row in results.items() if ANALYSIS_COLUMNS.keys() <= row.keys()}
     note = ", ".join(f"{key} {value}" for key, value in (machine | {"threads": threads}).items())
     problems = f"{NUM_ANSWERS} test problems" if first.data == "synthetic" else "the whole test split"
@@ -233,7 +246,7 @@ def write(results: Results, command: str, jobs: int, threads: int) -> None:
 
 {first.steps:,} optimiser steps on the same examples for every run, {num_seeds} seed(s), {problems}. PPL is the bound
 for the diffusions and exact for `ar` and blocks of one, over the same tokens for all. "{EQUAL_TIME}" is the other view
-of the budget: on the validation split, when the fastest run of that size was through ("training s" holds the
+of the budget: on the validation split, when the fastest run of that size was through ("{TRAINING_TIME}" holds the
 evaluations too). Tokens a second are of batched evaluation; `ar` generates by transformers with its own cache.
 
 {table}

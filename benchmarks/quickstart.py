@@ -22,7 +22,7 @@ from .measure import Measured, bar, measure_parts
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs" / "quickstart.yaml"
 MODELS = {  # folder -> settings beyond the recipe
-    "outputs/quickstart": [],
+    "outputs/quickstart_hier": [],
     "outputs/quickstart_ar": ["--algorithm", "ar", "--noisy_copies", "1"],
 }
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)

@@ -18,7 +18,7 @@ def make_run(algorithm="hier", size="base", seed=0, steps=100):
 
 
 def make_row(**values):
-    columns = dict.fromkeys([*compare.COLUMNS], 1.0)
+    columns = dict.fromkeys(compare.COLUMNS, 1.0)
     return columns | {"curve": [(50, 2.0), (100, 1.0)], "training s": 100.0} | values
 
 
@@ -30,31 +30,46 @@ def test_every_algorithm_runs_at_both_sizes_and_every_ablation_at_one_with_three
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_flags_of_every_run_are_settings_of_training(name):
-    model_args, data_args, args = parse_arguments([RECIPE, *make_run(name).training_flags()])
-    fields = {"algorithm": "hier", "hierarchical_mask": True, "joint": False} | compare.ALGORITHMS.get(name, {})
-    fields |= compare.ABLATIONS.get(name, {})
-    config = HierBD3LMConfig(**model_args.config_fields())
-    assert {key: getattr(config, key) for key in ("algorithm", "hierarchical_mask", "joint")} == {
-        key: fields[key] for key in ("algorithm", "hierarchical_mask", "joint")
-    }
-    assert config.plan_clip == config.execution_clip == [0, 1]
-    assert (args.max_steps, args.noisy_copies, args.resume_from_checkpoint) == (100, 1, "last")
-    assert data_args.num_train_examples == 100 * args.per_device_train_batch_size
+def test_settings_of_every_run_are_those_of_training(name):
+    run, all_steps = make_run(name), 0
+    for part in run.parts():
+        model_args, data_args, args = parse_arguments(run.training(part)[1:])
+        fields = {"algorithm": "hier", "hierarchical_mask": True, "joint": False} | compare.ALGORITHMS.get(name, {})
+        fields |= compare.ABLATIONS.get(name, {})
+        config = HierBD3LMConfig(**model_args.config_fields())
+        assert {key: getattr(config, key) for key in ("algorithm", "hierarchical_mask", "joint")} == {
+            key: fields[key] for key in ("algorithm", "hierarchical_mask", "joint")
+        }
+        assert config.plan_clip == config.execution_clip == [0, 1]
+        assert (args.noisy_copies, args.resume_from_checkpoint) == (1, "last")
+        assert data_args.num_train_examples == 100 * args.per_device_train_batch_size
+        all_steps += args.max_steps
+    assert all_steps == 100
 
 
 def test_runs_differ_in_nothing_but_what_is_compared():
-    flags = {name: make_run(name).training_flags() for name in NAMES}
-    base = flags["hier"]
-    for name, settings in (compare.ALGORITHMS | compare.ABLATIONS).items():
-        added = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    settings = {name: make_run(name).training() for name in NAMES if name != compare.TOKENS_FIRST}
+    base = settings["hier"]
+    for name, words in settings.items():
+        added = compare.ALGORITHMS.get(name) or compare.ABLATIONS.get(name, {})
+        added = [word for key, value in added.items() for word in (f"--{key}", str(value))]
         folder = str(make_run(name).folder)
-        assert flags[name] == [folder if word == str(make_run().folder) else word for word in base] + added
+        assert words == [folder if word == str(make_run().folder) else word for word in base] + added
 
 
-def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_blocks_of_a_token_come_first_where_the_name_says_so():
+    run = make_run(compare.TOKENS_FIRST)
+    first, second = (parse_arguments(run.training(part)[1:]) for part in run.parts())
+    assert list(run.commands())[:2] == ["tokens/data_config.json", "data_config.json"]
+    assert (first[0].block_size, second[0].block_size) == (1, 4)
+    assert second[0].init_from == first[2].output_dir.rstrip("/")
+    assert first[2].seed != second[2].seed
+
+
+@pytest.mark.parametrize("name", ["hier", compare.TOKENS_FIRST])
+def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch, name):
     monkeypatch.setattr(compare, "OUTPUTS", tmp_path)
-    run, called = make_run(), []
+    run, called = make_run(name), []
     files = list(run.commands())
     history = {"log_history": [{"step": 50, "eval_nll": 2.0}, {"loss": 1.0}, {"step": 100, "eval_nll": 1.0}]}
 
@@ -63,20 +78,26 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatc
         called.append(file)
         if file == fails:
             raise subprocess.CalledProcessError(1, command)
-        for name in (file, "trainer_state.json", "train_results.json"):
+        written = {file: {"ppl": 1.5}}
+        if file.endswith("data_config.json"):
+            part = file.removesuffix("data_config.json")
+            written |= {f"{part}trainer_state.json": history, f"{part}train_results.json": {"train_runtime": 2.0}}
+        for name, content in written.items():
             path = run.folder / name
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(history if name == "trainer_state.json" else {"ppl": 1.5}))
+            path.write_text(json.dumps(content))
 
     monkeypatch.setattr(compare.subprocess, "run", lambda command, **kwargs: fake(command, "eval/summary.json"))
     with pytest.raises(subprocess.CalledProcessError):
         run.finish({})
     monkeypatch.setattr(compare.subprocess, "run", lambda command, **kwargs: fake(command, None))
     row = run.finish({})
-    first, second, third, fourth = files
-    assert called == [first, second, third, third, fourth]
+    failed = files.index("eval/summary.json")
+    assert called == [*files[: failed + 1], *files[failed:]]
     assert row["PPL"] == 1.5
-    assert row["curve"] == [(50, 2.0), (100, 1.0)]
+    more = [(100, 2.0), (150, 1.0)] if name == compare.TOKENS_FIRST else []
+    assert row["curve"] == [(50, 2.0), (100, 1.0), *more]
+    assert row["training s"] == 2.0 * len(run.parts())
 
 
 def test_equal_time_is_when_the_fastest_run_of_a_size_was_through():
