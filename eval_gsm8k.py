@@ -54,6 +54,9 @@ class EvaluationArguments(CheckpointArguments):
     threshold: float | None = field(default=None, metadata={"help": "Probability that `confidence` asks for."})
     entropy_bound: float | None = field(default=None, metadata={"help": "Bound of `entropy`, in nats."})
     tokens_per_step: int | None = field(default=None, metadata={"help": "Least tokens revealed in a step."})
+    left_to_right: bool | None = field(
+        default=None, metadata={"help": "Whether `confidence` and `entropy` go through a block from its left."}
+    )
     temperature: float | None = field(default=None, metadata={"help": "0 is greedy."})
     top_p: float | None = field(default=None, metadata={"help": "Nucleus of the tokens' distribution."})
     fill_after_end: bool | None = field(

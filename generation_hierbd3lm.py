@@ -45,6 +45,9 @@ class HierBD3LMGenerationConfig(GenerationConfig):
         threshold (`float`, defaults to 0.9): of `confidence`, in (0, 1].
         entropy_bound (`float`, defaults to 0.1): of `entropy`, in nats, at least 0.
         tokens_per_step (`int`, defaults to 1): tokens that `confidence` and `entropy` reveal a step at the least.
+        left_to_right (`bool`, defaults to `False`):
+            Whether `confidence` and `entropy` go through a block from its left to the first token that they are not
+            sure of (as Stern et al. 2018, section 3), not through the surest tokens first.
         temperature (`float`, defaults to 0.0):
             Of the tokens' distribution; 0 is greedy and draws nothing at random: the scheduled samplers then reveal
             from left to right at evenly spaced times. Which tokens are accepted is never tempered.
@@ -75,6 +78,7 @@ class HierBD3LMGenerationConfig(GenerationConfig):
         self.threshold: float = kwargs.pop("threshold", 0.9)
         self.entropy_bound: float = kwargs.pop("entropy_bound", 0.1)
         self.tokens_per_step: int = kwargs.pop("tokens_per_step", 1)
+        self.left_to_right: bool = kwargs.pop("left_to_right", False)
         self.temperature: float = kwargs.pop("temperature", 0.0)
         self.top_p: float = kwargs.pop("top_p", 1.0)
         self.fill_after_end: bool = kwargs.pop("fill_after_end", True)
@@ -105,7 +109,7 @@ class HierBD3LMGenerationConfig(GenerationConfig):
         _check_number(self, "top_p", int | float, "a number in (0, 1]", lambda value: 0 < value <= 1)
         _check_number(self, "entropy_bound", int | float, "a number >= 0", lambda value: value >= 0)
         _check_number(self, "temperature", int | float, "a finite number >= 0", lambda value: 0 <= value < math.inf)
-        for name in ("fill_after_end", "compile_steps"):
+        for name in ("left_to_right", "fill_after_end", "compile_steps"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, but got {getattr(self, name)!r}")
 
@@ -776,12 +780,14 @@ def accept_adaptively(
     else:
         doubt = torch.special.entr(probabilities).sum(dim=-1)
     doubt = torch.full(candidates.shape, torch.inf, device=doubt.device).masked_scatter(candidates, doubt)
-    sorted_doubt, order = doubt.sort(dim=1, stable=True)
+    key = (~candidates).long() if settings.left_to_right else doubt
+    order = key.argsort(dim=1, stable=True)
+    doubt = doubt.gather(1, order)
     if settings.sampler == "confidence":
-        sure = sorted_doubt < -settings.threshold
+        sure = (doubt < -settings.threshold).cumprod(dim=1).bool()
     else:
         # The joint's divergence from the product of marginals is at most the sum of all entropies but the largest.
-        sure = sorted_doubt.cumsum(dim=1) - sorted_doubt <= settings.entropy_bound
+        sure = doubt.cumsum(dim=1) - doubt.cummax(dim=1).values <= settings.entropy_bound
     rank = torch.arange(doubt.shape[1], device=doubt.device)
     sure = sure | (rank < settings.tokens_per_step)
     return candidates & torch.zeros_like(candidates).scatter(1, order, sure)

@@ -166,11 +166,12 @@ Results = dict[Run, dict[str, Any]]
 
 
 def choose_runs(data: str, recipe: str, steps: int, quick: bool) -> list[Run]:
-    """Five algorithms at two sizes and their ablations at one, three seeds each; quick or on GSM8K one of each."""
+    """Five algorithms at two sizes with three seeds, and one run of each ablation; quick or on GSM8K one of each."""
     one_of_each = quick or data == "gsm8k"
     sizes, seeds = (["base"], [0]) if one_of_each else (list(SIZES), [0, 1, 2])
-    names = [(name, size) for size in sizes for name in (*ALGORITHMS, *(ABLATIONS if size == "base" else ()))]
-    return [Run(name, size, seed, steps, data, recipe) for name, size in names for seed in seeds]
+    kinds = [(name, size, seed) for size in sizes for name in ALGORITHMS for seed in seeds]
+    kinds += [(name, "base", 0) for name in ABLATIONS]
+    return [Run(name, size, seed, steps, data, recipe) for name, size, seed in kinds]
 
 
 def nll_at(seconds: float, curve: list[tuple[int, float]], seconds_per_step: float) -> float:
@@ -244,10 +245,11 @@ def write(results: Results, command: str, jobs: int, threads: int) -> None:
 
 `{command}`: {note}; runs side by side: {jobs}.
 
-{first.steps:,} optimiser steps on the same examples for every run, {num_seeds} seed(s), {problems}. PPL is the bound
-for the diffusions and exact for `ar` and blocks of one, over the same tokens for all. "{EQUAL_TIME}" is the other view
-of the budget: on the validation split, when the fastest run of that size was through ("{TRAINING_TIME}" holds the
-evaluations too). Tokens a second are of batched evaluation; `ar` generates by transformers with its own cache.
+{first.steps:,} optimiser steps on the same examples for every run; {num_seeds} seed(s), one where there is no +/-;
+{problems}. PPL is the bound for the diffusions and exact for `ar` and blocks of one, over the same tokens
+for all. "{EQUAL_TIME}" is the other view of the budget: on the validation split, when the fastest run of that size was
+through ("{TRAINING_TIME}" holds the evaluations too). Tokens a second are of batched evaluation; `ar` generates by
+transformers with its own cache. "{TOKENS_FIRST}" takes half of its steps in blocks of one token.
 
 {table}
 

@@ -47,7 +47,8 @@ def denoise(model, question, plan=None, **settings) -> Denoised:
 class SlowDenoiser:
     def __init__(self, model, settings):
         defaults = {"stage": "full", "sampler": "confidence", "num_steps": 16, "threshold": 0.9, "entropy_bound": 0.1}
-        defaults |= {"tokens_per_step": 1, "temperature": 0.0, "top_p": 1.0, "fill_after_end": True, "seed": 0}
+        defaults |= {"tokens_per_step": 1, "left_to_right": False, "temperature": 0.0, "top_p": 1.0}
+        defaults |= {"fill_after_end": True, "seed": 0}
         self.settings = defaults | {"max_plan_len": None, "max_execution_len": None} | settings
         self.model, self.config = model, model.config
         self.generator = torch.Generator().manual_seed(self.settings["seed"])
@@ -183,20 +184,19 @@ class SlowDenoiser:
 
     def _accepted(self, masked, logits, drafted):
         """The places whose drafts stay, by the untempered probabilities."""
-        sampler, accepted, entropy_before = self.settings["sampler"], [], 0.0
+        sampler, accepted, entropies, sure = self.settings["sampler"], [], [], True
         if sampler in ("first_hitting", "ancestral"):
             return masked
         probabilities = {place: row.softmax(dim=0).tolist() for place, row in zip(masked, logits, strict=True)}
         confidence = {place: probabilities[place][drafted[place]] for place in masked}
         entropy = {place: -sum(p * math.log(p) for p in row if p > 0) for place, row in probabilities.items()}
-        for place in sorted(
-            masked, key=lambda place: -confidence[place] if sampler == "confidence" else entropy[place]
-        ):
+        doubt = {place: -confidence[place] if sampler == "confidence" else entropy[place] for place in masked}
+        for place in sorted(masked) if self.settings["left_to_right"] else sorted(masked, key=doubt.get):
+            entropies.append(entropy[place])
             if sampler == "confidence":
-                sure = confidence[place] > self.settings["threshold"]
+                sure = sure and confidence[place] > self.settings["threshold"]
             else:
-                sure = entropy_before <= self.settings["entropy_bound"]
+                sure = sum(entropies) - max(entropies) <= self.settings["entropy_bound"]
             if sure or len(accepted) < self.settings["tokens_per_step"]:
                 accepted.append(place)
-                entropy_before += entropy[place]
         return accepted

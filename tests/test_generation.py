@@ -10,7 +10,7 @@ from scipy import stats
 from transformers import Gemma3TextConfig, GenerationConfig, GPT2Config, Qwen3Config
 from transformers.generation.streamers import TextDiffusionStreamer, TextStreamer
 
-from hierbd3lm.generation_hierbd3lm import BlockCache, HierBD3LMGenerationConfig, sample_tokens
+from hierbd3lm.generation_hierbd3lm import BlockCache, HierBD3LMGenerationConfig, accept_adaptively, sample_tokens
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .reference_generation import MOVE_CHANCE, SlowDenoiser, denoise
@@ -170,6 +170,33 @@ def test_ancestral_sampling_follows_the_noise_schedule(noise):
     for seed, num_steps in enumerate((1, 2, 5, 40)):
         settings = {"num_steps": num_steps, "seed": seed, "temperature": 1.0, "stage": "plan"}
         assert_same_as_reference(model, QUESTION, sampler="ancestral", **settings)
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 2])
+@pytest.mark.parametrize("sampler", ["confidence", "entropy"])
+def test_left_to_right_equals_recomputing_everything(sampler, tokens_per_step):
+    passes = {}
+    for seed, (bound, temperature) in enumerate(itertools.product((0.1, 0.35, 1.0), (0.0, 1.0))):
+        settings = {"threshold": bound, "entropy_bound": 8 * bound, "tokens_per_step": tokens_per_step}
+        settings |= {"temperature": temperature, "seed": seed, "sampler": sampler}
+        model = speaker(6, 6, end_bias=-1.0)
+        assert_same_as_reference(model, QUESTION, left_to_right=True, **settings)
+        passes[seed] = [generate_one(model, QUESTION, left_to_right=order, **settings) for order in (True, False)]
+    assert any(not torch.equal(ours.sequences, other.sequences) for ours, other in passes.values())
+
+
+def test_left_to_right_stops_at_the_first_token_that_is_not_sure():
+    confidence = torch.tensor([[0.5, 0.95, 0.99, 0.6], [0.99, 0.92, 0.5, 0.99]])
+    logits = torch.stack([confidence.log(), (1 - confidence).log()], dim=-1).flatten(0, 1)
+    candidates, tokens = torch.ones(2, 4, dtype=torch.bool), torch.zeros(8, dtype=torch.long)
+    settings = HierBD3LMGenerationConfig(left_to_right=True)
+    assert accept_adaptively(candidates, logits, tokens, settings).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
+    settings.left_to_right = False
+    assert accept_adaptively(candidates, logits, tokens, settings).int().tolist() == [[0, 1, 1, 0], [1, 1, 0, 1]]
+    candidates[0, 0] = False  # what is revealed already is passed over
+    settings.left_to_right = True
+    accepted = accept_adaptively(candidates, logits[1:], tokens[1:], settings)
+    assert accepted.int().tolist() == [[0, 1, 1, 0], [1, 1, 0, 0]]
 
 
 @pytest.mark.parametrize("settings", [{"max_plan_len": 4, "max_execution_len": 6}, {"tokens_per_step": 3}])
@@ -733,6 +760,7 @@ def test_an_unknown_setting_is_refused(name):
         ("top_p", [0.0, 1.5, math.nan, None], r"a number in \(0, 1\]"),
         ("entropy_bound", [-0.1, math.nan, None], "a number >= 0"),
         ("temperature", [-1, math.nan, math.inf, None, True], "number >= 0"),
+        ("left_to_right", [1, None, "yes"], "True or False"),
         ("fill_after_end", [1, None, "yes"], "True or False"),
         ("seed", [-1, 1.0, "1"], "an integer >= 0 or None"),
         ("max_plan_len", [-1, 1.0], "an integer >= 0 or None"),
@@ -860,6 +888,7 @@ SAVED = {
     "threshold": 0.25,
     "entropy_bound": 0.75,
     "tokens_per_step": 2,
+    "left_to_right": True,
     "temperature": 1.0,
     "top_p": 0.5,
     "fill_after_end": False,
