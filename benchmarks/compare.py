@@ -295,7 +295,7 @@ def main() -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, but got {value}")
-    steps = args.steps or (500 if args.quick else 1200)
+    steps = args.steps or (500 if args.quick else 1000)
     recipe = args.recipe or str(ROOT / "configs" / f"{'gsm8k_small' if args.data == 'gsm8k' else 'quickstart'}.yaml")
     threads = max(1, cores // args.jobs)
     runs = choose_runs(args.data, recipe, steps, args.quick)

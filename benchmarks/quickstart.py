@@ -1,6 +1,6 @@
 """What denoising several tokens a pass gives on the quickstart model, against an autoregressive one of the same size.
 
-`python -m hierbd3lm.benchmarks.quickstart`. The model of `make demo`, and one that learns token after token by the same
+`python -m hierbd3lm.benchmarks.quickstart`. The model of `make demo`, and one that learns token after token by its
 recipe, in as many steps as that has; each is trained unless it is there. Order and threshold of the confidence sampler
 are chosen on the validation split; what is reported is of the test split, answered one problem at a time, in turns.
 """
@@ -103,7 +103,8 @@ def measure_confidence() -> Measured:
         for name in answerers
         if name.startswith("confidence")
     ]
-    lost = right["first_hitting"] - right["confidence, eager"]
+    num_right = {name: sum(line["exact_match_strict"] for line in lines) for name, lines in predictions.items()}
+    lost = (num_right["first_hitting"] - num_right["confidence, eager"]) / len(test)
     bars.append(bar("exact match that confidence loses to first_hitting", lost, MOST_LOST, True))
     details = {
         "settings": settings,
