@@ -34,6 +34,7 @@ bench: $(SETUP)
 	$(BIN)/python -m hierbd3lm.benchmarks.generation
 	$(BIN)/python -m hierbd3lm.benchmarks.variance
 	$(BIN)/python -m hierbd3lm.benchmarks.profile
+	$(BIN)/python -m hierbd3lm.benchmarks.bars
 
 compare: $(SETUP)
 	$(BIN)/python -m hierbd3lm.benchmarks.compare

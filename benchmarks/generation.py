@@ -143,8 +143,11 @@ def measure_ragged(repeats: int) -> Measured:
 
     def run(blocks: list[int]) -> None:
         denoiser = type("Denoiser", (EndingDenoiser,), {"blocks": torch.tensor(blocks)})
-        with mock.patch("hierbd3lm.generation_hierbd3lm.BlockDenoiser", denoiser):
-            model.generate(input_ids, plan_ids=plan_ids, stage="execution", sampler="ancestral", num_steps=4)
+        with mock.patch("hierbd3lm.orders_hierbd3lm.BlockDenoiser", denoiser):
+            output = model.generate(input_ids, plan_ids=plan_ids, stage="execution", sampler="ancestral", num_steps=4)
+        passes = [4 * (number - 1) + 1 for number in blocks]  # the last block is one `<|end|>` after another
+        if output.num_forward_passes.tolist() != passes:
+            raise RuntimeError(f"the rows must take {passes} passes, but took {output.num_forward_passes.tolist()}")
 
     lengths = sorted(set(RAGGED_BLOCKS))
     cases = {f"all {length} blocks": functools.partial(run, [length] * 32) for length in lengths}
