@@ -20,6 +20,7 @@ from .collator import (
     example_length,
     over_long_segments,
 )
+from .detokenization import detokenize
 from .gsm8k import HUB_IDS, load_gsm8k, load_gsm8k_rows
 
 logger = logging.get_logger(__name__)
@@ -84,6 +85,7 @@ def load_documents(
     split: str | None = None,
     name: str | None = None,
     text_column: str = "text",
+    detokenizer: str | None = None,
     **load_dataset_kwargs: Any,
 ) -> Dataset | IterableDataset:
     """Loads plain text: a dataset with the column `text` alone, a document a row.
@@ -91,6 +93,7 @@ def load_documents(
     Args:
         path_or_hub_id, split, name: as in [`load_reasoning_dataset`]; also a `.txt` file, with a document a line.
         text_column: which column the documents are.
+        detokenizer: rules by which words are put together again, see [`detokenize`]; the texts as they are if omitted.
         load_dataset_kwargs: for `datasets.load_dataset`; `streaming=True` gives a stream, of a saved dataset too.
 
     Raises:
@@ -104,7 +107,17 @@ def load_documents(
             f"`text_column` must be one of {', '.join(columns)} for {path_or_hub_id}, but got {text_column!r}"
         )
     dataset = dataset.select_columns(text_column)
-    return dataset if text_column == "text" else dataset.rename_column(text_column, "text")
+    dataset = dataset if text_column == "text" else dataset.rename_column(text_column, "text")
+    if detokenizer is None:
+        return dataset
+    uncached = (
+        {"load_from_cache_file": False} if isinstance(dataset, Dataset) else {}
+    )  # its key does not see the rules
+    return dataset.map(_detokenize_row, fn_kwargs={"rules": detokenizer}, **uncached)
+
+
+def _detokenize_row(row: dict[str, Any], rules: str) -> dict[str, Any]:
+    return {"text": detokenize(row["text"], rules)}
 
 
 def prepare_dataset(

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
 from .arguments import check_at_least
+from .detokenization import RULES
 from .gsm8k import HUB_IDS, load_gsm8k_rows
 from .loading import load_documents, load_reasoning_dataset, prepare_dataset
 from .near_duplicates import NEAR_DUPLICATE, highest_similarities
@@ -45,6 +46,10 @@ class DataArguments:
     wrap: bool = field(
         default=True,
         metadata={"help": "Plain text: joins documents and cuts them into rows, else each has rows of its own."},
+    )
+    detokenizer: str | None = field(
+        default=None,
+        metadata={"help": f"Plain text: rules that put words together again, {', '.join(RULES)}; none if omitted."},
     )
     streaming: bool = field(
         default=False,
@@ -94,10 +99,13 @@ class DataArguments:
         if self.text_column is None and self.dataset.endswith(".txt") and not self.auto_split:
             self.text_column = TEXT
         if self.text_column is None:
-            self._check_default("streaming", False, "without `text_column`")
+            for name, default in (("streaming", False), ("detokenizer", None)):
+                self._check_default(name, default, "without `text_column`")
         else:
             for name, default in (("auto_split", False), ("num_synthetic_examples", 0), ("tested_on", None)):
                 self._check_default(name, default, f"for plain text, `text_column={self.text_column}`")
+        if self.detokenizer is not None and self.detokenizer not in RULES:
+            raise ValueError(f"`detokenizer` must be one of {', '.join(RULES)}, but got {self.detokenizer!r}")
         for name, low in (("num_train_examples", 1), ("num_validation_examples", 0), ("num_synthetic_examples", 0)):
             check_at_least(name, getattr(self, name), low)
         if self.dataset == SYNTHETIC and self.num_synthetic_examples:
@@ -230,4 +238,4 @@ def _load(args: DataArguments, split: str | None, streaming: bool = False) -> Da
     if args.text_column is None:
         return load_reasoning_dataset(args.dataset, split, args.dataset_name, auto_split=args.auto_split, **of_hub)
     of_hub |= {"streaming": True} if streaming else {}
-    return load_documents(args.dataset, split, args.dataset_name, args.text_column, **of_hub)
+    return load_documents(args.dataset, split, args.dataset_name, args.text_column, args.detokenizer, **of_hub)

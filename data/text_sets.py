@@ -4,9 +4,8 @@ The sets and splits are those of MDLM's table 3 (Sahoo et al. 2024; `dataloader.
 validation where it does not say test), which BD3-LM's zero-shot table repeats. All are wrapped. WikiText-103 has the
 validation split of WikiText-2.
 
-Two things differ from the published numbers. The texts are taken as they are: MDLM undoes the tokenization of PTB,
-WikiText, LM1B and the papers by rules (and opens a LAMBADA text with a line break), and no such rule is applied here.
-And a row has one given token in front and none behind it, where MDLM closes every row by an EOS token that it counts.
+One thing differs from the published numbers: a row has one given token in front and none behind it, where MDLM closes
+every row by an EOS token that it counts.
 
 The Hub was not reached when this table was written. The names are of repositories that hold data files and no script,
 which `datasets` no longer runs, or of the Hub's own conversion to parquet: PTB. Those of PubMed and arXiv are the
@@ -21,19 +20,27 @@ TEXT_SETS: dict[str, dict[str, Any]] = {
         "dataset_revision": "refs/convert/parquet",
         "dataset_test_split": "validation",
         "text_column": "sentence",
+        "detokenizer": "ptb",
     },
     "wikitext": {
         "dataset": "Salesforce/wikitext",
         "dataset_name": "wikitext-103-raw-v1",
         "dataset_test_split": "validation",
         "text_column": "text",
+        "detokenizer": "wikitext",
     },
-    "lm1b": {"dataset": "dvruette/lm1b", "dataset_test_split": "test", "text_column": "text"},
+    "lm1b": {
+        "dataset": "dvruette/lm1b",
+        "dataset_test_split": "test",
+        "text_column": "text",
+        "detokenizer": "lm1b",
+    },
     "lambada": {
         "dataset": "EleutherAI/lambada_openai",
         "dataset_name": "default",
         "dataset_test_split": "test",
         "text_column": "text",
+        "detokenizer": "lambada",
     },
     "ag_news": {"dataset": "fancyzhx/ag_news", "dataset_test_split": "test", "text_column": "text"},
     "pubmed": {
@@ -41,11 +48,13 @@ TEXT_SETS: dict[str, dict[str, Any]] = {
         "dataset_name": "document",
         "dataset_test_split": "validation",
         "text_column": "article",
+        "detokenizer": "papers",
     },
     "arxiv": {
         "dataset": "ccdv/arxiv-summarization",
         "dataset_name": "document",
         "dataset_test_split": "validation",
         "text_column": "article",
+        "detokenizer": "papers",
     },
 }

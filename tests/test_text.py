@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from hierbd3lm import eval_ppl, evaluation_data, train
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.data.collator import HierarchicalDataCollator
+from hierbd3lm.data.detokenization import RULES, detokenize
 from hierbd3lm.data.loading import load_documents
 from hierbd3lm.data.splits import DataArguments, load_split
 from hierbd3lm.data.text import WRAPPED_TOGETHER, prepare_text
@@ -469,6 +470,7 @@ def test_the_sets_are_those_of_the_published_tables():
     by_test = {name for name, settings in TEXT_SETS.items() if settings["dataset_test_split"] == "test"}
     assert by_test == {"lm1b", "lambada", "ag_news"}  # the others by validation
     assert all(DataArguments(**settings).wrap for settings in TEXT_SETS.values())
+    assert {settings.get("detokenizer") for settings in TEXT_SETS.values()} == {None, *RULES}
     assert len({settings["dataset"] for settings in TEXT_SETS.values()}) == 7
 
 
@@ -476,6 +478,8 @@ def test_the_sets_are_those_of_the_published_tables():
 def test_a_set_is_measured_by_its_name(name, tmp_path, tokenizer, monkeypatch, capsys):
     settings = TEXT_SETS[name]
     column, split = settings["text_column"], settings["dataset_test_split"]
+    rules = settings.get("detokenizer")
+    documents = [text if rules is None else detokenize(text, rules) for text in many_documents(9)]
     rows = Dataset.from_dict({column: many_documents(9), "other": list(range(9))})
     for part, number in (("train", 2), (split, 9)):
         rows.select(range(number)).to_json(tmp_path / "hub" / f"{part}.jsonl")
@@ -484,10 +488,10 @@ def test_a_set_is_measured_by_its_name(name, tmp_path, tokenizer, monkeypatch, c
     checkpoint(tmp_path / "model", tokenizer)
     result = measure(monkeypatch, tmp_path / "model", dataset=name, num_draws=1)
     assert (result["split"], result["num_documents"]) == (split, 9)
-    assert result["num_tokens"] == sum(map(len, many_documents(9))) + 9
+    assert result["num_tokens"] == sum(map(len, documents)) + 9
     assert f"{tmp_path / 'hub'}, {split}" in capsys.readouterr().out
     limited = measure(monkeypatch, tmp_path / "model", dataset=name, num_draws=1, limit=4)
-    assert limited["num_tokens"] == sum(map(len, many_documents(9)[:4])) + 4
+    assert limited["num_tokens"] == sum(map(len, documents[:4])) + 4
 
 
 def test_a_column_of_text_can_be_named(tmp_path, tokenizer, monkeypatch):
