@@ -55,6 +55,10 @@ class DataArguments:
         default=False,
         metadata={"help": "Plain text: reads the training split while it trains, in its order, without a copy of it."},
     )
+    shuffle_buffer: int = field(
+        default=0,
+        metadata={"help": "Documents of a stream that the next one is drawn from; 0 keeps the stream's order."},
+    )
     synthetic: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Fields of SyntheticConfig, as JSON, for the synthetic problems."}
     )
@@ -106,8 +110,11 @@ class DataArguments:
                 self._check_default(name, default, f"for plain text, `text_column={self.text_column}`")
         if self.detokenizer is not None and self.detokenizer not in RULES:
             raise ValueError(f"`detokenizer` must be one of {', '.join(RULES)}, but got {self.detokenizer!r}")
-        for name, low in (("num_train_examples", 1), ("num_validation_examples", 0), ("num_synthetic_examples", 0)):
-            check_at_least(name, getattr(self, name), low)
+        if not self.streaming:
+            self._check_default("shuffle_buffer", 0, "without `streaming`")
+        check_at_least("num_train_examples", self.num_train_examples, 1)
+        for name in ("num_validation_examples", "num_synthetic_examples", "shuffle_buffer"):
+            check_at_least(name, getattr(self, name), 0)
         if self.dataset == SYNTHETIC and self.num_synthetic_examples:
             raise ValueError(
                 f"`num_synthetic_examples` must be 0 for `dataset: synthetic`, but got {self.num_synthetic_examples}"
@@ -204,6 +211,8 @@ def _stream(args: DataArguments, split: str, num_documents: int | None) -> Datas
         documents = documents.skip(args.num_validation_examples)
     if num_documents is not None:
         documents = documents.take(num_documents)
+    if split == "train" and args.shuffle_buffer:
+        documents = documents.shuffle(seed=0, buffer_size=args.shuffle_buffer)  # the same whenever it is read
     return documents if split == "train" else Dataset.from_list(list(documents))
 
 

@@ -366,11 +366,12 @@ def evaluation_tokenizer(folder):
     return eval_ppl.load_model(str(folder), "cpu")[1]
 
 
-def test_training_on_a_stream_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch, tokenizer):
+@pytest.mark.parametrize("shuffle_buffer", [0, 100])
+def test_training_on_a_stream_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch, tokenizer, shuffle_buffer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     stream = {"dataset": write_lines(tmp_path / "lines.txt", many_documents(1500)), "streaming": True}
     stream |= {"tokenizer": str(tmp_path / "tokenizer"), "vocab_size": None, "save_strategy": "steps"}
-    stream |= {"max_steps": 6, "save_steps": 4, "eval_noise_draws": 1}
+    stream |= {"max_steps": 6, "save_steps": 4, "eval_noise_draws": 1, "shuffle_buffer": shuffle_buffer}
     seen = record_batches(monkeypatch)
     whole = load_file(run(monkeypatch, tmp_path / "whole", **stream) / "model.safetensors")
     expected = list(seen)
@@ -406,6 +407,21 @@ def test_a_stream_holds_its_first_documents_out(tmp_path):
     assert load_split(args, "validation")["text"][:] == texts[:5]
 
 
+def test_a_stream_is_shuffled_within_its_buffer(tmp_path):
+    texts = many_documents(60)
+    args = DataArguments(
+        dataset=write_lines(tmp_path / "lines.txt", texts),
+        streaming=True,
+        shuffle_buffer=20,
+        num_validation_examples=5,
+        num_train_examples=50,
+    )
+    read, again = ([row["text"] for row in load_split(args, "train")] for _ in range(2))
+    assert read == again != texts[5:55]
+    assert sorted(read) == sorted(texts[5:55])
+    assert all(texts.index(text) - 5 < place + 20 for place, text in enumerate(read))  # none before it is in the buffer
+
+
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "saved", "folder"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_documents_are_read_from_wherever_they_are(kind, streaming, tmp_path):
@@ -432,6 +448,7 @@ def test_documents_are_read_from_wherever_they_are(kind, streaming, tmp_path):
     ("setting", "message"),
     [
         ({"streaming": True}, "`streaming` must be False without `text_column`"),
+        ({"text_column": "text", "shuffle_buffer": 9}, "`shuffle_buffer` must be 0 without `streaming`"),
         ({"text_column": "text", "auto_split": True}, "`auto_split` must be False for plain text"),
         ({"text_column": "text", "tested_on": "gsm8k"}, "`tested_on` must be None for plain text"),
     ],
