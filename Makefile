@@ -8,7 +8,8 @@ TOKENWISE := outputs/quickstart_tokenwise
 
 .PHONY: demo test test-slow lint format bench compare clean
 
-# In blocks of one token, whose NELBO is the likelihood itself, a model learns fastest; blocks of four start from there.
+# In blocks of one token, whose NELBO is the likelihood itself, a model learns fastest; blocks of four start from there
+# (with the checkpoint's backbone, not the recipe's).
 demo: $(SETUP)
 	$(TRAIN) --output_dir $(TOKENWISE) --block_size 1 --noisy_copies 1 --max_steps 2500
 	$(TRAIN) --init_from $(TOKENWISE) --backbone null --seed 1 --noisy_copies 2 --max_steps 1800 \
