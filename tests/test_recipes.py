@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -14,7 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModel, Qwen2Config, Qwen3Config
 
-from hierbd3lm import train
+from hierbd3lm import eval_gsm8k, train
 from hierbd3lm.adapters import check_adapter
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.data.splits import DataArguments
@@ -62,6 +63,19 @@ def test_a_recipe_is_a_model_data_and_a_training(name, tmp_path):
     SyntheticConfig(**data_args.synthetic)
     assert args.learning_rate > 0 and args.warmup_steps > 0 and args.ema_decay > 0
     assert data_args.num_validation_examples > 0 and args.eval_strategy != "no"
+
+
+def test_the_demo_goes_from_blocks_of_one_token_to_those_that_it_answers_with():
+    printed = subprocess.run(["make", "-n", "demo"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    commands = [shlex.split(line) for line in printed.replace("\\\n", " ").splitlines()]
+    runs = [words[words.index("train.py") + 1 :] for words in commands if "train.py" in words]
+    tokenwise, blockwise = (train.parse_arguments(words) for words in runs)
+    assert (tokenwise[0].block_size, tokenwise[0].init_from) == (1, None)
+    assert (blockwise[0].block_size, blockwise[0].init_from) == (4, tokenwise[2].output_dir)
+    assert tokenwise[2].output_dir != blockwise[2].output_dir
+    assert tokenwise[1] == blockwise[1]  # the same problems, so that none of the other's held-out ones is trained on
+    (answers,) = [words[words.index("eval_gsm8k.py") + 1 :] for words in commands if "eval_gsm8k.py" in words]
+    assert eval_gsm8k.parse_arguments(answers).model == blockwise[2].output_dir
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -192,7 +206,7 @@ def fake(path, script):
 SHARDED_SCRIPT = """
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from hierbd3lm import train
+from hierbd3lm import eval_gsm8k, train
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
