@@ -419,9 +419,7 @@ def test_a_stream_is_shuffled_within_its_buffer(tmp_path):
     read, again = ([row["text"] for row in load_split(args, "train")] for _ in range(2))
     assert read == again != texts[5:55]
     assert sorted(read) == sorted(texts[5:55])
-    assert all(
-        texts.index(text) - 5 < place + 20 for place, text in enumerate(read)
-    )  # once it is in the buffer
+    assert all(texts.index(text) - 5 < place + 20 for place, text in enumerate(read))  # once it is in the buffer
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "saved", "folder"])
