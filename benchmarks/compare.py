@@ -1,8 +1,9 @@
 """The algorithms side by side: the same backbone, data, tokenizer, optimiser steps and evaluation for each.
 
-`python -m hierbd3lm.benchmarks.compare [--quick] [--data gsm8k]`, or `make compare`. Every run is a few command lines
-in a folder of its own: train.py, eval_ppl.py, eval_gsm8k.py, and for the hierarchy hierbd3lm.analysis. An interrupted
-comparison goes on where it stopped. Writes docs/comparison.md, docs/comparison.png and results/compare.json.
+`python -m hierbd3lm.benchmarks.compare [--quick] [--data gsm8k] [--only ar hier]`, or `make compare`. A run is a few
+command lines in a folder of its own: train.py, eval_ppl.py, eval_gsm8k.py, and for the hierarchy hierbd3lm.analysis.
+An interrupted comparison goes on where it stopped. Writes docs/comparison.md, docs/comparison.png and
+results/compare.json, with `_gsm8k` in their names for GSM8K.
 """
 
 import argparse
@@ -10,9 +11,11 @@ import functools
 import json
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,6 +62,7 @@ COLUMNS = {
     "PPL plan": ("likelihood.json", "plan_ppl"),
     "PPL execution": ("likelihood.json", "execution_ppl"),
     "exact match": ("eval/summary.json", "exact_match_strict"),
+    "flexible": ("eval/summary.json", "exact_match_flexible"),
     "plan match": ("eval/summary.json", "plan_match"),
     "tokens/s": ("eval/summary.json", "tokens_per_second"),
     "NFE": ("eval/summary.json", "num_forward_passes_mean"),
@@ -165,13 +169,13 @@ class Run:
 Results = dict[Run, dict[str, Any]]
 
 
-def choose_runs(data: str, recipe: str, steps: int, quick: bool) -> list[Run]:
+def choose_runs(data: str, recipe: str, steps: int, quick: bool, only: Sequence[str] = ()) -> list[Run]:
     """Five algorithms at two sizes with three seeds, and one run of each ablation; quick or on GSM8K one of each."""
     one_of_each = quick or data == "gsm8k"
     sizes, seeds = (["base"], [0]) if one_of_each else (list(SIZES), [0, 1, 2])
     kinds = [(name, size, seed) for size in sizes for name in ALGORITHMS for seed in seeds]
     kinds += [(name, "base", 0) for name in ABLATIONS]
-    return [Run(name, size, seed, steps, data, recipe) for name, size, seed in kinds]
+    return [Run(name, size, seed, steps, data, recipe) for name, size, seed in kinds if not only or name in only]
 
 
 def nll_at(seconds: float, curve: list[tuple[int, float]], seconds_per_step: float) -> float:
@@ -237,6 +241,7 @@ def write(results: Results, command: str, jobs: int, threads: int) -> None:
     machine = describe_machine()
     first = next(iter(results))
     num_seeds = len({run.seed for run in results})
+    suffix = "" if first.data == "synthetic" else f"_{first.data}"
     table = format_table(results, [*COLUMNS, TRAINING_TIME, EQUAL_TIME])
     analysed = {run: row for run, row in results.items() if ANALYSIS_COLUMNS.keys() <= row.keys()}
     note = ", ".join(f"{key} {value}" for key, value in (machine | {"threads": threads}).items())
@@ -253,7 +258,7 @@ transformers with its own cache. "{TOKENS_FIRST}" takes half of its steps in blo
 
 {table}
 
-![Exact match against speed, likelihood against steps and seconds](comparison.png)
+![Exact match against speed, likelihood against steps and seconds](comparison{suffix}.png)
 """
     if analysed:
         page += f"""
@@ -265,11 +270,11 @@ carries out the steps of its own plan; and what it does where one operation of t
 
 {format_table(analysed, list(ANALYSIS_COLUMNS))}
 """
-    (DOCS / "comparison.md").write_text(page)
-    draw(results, DOCS / "comparison.png")
+    (DOCS / f"comparison{suffix}.md").write_text(page)
+    draw(results, DOCS / f"comparison{suffix}.png")
     rows = [asdict(run) | row for run, row in results.items()]
     content = {"command": command, "machine": machine, "jobs": jobs, "threads_of_a_run": threads, "runs": rows}
-    (RESULTS / "compare.json").write_text(json.dumps(content, indent=2) + "\n")
+    (RESULTS / f"compare{suffix}.json").write_text(json.dumps(content, indent=2) + "\n")
     print(page)
 
 
@@ -290,6 +295,8 @@ def main() -> None:
     parser.add_argument("--recipe", default=None, help="A YAML file of train.py; that of the data if omitted.")
     parser.add_argument("--steps", type=int, default=None, help="Optimiser steps of each run.")
     parser.add_argument("--jobs", type=int, default=cores, help="Runs side by side, which share the cores.")
+    names = [*ALGORITHMS, *ABLATIONS]
+    parser.add_argument("--only", nargs="+", default=(), choices=names, metavar="NAME", help=f"Some of {names}.")
     args = parser.parse_args()
     for name in ("steps", "jobs"):
         value = getattr(args, name)
@@ -298,10 +305,10 @@ def main() -> None:
     steps = args.steps or (500 if args.quick else 1000)
     recipe = args.recipe or str(ROOT / "configs" / f"{'gsm8k_small' if args.data == 'gsm8k' else 'quickstart'}.yaml")
     threads = max(1, cores // args.jobs)
-    runs = choose_runs(args.data, recipe, steps, args.quick)
+    runs = choose_runs(args.data, recipe, steps, args.quick, args.only)
     results = finish_all(runs, args.jobs, threads)
     add_equal_time(results)
-    write(results, " ".join(["python -m hierbd3lm.benchmarks.compare", *sys.argv[1:]]), args.jobs, threads)
+    write(results, shlex.join(["python", "-m", "hierbd3lm.benchmarks.compare", *sys.argv[1:]]), args.jobs, threads)
 
 
 if __name__ == "__main__":
