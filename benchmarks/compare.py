@@ -230,6 +230,8 @@ def draw(results: Results, path: Path) -> None:
                 by_step.plot(steps, nll, line, color=f"C{number}", label=algorithm)
                 by_second.plot(seconds, nll, line, color=f"C{number}")
     pareto.set(xlabel="tokens / second", ylabel="exact match (strict)", xscale="log", title="o base, x small")
+    pareto.set_xticks(ticks := [200, 500, 1000, 2000, 5000, 10000], map("{:,}".format, ticks))
+    pareto.minorticks_off()
     by_step.set(xlabel="optimiser steps", ylabel="validation NLL (nats / token)", yscale="log", title="seed 0")
     by_second.set(xlabel="seconds of training", yscale="log", title="dotted: small")
     pareto.legend(fontsize=8)
