@@ -5,10 +5,12 @@ recipe, in as many steps as that has; each is trained unless it is there. Order 
 are chosen on the validation split; what is reported is of the test split, answered one problem at a time, in turns.
 """
 
+import functools
 import itertools
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,38 @@ from hierbd3lm.generation_hierbd3lm import resolve_settings
 from .measure import Measured, bar, measure_parts
 
 ROOT = Path(__file__).parents[1]
-TRAIN_AR = [sys.executable, "train.py", "configs/quickstart.yaml", "--output_dir", "outputs/quickstart_ar"]
-TRAIN_AR += ["--resume_from_checkpoint", "last", "--algorithm", "ar", "--noisy_copies", "1"]
-MODELS = {"outputs/quickstart": ["make", "demo"], "outputs/quickstart_ar": TRAIN_AR}  # folder -> what trains it
+DEMO, BLOCKS_OF_8, AR = "outputs/quickstart", "outputs/quickstart_8", "outputs/quickstart_ar"
+TRAIN = [sys.executable, "train.py", "configs/quickstart.yaml", "--resume_from_checkpoint", "last", "--output_dir"]
+COMMANDS = {  # what trains each, in this order: the second starts from where the demo's larger blocks do
+    DEMO: ["make", "demo"],
+    BLOCKS_OF_8: [
+        *TRAIN,
+        BLOCKS_OF_8,
+        *[
+            "--init_from",
+            "outputs/quickstart_tokenwise",
+            "--backbone",
+            "null",
+            "--block_size",
+            "8",
+            "--seed",
+            "1",
+            "--noisy_copies",
+            "2",
+        ],
+        *[
+            "--per_device_train_batch_size",
+            "24",
+            "--max_steps",
+            "1800",
+            "--muon_learning_rate",
+            "0.01",
+            "--learning_rate",
+            "0.001",
+        ],
+    ],
+    AR: [*TRAIN, AR, *["--algorithm", "ar", "--noisy_copies", "1"]],
+}
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 NUM_VALIDATION, NUM_TEST, CHUNK = 500, 500, 50
 MOST_LOST = 0.01  # exact match
@@ -33,7 +64,7 @@ Answerer = tuple[Any, Any, dict[str, Any]]  # model, tokenizer, generation setti
 
 
 def train_missing() -> None:
-    for folder, command in MODELS.items():
+    for folder, command in COMMANDS.items():
         if not (ROOT / folder / "data_config.json").is_file():  # the last file that training writes
             subprocess.run(command, cwd=ROOT, check=True)
 
@@ -72,11 +103,11 @@ def tokens_per_forward(plans: list[dict[str, Any]], answers: list[dict[str, Any]
     return {name: sum(whole[f"num_{name}_tokens"] for whole in answers) / passes[name] for name in passes}
 
 
-def measure_confidence() -> Measured:
+def measure_confidence(folder: str) -> Measured:
     """Bar 7: tokens a second at batch 1 against the AR model's, and what exact match that costs."""
     train_missing()
-    ours, theirs = (load_model(str(ROOT / folder), "cpu") for folder in MODELS)
-    data_args = DataArguments.load(str(ROOT / next(iter(MODELS))))
+    ours, theirs = (load_model(str(ROOT / folder), "cpu") for folder in (folder, AR))
+    data_args = DataArguments.load(str(ROOT / folder))
     validation = load_split(data_args, "validation", NUM_VALIDATION)
     exact_settings = {"sampler": "first_hitting"}
     exact = summarize(answer((*ours, exact_settings), validation, 50))["exact_match_strict"]
@@ -99,13 +130,13 @@ def measure_confidence() -> Measured:
     speed = {name: summary["tokens_per_second"] for name, summary in summaries.items()}
     right = {name: summary["exact_match_strict"] for name, summary in summaries.items()}
     bars = [
-        bar(f"batch 1: tokens/s / AR tokens/s, {name}", speed[name] / speed["ar"], 3.0, False)
+        bar(f"{Path(folder).name}, batch 1: tokens/s / AR tokens/s, {name}", speed[name] / speed["ar"], 3.0, False)
         for name in answerers
         if name.startswith("confidence")
     ]
     num_right = {name: sum(line["exact_match_strict"] for line in lines) for name, lines in predictions.items()}
     lost = (num_right["first_hitting"] - num_right["confidence, eager"]) / len(test)
-    bars.append(bar("exact match that confidence loses to first_hitting", lost, MOST_LOST, True))
+    bars.append(bar(f"{Path(folder).name}: exact match that confidence loses to first_hitting", lost, MOST_LOST, True))
     details = {
         "settings": settings,
         "settings_keep_the_limit_on_validation": keeps_the_limit,
@@ -120,5 +151,10 @@ def measure_confidence() -> Measured:
     return bars, details
 
 
+PARTS: dict[str, Callable[[], Measured]] = {
+    "confidence": functools.partial(measure_confidence, DEMO),
+    "blocks_of_8": functools.partial(measure_confidence, BLOCKS_OF_8),
+}
+
 if __name__ == "__main__":
-    measure_parts("quickstart", {"confidence": measure_confidence}, sys.argv[1:])
+    measure_parts("quickstart", PARTS, sys.argv[1:])
