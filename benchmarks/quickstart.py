@@ -1,8 +1,9 @@
 """What denoising several tokens a pass gives on the quickstart model, against an autoregressive one of the same size.
 
-`python -m hierbd3lm.benchmarks.quickstart`. The model of `make demo`, and one that learns token after token by its
-recipe, in as many steps as that has; each is trained unless it is there. Order and threshold of the confidence sampler
-are chosen on the validation split; what is reported is of the test split, answered one problem at a time, in turns.
+`python -m hierbd3lm.benchmarks.quickstart`. The model of `make demo`, the same with larger blocks, and one that learns
+token after token by its recipe, in as many steps as that has; each is trained unless it is there. Order and threshold
+of the confidence sampler are chosen on the validation split; what is reported is of the test split, answered one
+problem at a time, in turns.
 """
 
 import functools
@@ -24,41 +25,35 @@ from .measure import Measured, bar, measure_parts
 
 ROOT = Path(__file__).parents[1]
 DEMO, BLOCKS_OF_8, AR = "outputs/quickstart", "outputs/quickstart_8", "outputs/quickstart_ar"
-TRAIN = [sys.executable, "train.py", "configs/quickstart.yaml", "--resume_from_checkpoint", "last", "--output_dir"]
-COMMANDS = {  # what trains each, in this order: the second starts from where the demo's larger blocks do
-    DEMO: ["make", "demo"],
-    BLOCKS_OF_8: [
-        *TRAIN,
-        BLOCKS_OF_8,
-        *[
-            "--init_from",
-            "outputs/quickstart_tokenwise",
-            "--backbone",
-            "null",
-            "--block_size",
-            "8",
-            "--seed",
-            "1",
-            "--noisy_copies",
-            "2",
-        ],
-        *[
-            "--per_device_train_batch_size",
-            "24",
-            "--max_steps",
-            "1800",
-            "--muon_learning_rate",
-            "0.01",
-            "--learning_rate",
-            "0.001",
-        ],
-    ],
-    AR: [*TRAIN, AR, *["--algorithm", "ar", "--noisy_copies", "1"]],
-}
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 NUM_VALIDATION, NUM_TEST, CHUNK = 500, 500, 50
 MOST_LOST = 0.01  # exact match
 REPORTED = ("tried", "exact_match_strict", "num_forward_passes_mean")
+
+
+def train(folder: str, **settings: Any) -> list[str]:
+    """The command line that trains a model by the quickstart's recipe."""
+    command = [sys.executable, "train.py", "configs/quickstart.yaml", "--resume_from_checkpoint", "last"]
+    settings = {"output_dir": folder} | settings
+    return command + [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+COMMANDS = {  # what trains each, in this order: the second starts from where the demo's larger blocks do
+    DEMO: ["make", "demo"],
+    BLOCKS_OF_8: train(
+        BLOCKS_OF_8,
+        init_from="outputs/quickstart_tokenwise",
+        backbone="null",
+        block_size=8,
+        seed=1,
+        noisy_copies=2,
+        per_device_train_batch_size=24,
+        max_steps=1800,
+        muon_learning_rate=0.01,
+        learning_rate=0.001,
+    ),
+    AR: train(AR, algorithm="ar", noisy_copies=1),
+}
 
 Answerer = tuple[Any, Any, dict[str, Any]]  # model, tokenizer, generation settings
 
