@@ -25,7 +25,7 @@ def draw_bars(folder: Path) -> None:
     colors = ["tab:green" if row["met"] else "tab:red" for row in rows]
     axes.barh(labels, [factor - 1 for factor in factors], left=1, color=colors)
     axes.set(xscale="log", xlabel="limit kept by a factor of (green), or missed (red)", ylim=(-0.6, len(rows) - 0.4))
-    axes.set_xticks(ticks := [0.2, 0.5, 1, 2, 5, 10, MOST_DRAWN], map(str, ticks), minor=False)
+    axes.set_xticks(ticks := [0.2, 0.5, 1, 2, 5, 10, MOST_DRAWN], map(str, ticks))
     axes.minorticks_off()
     axes.axvline(1, color="black", linewidth=1)
     axes.tick_params(axis="y", labelsize=8)

@@ -27,7 +27,7 @@ from hierbd3lm.likelihood import SEGMENT_NAMES, per_segment, with_predicted_toke
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.objectives import Batch, Objective, make_objective
 
-from .measure import Measured, bar, measure_parts
+from .measure import Measured, as_flags, bar, measure_parts
 
 ROOT = Path(__file__).parents[1]
 BLOCK_SIZES = (4, 8, 16)
@@ -64,9 +64,7 @@ def train(block_size: int) -> Path:
     }
     settings |= {"num_train_examples": 8 * NUM_STEPS, "save_steps": NUM_STEPS, "eval_strategy": "no"}
     command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs" / "quickstart.yaml")]
-    for name, value in settings.items():
-        command += [f"--{name}", str(value)]
-    subprocess.run(command, check=True)
+    subprocess.run(command + as_flags(settings), check=True)
     return folder
 
 

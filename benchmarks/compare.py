@@ -25,7 +25,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from .measure import RESULTS, describe_machine
+from .measure import RESULTS, as_flags, describe_machine
 
 ROOT = Path(__file__).parents[1]
 OUTPUTS = ROOT / "outputs" / "compare"
@@ -39,14 +39,14 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "bd3lm": {"algorithm": "bd3lm"},
     "hier": {},
 }
+TOKENS_FIRST = "hier, tokens first"  # half of the steps in blocks of one token, then the recipe's blocks from there
 ABLATIONS: dict[str, dict[str, Any]] = {  # at the base size only
     "bd3lm, blocks of 1": {"algorithm": "bd3lm", "block_size": 1},
     "hier, no mask": {"hierarchical_mask": False},
     "hier, joint": {"joint": True},
     "hier, joint, no mask": {"joint": True, "hierarchical_mask": False},
+    TOKENS_FIRST: {},
 }
-TOKENS_FIRST = "hier, tokens first"  # half of the steps in blocks of one token, then the recipe's blocks from there
-ABLATIONS[TOKENS_FIRST] = {}
 ANALYSED = ("hier", "hier, no mask")  # whether the execution follows the plan
 SIZES = {"small": (64, 2), "base": (96, 3)}  # hidden size, heads
 # One or two operations: what models of this size begin to solve within the steps that 90 minutes allow.
@@ -137,10 +137,7 @@ class Run:
             settings |= {"block_size": 1}
         elif len(self.parts()) > 1:  # another seed: other examples first
             settings |= {"init_from": str(self.folder / "tokens"), "backbone": "null", "seed": self.seed + 1000}
-        flags = [str(ROOT / "train.py"), self.recipe]
-        for name, value in settings.items():
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        return flags
+        return [str(ROOT / "train.py"), self.recipe, *as_flags(settings)]
 
     def finish(self, environment: dict[str, str]) -> dict[str, Any]:
         """Runs the commands whose results are not there; returns every column of the tables."""

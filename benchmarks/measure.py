@@ -44,6 +44,14 @@ def _memory(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """Settings as the words of a command line; a list is several words behind its name."""
+    words = []
+    for name, value in settings.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
 def describe_machine() -> dict[str, Any]:
     """Machine, versions and commit, for every file of results."""
     return {

@@ -11,7 +11,7 @@ import itertools
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hierbd3lm.data.splits import DataArguments, load_split
 from hierbd3lm.evaluation import load_model, predict, summarize
 from hierbd3lm.generation_hierbd3lm import resolve_settings
 
-from .measure import Measured, bar, measure_parts
+from .measure import Measured, as_flags, bar, measure_parts
 
 ROOT = Path(__file__).parents[1]
 DEMO, BLOCKS_OF_8, AR = "outputs/quickstart", "outputs/quickstart_8", "outputs/quickstart_ar"
@@ -34,11 +34,10 @@ REPORTED = ("tried", "exact_match_strict", "num_forward_passes_mean")
 def train(folder: str, **settings: Any) -> list[str]:
     """The command line that trains a model by the quickstart's recipe."""
     command = [sys.executable, "train.py", "configs/quickstart.yaml", "--resume_from_checkpoint", "last"]
-    settings = {"output_dir": folder} | settings
-    return command + [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return command + as_flags({"output_dir": folder} | settings)
 
 
-COMMANDS = {  # what trains each, in this order: the second starts from where the demo's larger blocks do
+COMMANDS = {  # what trains each; the second starts from where the demo's larger blocks do
     DEMO: ["make", "demo"],
     BLOCKS_OF_8: train(
         BLOCKS_OF_8,
@@ -58,10 +57,10 @@ COMMANDS = {  # what trains each, in this order: the second starts from where th
 Answerer = tuple[Any, Any, dict[str, Any]]  # model, tokenizer, generation settings
 
 
-def train_missing() -> None:
-    for folder, command in COMMANDS.items():
+def train_missing(folders: Iterable[str]) -> None:
+    for folder in folders:
         if not (ROOT / folder / "data_config.json").is_file():  # the last file that training writes
-            subprocess.run(command, cwd=ROOT, check=True)
+            subprocess.run(COMMANDS[folder], cwd=ROOT, check=True)
 
 
 def answer(answerer: Answerer, dataset: Dataset, batch_size: int) -> list[dict[str, Any]]:
@@ -100,8 +99,8 @@ def tokens_per_forward(plans: list[dict[str, Any]], answers: list[dict[str, Any]
 
 def measure_confidence(folder: str) -> Measured:
     """Bar 7: tokens a second at batch 1 against the AR model's, and what exact match that costs."""
-    train_missing()
-    ours, theirs = (load_model(str(ROOT / folder), "cpu") for folder in (folder, AR))
+    train_missing([DEMO, folder, AR])
+    ours, theirs = (load_model(str(ROOT / path), "cpu") for path in (folder, AR))
     data_args = DataArguments.load(str(ROOT / folder))
     validation = load_split(data_args, "validation", NUM_VALIDATION)
     exact_settings = {"sampler": "first_hitting"}
@@ -123,13 +122,12 @@ def measure_confidence(folder: str) -> Measured:
     plans = answer((*ours, settings | {"stage": "plan"}), test, 50)
     summaries = {name: summarize(lines) for name, lines in predictions.items()}
     speed = {name: summary["tokens_per_second"] for name, summary in summaries.items()}
-    right = {name: summary["exact_match_strict"] for name, summary in summaries.items()}
+    num_right = {name: sum(line["exact_match_strict"] for line in lines) for name, lines in predictions.items()}
     bars = [
         bar(f"{Path(folder).name}, batch 1: tokens/s / AR tokens/s, {name}", speed[name] / speed["ar"], 3.0, False)
         for name in answerers
         if name.startswith("confidence")
     ]
-    num_right = {name: sum(line["exact_match_strict"] for line in lines) for name, lines in predictions.items()}
     lost = (num_right["first_hitting"] - num_right["confidence, eager"]) / len(test)
     bars.append(bar(f"{Path(folder).name}: exact match that confidence loses to first_hitting", lost, MOST_LOST, True))
     details = {
@@ -139,7 +137,10 @@ def measure_confidence(folder: str) -> Measured:
             "first_hitting": exact,
             "tried": [{key: summary[key] for key in REPORTED} for summary in tried],
         },
-        "test": {"exact_match": right, "tokens_per_second": speed},
+        "test": {
+            "exact_match": {name: count / len(test) for name, count in num_right.items()},
+            "tokens_per_second": speed,
+        },
         "passes": {name: summary["num_forward_passes_mean"] for name, summary in summaries.items()},
         "tokens_per_forward": tokens_per_forward(plans, predictions["confidence, eager"]),
     }

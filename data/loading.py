@@ -110,9 +110,8 @@ def load_documents(
     dataset = dataset if text_column == "text" else dataset.rename_column(text_column, "text")
     if detokenizer is None:
         return dataset
-    uncached = (
-        {"load_from_cache_file": False} if isinstance(dataset, Dataset) else {}
-    )  # its key does not see the rules
+    # the cache's key does not see the rules, and a stream has no cache
+    uncached = {"load_from_cache_file": False} if isinstance(dataset, Dataset) else {}
     return dataset.map(_detokenize_row, fn_kwargs={"rules": detokenizer}, **uncached)
 
 

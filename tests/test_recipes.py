@@ -206,7 +206,7 @@ def fake(path, script):
 SHARDED_SCRIPT = """
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from hierbd3lm import eval_gsm8k, train
+from hierbd3lm import train
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
