@@ -1,11 +1,12 @@
 """How attention on a CPU passes over the empty part of the mask: tile by tile, each over the keys that it sees.
 
-A tile is a range of neighbouring tokens. Queries of one tile attend to tiles of keys of three kinds: none of their
-pairs may attend (skipped), all may (no mask), or some may (a small mask). The parts are put together by their
-log-sum-exp as in FlashAttention (Dao 2023, section 3.1.3), of which torch's CPU kernel is an implementation.
+A tile is a range of neighbouring tokens of one stream. Queries of one tile attend to tiles of keys of three kinds:
+none of their pairs may attend (skipped), all may (no mask), or some may (a small mask). The parts are put together by
+their log-sum-exp as in FlashAttention (Dao 2023, section 3.1.3), of which torch's CPU kernel is an implementation.
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch.utils._pytree import tree_map_only
 
 from .masking_hierbd3lm import CLEAN, PADDING, TokenLayout, dense_mask
 
-TILE = 64  # tokens
+TILE = 64  # tokens, at most
 LEAST_LENGTH = 4 * TILE  # below, tiles are mostly partial
+LEAST_UNMASKED = 5  # tiles without a mask that are worth a call of the kernel apart from their neighbours
 
 
 def worth_tiling(layout: TokenLayout) -> bool:
@@ -115,24 +117,28 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
-        grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for part in (part for tile in ctx.parts for part in tile):
-            # The kernel forms the probabilities from the scores and the log-sum-exp of *all* parts: they add up.
-            part_grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad_output[:, :, part.rows],
-                query[:, :, part.rows],
-                key[:, :, part.columns],
-                value[:, :, part.columns],
-                output[:, :, part.rows],
-                lse[:, :, part.rows],
-                0.0,
-                False,
-                attn_mask=part.mask,
-                scale=ctx.scale,
-            )
-            for grad, place, part_grad in zip(grads, (part.rows, part.columns, part.columns), part_grads, strict=True):
-                grad[:, :, place] += part_grad
-        return *grads, None, None
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for tile in ctx.parts:
+            rows, grad_rows = tile[0].rows, []
+            for part in tile:
+                # The kernel forms the probabilities from the scores and the log-sum-exp of *all* parts: they add up.
+                of_rows, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    grad_output[:, :, rows],
+                    query[:, :, rows],
+                    key[:, :, part.columns],
+                    value[:, :, part.columns],
+                    output[:, :, rows],
+                    lse[:, :, rows],
+                    0.0,
+                    False,
+                    attn_mask=part.mask,
+                    scale=ctx.scale,
+                )
+                grad_rows.append(of_rows)
+                grad_key[:, :, part.columns] += of_key
+                grad_value[:, :, part.columns] += of_value
+            grad_query[:, :, rows] = sum(grad_rows[1:], start=grad_rows[0])
+        return grad_query, grad_key, grad_value, None, None
 
 
 def merge_parts(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,19 +151,27 @@ def merge_parts(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.T
 
 
 def plan_parts(layout: TokenLayout, window: int | None, dtype: torch.dtype) -> list[list[Part]]:
-    """The parts of every tile of queries; neighbouring tiles of keys of one kind are one part."""
+    """The parts of every tile of queries: neighbouring tiles of keys, with a mask where one of them needs it."""
     may, must = tile_pairs(layout, window)
     may, must = may.any(dim=0).tolist(), must.all(dim=0).tolist()
-    plan = []
-    for q in range(len(may)):
-        rows, tile = _tile(q, layout), []
+    edges, plan = tile_edges(layout), []
+    for q, rows in enumerate(itertools.starmap(slice, itertools.pairwise(edges))):
+        tile = []
         for start, stop in _runs(may[q], must[q]):
-            columns = slice(start * TILE, min(stop * TILE, layout.length))
-            mask = None if must[q][start] else _additive_mask(layout, rows, columns, window, dtype)
+            columns = slice(edges[start], edges[stop])
+            mask = None if all(must[q][start:stop]) else _additive_mask(layout, rows, columns, window, dtype)
             tile.append(Part(rows, columns, mask))
         # Padding alone attends to nothing: its output is never read, and has to be finite.
         plan.append(tile or [Part(rows, rows, None)])
     return plan
+
+
+def tile_edges(layout: TokenLayout) -> list[int]:
+    """The first column of every tile, and the length: a stream begins with a tile of its own."""
+    streams = layout.stream_ids
+    starts = 1 + (streams[:, 1:] != streams[:, :-1]).any(dim=0).nonzero()[:, 0]
+    streams = itertools.pairwise([0, *starts.tolist(), layout.length])
+    return [edge for start, stop in streams for edge in range(start, stop, TILE)] + [layout.length]
 
 
 def tile_pairs(layout: TokenLayout, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,6 +181,7 @@ def tile_pairs(layout: TokenLayout, window: int | None) -> tuple[torch.Tensor, t
         `may`, `must`: two `torch.BoolTensor` of shape `(batch, tiles, tiles)`: whether some pair of a query and a key
         may attend (never False if one does), and whether all pairs do (never True if one does not).
     """
+    layout = _tiles(layout)
     real = layout.block_ids != PADDING
     clean = real & (layout.stream_ids == CLEAN)
     block = _extremes(layout.block_ids, real)
@@ -176,11 +191,11 @@ def tile_pairs(layout: TokenLayout, window: int | None) -> tuple[torch.Tensor, t
 
     finished = clean_block[0][:, None, :] < q_high
     same_block = _overlap(block) & _overlap(stream)
-    all_finished = _in_all(clean)[:, None, :] & (k_high < q_low)
+    all_finished = clean.all(dim=2)[:, None, :] & (k_high < q_low)
     one_block = (k_low == k_high) & (q_low == q_high) & (k_low == q_low)
     one_stream = (stream[0] == stream[1])[:, :, None] & (stream[0] == stream[1])[:, None, :] & _overlap(stream)
     may, must = finished | same_block, all_finished | (one_block & one_stream)
-    must &= _in_all(real)[:, :, None] & _in_all(real)[:, None, :]
+    must &= real.all(dim=2)[:, :, None] & real.all(dim=2)[:, None, :]
     if layout.example_ids is not None:
         example = _extremes(layout.example_ids, real)
         alone = example[0] == example[1]
@@ -190,14 +205,15 @@ def tile_pairs(layout: TokenLayout, window: int | None) -> tuple[torch.Tensor, t
     return may, must
 
 
-def _tiles(values: torch.Tensor, fill: int | bool) -> torch.Tensor:
-    """`(batch, length)` cut into `(batch, tiles, TILE)`."""
-    return F.pad(values, (0, -values.shape[1] % TILE), value=fill).unflatten(1, (-1, TILE))
+def _tiles(layout: TokenLayout) -> TokenLayout:
+    """The layout cut into tiles, `(batch, tiles, TILE)`; a shorter tile repeats its last token."""
+    edges = torch.tensor(tile_edges(layout), device=layout.block_ids.device)
+    columns = torch.arange(TILE, device=edges.device) + edges[:-1, None]
+    return layout.take(torch.minimum(columns, edges[1:, None] - 1))
 
 
 def _extremes(ids: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Least and greatest id of each tile among the tokens `which`: an empty interval where there are none."""
-    ids, which = _tiles(ids, 0), _tiles(which, False)
     bounds = torch.iinfo(ids.dtype)
     return ids.masked_fill(~which, bounds.max).amin(dim=2), ids.masked_fill(~which, bounds.min).amax(dim=2)
 
@@ -207,22 +223,17 @@ def _overlap(interval: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     return (low[:, :, None] <= high[:, None, :]) & (low[:, None, :] <= high[:, :, None])
 
 
-def _in_all(which: torch.Tensor) -> torch.Tensor:
-    return _tiles(which, True).all(dim=2)
-
-
-def _tile(number: int, layout: TokenLayout) -> slice:
-    return slice(number * TILE, min((number + 1) * TILE, layout.length))
-
-
 def _runs(may: list[bool], must: list[bool]) -> list[tuple[int, int]]:
-    """Ranges of neighbouring tiles that are not skipped and of one kind."""
-    kinds, runs, start = [(a, a and b) for a, b in zip(may, must, strict=True)], [], 0
-    for k in range(1, len(kinds) + 1):
-        if k == len(kinds) or kinds[k] != kinds[start]:
-            if kinds[start][0]:
-                runs.append((start, k))
-            start = k
+    """Ranges of neighbouring tiles that are not skipped; many that need no mask are a range of their own."""
+    runs, can_grow = [], False  # whether the last run takes what follows it
+    for kind, group in itertools.groupby(range(len(may)), lambda k: (may[k], may[k] and must[k])):
+        (is_seen, is_full), tiles = kind, [*group]
+        is_apart = is_full and len(tiles) >= LEAST_UNMASKED
+        if is_seen and can_grow and not is_apart:
+            runs[-1] = (runs[-1][0], tiles[-1] + 1)
+        elif is_seen:
+            runs.append((tiles[0], tiles[-1] + 1))
+        can_grow = is_seen and not is_apart
     return runs
 
 

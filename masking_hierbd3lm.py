@@ -55,6 +55,10 @@ class TokenLayout:
         """The layout of a range of columns."""
         return TokenLayout(*(None if ids is None else ids[:, start:stop] for ids in self._tensors()))
 
+    def take(self, columns: torch.LongTensor) -> "TokenLayout":
+        """The layout of chosen columns, of any shape in place of the length."""
+        return TokenLayout(*(None if ids is None else ids[:, columns] for ids in self._tensors()))
+
     def in_stream(self, stream: int) -> "TokenLayout":
         """The same tokens, all in one stream."""
         return replace(self, stream_ids=torch.full_like(self.stream_ids, stream))

@@ -1,8 +1,9 @@
 """The hierarchical block diffusion model: any causal decoder of transformers, run under the hierarchical mask."""
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .attention_hierbd3lm import tiled_mask, worth_tiling
@@ -282,9 +285,6 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             "past_key_values": cache,
             "use_cache": cache is not None,  # said aloud: the backbone's own default is to build a cache
         }
-        if cache is not None and tokens.shape[1] <= cache.compiled_length and cache.is_initialized:
-            hidden_states = self._compiled_body(**kwargs).last_hidden_state[logits_to_keep]
-            return HierBD3LMOutput(head_logits(self.backbone, hidden_states), None, cache)
         return self._logits_or_nll(logits_to_keep, **kwargs)
 
     def _run_causally(
@@ -308,17 +308,66 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
     ) -> HierBD3LMOutput:
         """Runs the backbone with `kwargs`; `targets` are the clean tokens at `logits_to_keep`, `(num_true,)`."""
         cache = kwargs.get("past_key_values")
-        if targets is None:
-            outputs = self.backbone(logits_to_keep=0 if logits_to_keep is None else logits_to_keep, **kwargs)
+        if not isinstance(logits_to_keep, torch.Tensor):
+            outputs = self.backbone(logits_to_keep=logits_to_keep or 0, **kwargs)
             return HierBD3LMOutput(outputs.logits, None, cache, outputs.hidden_states, outputs.attentions)
-        outputs = self.backbone.base_model(**kwargs)
-        hidden_states = outputs.last_hidden_state[logits_to_keep]  # (num_true, hidden)
-        nll = nll_in_chunks(self.backbone, hidden_states, targets, self.config)
-        return HierBD3LMOutput(None, nll, cache, outputs.hidden_states, outputs.attentions)
+        kept = logits_to_keep.flatten().nonzero()[:, 0]
+        if cache is not None and kwargs["input_ids"].shape[1] <= cache.compiled_length and cache.is_initialized:
+            outputs = self._compiled_body(**kwargs)
+        else:
+            with computed_only_at(kept, self._mlp_of_head_alone(kwargs)):
+                outputs = self.backbone.base_model(**kwargs)
+        hidden_states = outputs.last_hidden_state.flatten(0, 1).index_select(0, kept)  # (num_true, hidden)
+        logits = nll = None
+        if targets is None:
+            logits = head_logits(self.backbone, hidden_states)
+        else:
+            nll = nll_in_chunks(self.backbone, hidden_states, targets, self.config)
+        return HierBD3LMOutput(logits, nll, cache, outputs.hidden_states, outputs.attentions)
+
+    def _mlp_of_head_alone(self, kwargs: dict[str, Any]) -> nn.Module | None:
+        """The last layer's MLP where only the head reads what it says, and no backward pass runs it once more."""
+        layer = self._last_layer
+        runs_again = self.training and getattr(layer, "gradient_checkpointing", False)
+        shown = kwargs.get("output_hidden_states", self.backbone.config.output_hidden_states)
+        return None if layer is None or runs_again or shown else layer.mlp
+
+    @functools.cached_property
+    def _last_layer(self) -> nn.Module | None:
+        return find_last_layer(self.backbone.base_model)
 
     @functools.cached_property
     def _compiled_body(self) -> Callable[..., Any]:
         return torch.compile(self.backbone.base_model)  # sizes that turn out to vary become symbols
+
+
+def find_last_layer(body: PreTrainedModel) -> nn.Module | None:
+    """The last layer of `body`, where its MLP is one module of linear maps alone; else None."""
+    layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers or not hasattr(layers[-1], "mlp"):
+        return None
+    owners = [module for module in layers[-1].mlp.modules() if [*module.parameters(recurse=False)]]
+    return layers[-1] if all(isinstance(module, nn.Linear | Conv1D) for module in owners) else None
+
+
+@contextlib.contextmanager
+def computed_only_at(index: torch.LongTensor, mlp: nn.Module | None) -> Iterator[None]:
+    """Within the context `mlp` computes the tokens `index` of its flattened input alone; of others it says 0."""
+    if mlp is None:
+        yield
+        return
+    shape = None
+
+    def gather(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        nonlocal shape
+        shape = args[0].shape
+        return (args[0].flatten(0, 1).index_select(0, index)[None],)
+
+    def scatter(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output.new_zeros(shape).flatten(0, 1).index_copy(0, index, output[0]).view(shape)
+
+    with mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(scatter):
+        yield
 
 
 def nll_in_chunks(
@@ -355,6 +404,11 @@ def head_logits(backbone: PreTrainedModel, hidden_states: torch.Tensor) -> torch
         setattr(backbone, name, body)
 
 
+@dataclass
+class _BodyOutput(BaseModelOutputWithPastAndCrossAttentions):
+    router_logits: tuple[torch.FloatTensor, ...] | None = None  # what a mixture of experts reads too
+
+
 class _Returned(nn.Module):
     """A body whose last hidden states are known."""
 
@@ -362,8 +416,8 @@ class _Returned(nn.Module):
         super().__init__()
         self.hidden_states = hidden_states
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden_states)
+    def forward(self, *args: Any, **kwargs: Any) -> _BodyOutput:
+        return _BodyOutput(last_hidden_state=self.hidden_states)
 
 
 def needed_columns(block_ids: torch.Tensor) -> tuple[int, int]:

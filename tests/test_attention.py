@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from transformers import Gemma3TextConfig
 
 from hierbd3lm import attention_hierbd3lm as attention
-from hierbd3lm.attention_hierbd3lm import TILE, TiledMask, plan_parts, tile_pairs, worth_tiling
+from hierbd3lm.attention_hierbd3lm import (
+    LEAST_UNMASKED,
+    TILE,
+    TiledMask,
+    plan_parts,
+    tile_edges,
+    tile_pairs,
+    worth_tiling,
+)
 from hierbd3lm.masking_hierbd3lm import CLEAN, NOISY, PADDING, TokenLayout, dense_mask, layout_from_segments
 
 from .tiny import make_batch, make_model
@@ -86,17 +94,24 @@ def test_other_precisions(dtype, tolerance):
 def test_what_is_said_of_pairs_of_tiles_holds_for_their_tokens(name, window):
     layout = LAYOUTS[name]
     may, must = tile_pairs(layout, window)
-    mask = dense_mask(layout, layout, window)[:, 0]
-    num_tiles = may.shape[1]
+    mask, edges = dense_mask(layout, layout, window)[:, 0], tile_edges(layout)
+    num_tiles = len(edges) - 1
+    assert may.shape == (len(mask), num_tiles, num_tiles)
     for b, q, k in itertools.product(range(len(mask)), range(num_tiles), range(num_tiles)):
-        pairs = mask[b, q * TILE : (q + 1) * TILE, k * TILE : (k + 1) * TILE]
+        pairs = mask[b, edges[q] : edges[q + 1], edges[k] : edges[k + 1]]
         assert may[b, q, k] or not pairs.any()
         assert pairs.all() or not must[b, q, k]
 
 
-def test_most_of_a_long_text_is_skipped_or_needs_no_mask():
+def test_tiles_begin_with_the_streams():
+    assert tile_edges(training_text(80)) == [0, 64, 80, 144, 160]
+    assert tile_edges(training_text(80).columns(16)) == [0, 64, 128, 144]  # a last block without its clean copy
+
+
+@pytest.mark.parametrize("length", [1024, 4096])
+def test_most_of_a_long_text_is_skipped_or_needs_no_mask(length):
     # Flat text: of the dense (2L)^2 pairs the mask allows little more than L^2, of which only block edges need a mask.
-    layout = training_text(1024)
+    layout = training_text(length)
     parts = [part for tile in plan_parts(layout, None, torch.float32) for part in tile]
 
     def pairs(parts):
@@ -104,7 +119,8 @@ def test_most_of_a_long_text_is_skipped_or_needs_no_mask():
 
     allowed = int(dense_mask(layout, layout).sum())
     assert pairs(parts) < 1.3 * allowed
-    assert pairs(part for part in parts if part.mask is not None) < 0.25 * allowed
+    # Each of 2L queries needs a mask for its own tile in both streams and for fewer than LEAST_UNMASKED before these.
+    assert pairs(part for part in parts if part.mask is not None) < 2 * length * TILE * (LEAST_UNMASKED + 1)
 
 
 def training_text(length):

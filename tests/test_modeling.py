@@ -19,6 +19,7 @@ from transformers import (
     MistralConfig,
     MptConfig,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
     Qwen3NextConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -102,10 +103,44 @@ def test_logits_to_keep_are_the_full_logits_at_those_places(backbone):
 def test_only_the_kept_positions_reach_the_head():
     model = model_with("qwen3")
     batch, masked = noisy_batch(model.config)
-    seen = []
-    model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    counts, head = [], model.get_output_embeddings()
+    head.forward = count_tokens(head.forward, counts)
     model(**batch, logits_to_keep=masked)
-    assert seen == [(int(masked.sum()), model.config.backbone_config.hidden_size)]
+    assert counts == [masked.sum()]
+
+
+MIXTURE = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+
+
+@pytest.mark.parametrize(("backbone", "is_limited"), [("qwen3", True), ("gpt2", True), (MIXTURE, False)])
+def test_only_the_kept_positions_reach_the_last_mlp(backbone, is_limited):
+    """Experts are left alone: what they return differs from one architecture to the next."""
+    model = model_with(backbone)
+    batch, masked = noisy_batch(model.config)
+    mlps = [module for name, module in model.backbone.named_modules() if name.endswith(".mlp")]
+    counts = []
+    for mlp in mlps:
+        mlp.forward = count_tokens(mlp.forward, counts)
+    model(**batch, logits_to_keep=masked)
+    assert len(set(counts[:-1])) == 1
+    assert counts[-1] == (masked.sum() if is_limited else counts[0])
+
+
+def count_tokens(forward, counts):
+    def counting(hidden_states):
+        counts.append(hidden_states.shape[:-1].numel())
+        return forward(hidden_states)
+
+    return counting
+
+
+def test_hidden_states_that_are_asked_for_are_whole():
+    model = model_with("qwen3")
+    batch, masked = noisy_batch(model.config)
+    clean = {name: batch[name] for name in ("input_ids", "segment_ids")} | {"output_hidden_states": True}
+    with torch.no_grad():
+        limited, whole = (model(**clean, logits_to_keep=keep).hidden_states[-1] for keep in (masked, None))
+    assert_close(limited, whole)
 
 
 def test_soft_cap_of_the_backbone_is_kept():

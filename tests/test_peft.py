@@ -1,6 +1,7 @@
 """A LoRA adapter trains what it should and nothing else, and comes back as the model that was trained."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -262,6 +263,7 @@ def test_an_adapter_is_evaluated_as_the_checkpoint_that_it_merges_into(tied_base
     merged, tokenizer = load_adapter(out, "cpu")
     for part in (merged, tokenizer):
         part.save_pretrained(tmp_path / "merged")
+    shutil.copy(Path(out, "data_config.json"), tmp_path / "merged")  # so that both see the same problems
     options = ["--dataset", "synthetic", "--limit", "3", "--max_plan_len", "16", "--max_execution_len", "16"]
     answers = []
     for model in (out, str(tmp_path / "merged")):
