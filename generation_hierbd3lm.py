@@ -59,8 +59,8 @@ class HierBD3LMGenerationConfig(GenerationConfig):
             Most tokens of each segment, opener and `<|end|>` counted; whole blocks. The model's lengths if omitted.
             Where plan and execution are one run of tokens, their sum is the most of that.
         compile_steps (`bool`, defaults to `False`):
-            Runs denoising passes through `torch.compile`, once for each shape that occurs: a minute at first, less
-            time for every pass after that. The cache has its full length from the start, as shapes must not change.
+            Runs passes through `torch.compile`: up to a minute in the first answers, until it has seen which sizes
+            vary, and less time for every pass after that.
         seed (`int`, *optional*): of the random draws; torch's global generator draws one if omitted.
 
     Raises:
@@ -161,14 +161,18 @@ class BlockCacheLayer(DynamicLayer):
         self.cache = cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        length = self.cache.scratch + self.cache.capacity
+        shape = key_states.shape[1], key_states.shape[3], value_states.shape[3]
+        self.allocate(*shape, key_states.dtype, key_states.device)
 
-        def allocate(states: torch.Tensor) -> torch.Tensor:
-            # Zeros, as masked attention still multiplies what a column holds, and memory may hold NaN.
-            return states.new_zeros(self.cache.num_rows, states.shape[1], length, states.shape[3])
-
-        self.keys, self.values = allocate(key_states), allocate(value_states)
+    def allocate(
+        self, num_heads: int, key_size: int, value_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.dtype, self.device = dtype, device
+        shape = self.cache.num_rows, num_heads, self.cache.scratch + self.cache.capacity
+        # Zeros, as masked attention still multiplies what a column holds, and memory may hold NaN.
+        self.keys, self.values = (
+            torch.zeros(*shape, size, dtype=dtype, device=device) for size in (key_size, value_size)
+        )
         self.is_initialized = True
 
     def update(
@@ -198,7 +202,8 @@ class BlockCache(Cache):
         num_rows: rows of the batch.
         scratch: most tokens that a pass may have.
         capacity: most tokens that a row may keep.
-        compiled_length: passes of at most so many tokens are compiled, and see all columns, filled or not.
+        is_compiled: whether passes are compiled. Layers are best allocated before the first one, so that it is no case
+            of its own.
     """
 
     def __init__(
@@ -208,12 +213,12 @@ class BlockCache(Cache):
         scratch: int,
         capacity: int,
         device: torch.device,
-        compiled_length: int = 0,
+        is_compiled: bool = False,
     ):
         super().__init__(layers=[BlockCacheLayer(self) for _ in range(num_layers)])
+        self.is_compiled = is_compiled
         self.num_rows, self.scratch, self.capacity = num_rows, scratch, capacity
-        self.compiled_length = compiled_length
-        self.used = capacity if compiled_length else 0  # columns that a pass sees: some row has filled them, or all
+        self.used = 0  # columns that a pass sees: some row has filled them
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
         self._block_ids = torch.full((num_rows, capacity), PADDING, device=device)
         self._position_ids = torch.zeros_like(self._block_ids)
@@ -232,18 +237,31 @@ class BlockCache(Cache):
             block_ids, position_ids (`torch.LongTensor` of shape `(batch, length)`): of those tokens.
             pass_length: tokens of the pass.
         """
-        real = block_ids != PADDING
+        start, real = self.scratch - pass_length, block_ids != PADDING
+        if self.num_rows == 1 and real.all():
+            self._commit_row(block_ids, position_ids, start)
+            return
         row, source = real.nonzero(as_tuple=True)
         target = (self.lengths[:, None] + real.long().cumsum(dim=1) - 1)[row, source]
         self._block_ids[row, target] = block_ids[row, source]
         self._position_ids[row, target] = position_ids[row, source]
-        start = self.scratch - pass_length
         for layer in self.layers:
             for states in (layer.keys, layer.values):
                 states[row, :, self.scratch + target] = states[row, :, start + source]
         self.lengths += real.sum(dim=1)
-        if not self.compiled_length:
-            self.used = int(self.lengths.max())
+        self.used = int(self.lengths.max())
+
+    def _commit_row(self, block_ids: torch.Tensor, position_ids: torch.Tensor, start: int) -> None:
+        """The same for a single row without padding, whose columns move as one slice; `start` is the first."""
+        length = block_ids.shape[1]
+        target = slice(self.used, self.used + length)
+        self._block_ids[:1, target], self._position_ids[:1, target] = block_ids, position_ids
+        column = self.scratch + self.used
+        for layer in self.layers:
+            for states in (layer.keys, layer.values):
+                states[:1, :, column : column + length] = states[:1, :, start : start + length]
+        self.lengths += length
+        self.used += length
 
     def keep_rows(self, keep: torch.BoolTensor) -> torch.LongTensor:
         """Drops the other rows: the last rows move into the holes, so that no more than those are copied.
@@ -320,6 +338,8 @@ class BlockDenoiser:
         self.limits = self._per_segment(0, *segment_limits(self.config, settings))
         self.never_written = never_written(self.config).to(self.device)
         self.width = max(self.config.plan_block_size, self.config.execution_block_size)
+        # Whether a block may have nothing to denoise when it is opened: one that is an opener, or given.
+        self.opens_finished = 1 in (self.config.plan_block_size, self.config.execution_block_size)
         self.first_segment = EXECUTION if settings.stage == "execution" else PLAN
         self.last_segment = PLAN if settings.stage == "plan" else EXECUTION
         self.generator = torch.Generator(device=self.device)
@@ -359,8 +379,11 @@ class BlockDenoiser:
             scratch=prompt.shape[1] + 3 * self.width,  # a pass: pending, at most two blocks of it new, and the canvas
             capacity=prompt.shape[1] + int(self.limits.sum()),
             device=self.device,
-            compiled_length=2 * self.width if self.settings.compile_steps else 0,
+            is_compiled=self.settings.compile_steps,
         )
+        if self.settings.compile_steps:
+            for layer, shape in zip(self.cache.layers, self.model.cache_shapes, strict=False):
+                layer.allocate(*shape, self.model.dtype, self.device)
         # Plan and execution, by their positions behind the question.
         self.question_lengths = (prompt_segments == QUESTION).sum(dim=1)
         self.tokens = torch.full((batch, int(self.limits.sum())), self.config.pad_token_id, device=self.device)
@@ -440,6 +463,8 @@ class BlockDenoiser:
                 order = self.cache.keep_rows(~ended)
                 self.rows, done = self.rows.select(order), done[order]
             self._open_blocks(done)
+            if not self.opens_finished:
+                return
 
     def _ends_segment(self, after_end: torch.BoolTensor) -> torch.BoolTensor:
         """Whether the segment has no block behind the one that is denoised: `(rows,)`."""

@@ -312,7 +312,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             outputs = self.backbone(logits_to_keep=logits_to_keep or 0, **kwargs)
             return HierBD3LMOutput(outputs.logits, None, cache, outputs.hidden_states, outputs.attentions)
         kept = logits_to_keep.flatten().nonzero()[:, 0]
-        if cache is not None and kwargs["input_ids"].shape[1] <= cache.compiled_length and cache.is_initialized:
+        if cache is not None and cache.is_compiled:
             outputs = self._compiled_body(**kwargs)
         else:
             with computed_only_at(kept, self._mlp_of_head_alone(kwargs)):
@@ -320,7 +320,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         hidden_states = outputs.last_hidden_state.flatten(0, 1).index_select(0, kept)  # (num_true, hidden)
         logits = nll = None
         if targets is None:
-            logits = head_logits(self.backbone, hidden_states)
+            logits = self._head(hidden_states)
         else:
             nll = nll_in_chunks(self.backbone, hidden_states, targets, self.config)
         return HierBD3LMOutput(logits, nll, cache, outputs.hidden_states, outputs.attentions)
@@ -335,6 +335,23 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
     @functools.cached_property
     def _last_layer(self) -> nn.Module | None:
         return find_last_layer(self.backbone.base_model)
+
+    @functools.cached_property
+    def cache_shapes(self) -> list[tuple[int, int, int]]:
+        """Heads, size of a key and size of a value for each layer that caches any, found by a pass over one token."""
+        with torch.no_grad():
+            token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            cache = self.backbone.base_model(token, use_cache=True).past_key_values
+        return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]
+
+    @functools.cached_property
+    def _head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """[`head_logits`], or the output embeddings themselves where the causal model adds nothing to them."""
+        head, whole = self.get_output_embeddings(), functools.partial(head_logits, self.backbone)
+        size = self.get_input_embeddings().weight.shape[1]
+        probe = torch.linspace(-100, 100, size, dtype=self.dtype, device=self.device)[None]  # a soft cap would show
+        with torch.no_grad():
+            return head if torch.equal(head(probe[None])[0], whole(probe)) else whole
 
     @functools.cached_property
     def _compiled_body(self) -> Callable[..., Any]:

@@ -44,6 +44,7 @@ class FlatDenoiser(BlockDenoiser):
         run_limit = self.limits.sum()
         self.limits = torch.where(torch.arange(3, device=self.device) == segment, run_limit, 0)
         self.openers = torch.full_like(self.openers, config.mask_token_id)  # those that are given are in the prompt
+        self.opens_finished = True
         if self.settings.stage == "full":
             self.never_written = self.never_written[self.never_written != config.execution_token_id]
         number = (prompt_segments > QUESTION).cumsum(dim=1)  # 1 for the first token of the run
@@ -201,7 +202,7 @@ class PairedDenoiser(BlockDenoiser):
         """As in the base; a given plan is no context but a part of every canvas, as the model was trained with it."""
         config, batch = self.config, len(prompt)
         self.sizes = torch.tensor([config.plan_block_size, config.execution_block_size], device=self.device)
-        self.width = int(self.sizes.sum())
+        self.width, self.opens_finished = int(self.sizes.sum()), True
         self.part = torch.repeat_interleave(torch.arange(2, device=self.device), self.sizes)  # of a column: 0 plan
         self.ended = torch.zeros(batch, 2, dtype=torch.bool, device=self.device)
         is_plan = prompt_segments == PLAN

@@ -3,7 +3,7 @@
 `python -m hierbd3lm.benchmarks.compare [--quick] [--data gsm8k] [--only ar hier]`, or `make compare`. A run is a few
 command lines in a folder of its own: train.py, eval_ppl.py, eval_gsm8k.py, and for the hierarchy hierbd3lm.analysis.
 An interrupted comparison goes on where it stopped. Writes docs/comparison.md, docs/comparison.png and
-results/compare.json, with `_gsm8k` in their names for GSM8K.
+results/compare.json, with `_gsm8k` in their names for GSM8K, or with the name that `--page` says.
 """
 
 import argparse
@@ -56,6 +56,7 @@ BATCH_SIZE = 16
 EVALUATIONS = 5  # of the likelihood during training
 MOST_STEPS_AGAIN = 250  # that an interrupted run does a second time
 NUM_ANSWERS = 200  # of each run
+NUM_ONE_BY_ONE = 100  # of each run, again, in batches of one
 # column -> (file of the run, entry)
 COLUMNS = {
     "PPL": ("likelihood.json", "ppl"),
@@ -65,6 +66,7 @@ COLUMNS = {
     "flexible": ("eval/summary.json", "exact_match_flexible"),
     "plan match": ("eval/summary.json", "plan_match"),
     "tokens/s": ("eval/summary.json", "tokens_per_second"),
+    "tokens/s, batch 1": ("one_by_one/summary.json", "tokens_per_second"),
     "NFE": ("eval/summary.json", "num_forward_passes_mean"),
     "tokens/forward": ("eval/summary.json", "tokens_per_forward"),
 }
@@ -105,10 +107,15 @@ class Run:
             **{f"{part}data_config.json": self.training(part) for part in self.parts()},
             "likelihood.json": [str(ROOT / "eval_ppl.py"), "--model", folder, "--num_draws", "4", *limit],
             "eval/summary.json": [str(ROOT / "eval_gsm8k.py"), "--model", folder, *limit],
+            "one_by_one/summary.json": [str(ROOT / "eval_gsm8k.py"), *as_flags(self._one_by_one())],
         }
         if self.algorithm in ANALYSED and self.data == "synthetic":
             commands["analysis/analysis.json"] = ["-m", "hierbd3lm.analysis", "--model", folder, *limit]
         return {file: [python, *command] for file, command in commands.items()}
+
+    def _one_by_one(self) -> dict[str, Any]:
+        folder = {"model": str(self.folder), "output_dir": str(self.folder / "one_by_one")}
+        return folder | {"limit": NUM_ONE_BY_ONE, "batch_size": 1}
 
     def parts(self) -> dict[str, int]:
         """The subfolders of what is trained one after the other, with the steps of each."""
@@ -235,12 +242,11 @@ def draw(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write(results: Results, command: str, jobs: int, threads: int) -> None:
-    """Writes the page, the picture and the JSON."""
+def write(results: Results, command: str, jobs: int, threads: int, suffix: str = "") -> None:
+    """Writes the page, the picture and the JSON, with `suffix` in their names."""
     machine = describe_machine()
     first = next(iter(results))
     num_seeds = len({run.seed for run in results})
-    suffix = "" if first.data == "synthetic" else f"_{first.data}"
     table = format_table(results, [*COLUMNS, TRAINING_TIME, EQUAL_TIME])
     analysed = {run: row for run, row in results.items() if ANALYSIS_COLUMNS.keys() <= row.keys()}
     note = ", ".join(f"{key} {value}" for key, value in (machine | {"threads": threads}).items())
@@ -252,8 +258,9 @@ def write(results: Results, command: str, jobs: int, threads: int) -> None:
 {first.steps:,} optimiser steps on the same examples for every run; {num_seeds} seed(s), one where there is no +/-;
 {problems}. PPL is the bound for the diffusions and exact for `ar` and blocks of one, over the same tokens
 for all. "{EQUAL_TIME}" is the other view of the budget: on the validation split, when the fastest run of that size was
-through ("{TRAINING_TIME}" holds the evaluations too). Tokens a second are of batched evaluation; `ar` generates by
-transformers with its own cache. "{TOKENS_FIRST}" takes half of its steps in blocks of one token.
+through ("{TRAINING_TIME}" holds the evaluations too). Tokens a second are of evaluation in batches of 32, and of
+{NUM_ONE_BY_ONE} problems one by one; nothing is compiled, and `ar` generates by transformers with its own cache.
+"{TOKENS_FIRST}" takes half of its steps in blocks of one token.
 
 {table}
 
@@ -296,6 +303,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=cores, help="Runs side by side, which share the cores.")
     names = [*ALGORITHMS, *ABLATIONS]
     parser.add_argument("--only", nargs="+", default=(), choices=names, metavar="NAME", help=f"Some of {names}.")
+    parser.add_argument("--page", default=None, help="In the names of what is written; that of the data if omitted.")
     args = parser.parse_args()
     for name in ("steps", "jobs"):
         value = getattr(args, name)
@@ -307,7 +315,9 @@ def main() -> None:
     runs = choose_runs(args.data, recipe, steps, args.quick, args.only)
     results = finish_all(runs, args.jobs, threads)
     add_equal_time(results)
-    write(results, shlex.join(["python", "-m", "hierbd3lm.benchmarks.compare", *sys.argv[1:]]), args.jobs, threads)
+    page = args.page or ("" if args.data == "synthetic" else args.data)
+    command = shlex.join(["python", "-m", "hierbd3lm.benchmarks.compare", *sys.argv[1:]])
+    write(results, command, args.jobs, threads, f"_{page}" if page else "")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 
 import hierbd3lm.benchmarks.compare as compare
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
+from hierbd3lm.eval_gsm8k import parse_arguments as parse_evaluation
 from hierbd3lm.train import parse_arguments
 
 RECIPE = str(compare.ROOT / "configs" / "quickstart.yaml")
@@ -102,6 +103,16 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatc
     assert row["training s"] == 2.0 * len(run.parts())
 
 
+def test_speed_is_measured_in_batches_and_one_by_one():
+    run = make_run()
+    evaluations = [words[2:] for file, words in run.commands().items() if file.endswith("summary.json")]
+    batched, single = map(parse_evaluation, evaluations)
+    assert (batched.batch_size, single.batch_size) == (32, 1)
+    assert [f"{args.output_dir}/summary.json" for args in (batched, single)] == [
+        str(run.folder / file) for file in run.commands() if file.endswith("summary.json")
+    ]
+
+
 def test_equal_time_is_when_the_fastest_run_of_a_size_was_through():
     fast, slow, small = make_run("ar"), make_run("hier"), make_run("ar", size="small")
     results = {
@@ -129,9 +140,9 @@ def test_page_and_picture_are_written(tmp_path, monkeypatch):
     results = {make_run(name): make_row() for name in NAMES}
     results[make_run("hier")] |= dict.fromkeys(compare.ANALYSIS_COLUMNS, 0.25)
     compare.add_equal_time(results)
-    compare.write(results, "command", jobs=1, threads=2)
-    page = (tmp_path / "comparison.md").read_text()
+    compare.write(results, "command", jobs=1, threads=2, suffix="_longer")
+    page = (tmp_path / "comparison_longer.md").read_text()
     assert all(f"| {name} | base |" in page for name in NAMES)
     assert "| hier | base | 0.25 |" in page
-    assert (tmp_path / "comparison.png").stat().st_size > 0
-    assert len(json.loads((tmp_path / "compare.json").read_text())["runs"]) == len(NAMES)
+    assert "comparison_longer.png" in page and (tmp_path / "comparison_longer.png").stat().st_size > 0
+    assert len(json.loads((tmp_path / "compare_longer.json").read_text())["runs"]) == len(NAMES)

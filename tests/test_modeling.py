@@ -106,7 +106,14 @@ def test_only_the_kept_positions_reach_the_head():
     counts, head = [], model.get_output_embeddings()
     head.forward = count_tokens(head.forward, counts)
     model(**batch, logits_to_keep=masked)
-    assert counts == [masked.sum()]
+    assert max(counts) == counts[-1] == masked.sum()  # before it, a probe of one token
+
+
+@pytest.mark.parametrize(("backbone", "is_plain"), [("qwen3", True), ("gpt2", True), ("gemma2", False)])
+def test_generation_calls_the_output_embeddings_themselves_where_they_are_all_of_the_head(backbone, is_plain):
+    """Gemma2 caps its logits softly."""
+    model = model_with(backbone).eval()
+    assert (model._head is model.get_output_embeddings()) == is_plain
 
 
 MIXTURE = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
