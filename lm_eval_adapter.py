@@ -78,7 +78,8 @@ class HierBD3LMHarnessModel(LM):
     Args:
         pretrained: folder or id of a checkpoint, with its tokenizer.
         batch_size: questions that are answered together, and noisy copies of a target in a forward pass.
-        device: such as `cpu` or `cuda:0`; a GPU if there is one.
+        device: such as `cpu` or `cuda:0`; a GPU if there is one. The harness itself says `cuda:0` where its user says
+            nothing: without CUDA that is the CPU, with a warning, as for the harness's own models.
         likelihood: `monte_carlo`, an unbiased estimate of the NELBO, or `exact`, by enumeration of the masks, for
             execution blocks of at most 8 tokens.
         num_draws: of the noise, for `monte_carlo`; stratified over blocks and draws. They are fixed: those of a target
@@ -111,6 +112,9 @@ class HierBD3LMHarnessModel(LM):
         for name in settings:
             _check_choice("model_args", name, GENERATION_SETTINGS)
         self.likelihood, self.likelihood_plan = likelihood, likelihood_plan
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            logger.warning(f"`device` is {device}, but there is no CUDA here: the model runs on the CPU.")
+            device = None
         self._device = torch.device(device or default_device())
         self.model, self.tokenizer = load_model(pretrained, str(self._device))
         self.config = self.model.config

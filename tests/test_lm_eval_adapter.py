@@ -85,6 +85,12 @@ def test_answers_are_the_executions_of_the_bare_questions(checkpoint, batch_size
     assert len({*answers}) == len(QUESTIONS)
 
 
+def test_the_harness_default_device_is_the_cpu_without_cuda(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lm = HierBD3LMHarnessModel(checkpoint, device="cuda:0")  # what its command line says on its own
+    assert lm.device.type == lm.model.device.type == "cpu"
+
+
 def test_answers_end_before_the_first_stop_string(checkpoint):
     lm = HierBD3LMHarnessModel(checkpoint, device="cpu")
     whole = written_by(lm, QUESTIONS[0])
