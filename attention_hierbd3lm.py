@@ -18,7 +18,7 @@ from .masking_hierbd3lm import CLEAN, PADDING, TokenLayout, dense_mask
 
 TILE = 64  # tokens, at most
 LEAST_LENGTH = 4 * TILE  # below, tiles are mostly partial
-LEAST_UNMASKED = 5  # tiles without a mask that are worth a call of the kernel apart from their neighbours
+UNMASKED = 4  # tiles of keys without a mask come in multiples of this: the same for many tiles of queries
 
 
 def worth_tiling(layout: TokenLayout) -> bool:
@@ -33,11 +33,20 @@ def tiled_mask(queries: TokenLayout, keys: TokenLayout, window: int | None) -> "
 
 @dataclass(frozen=True)
 class Part:
-    """Queries `rows` attend to keys `columns`; `mask` is added to the scores, or None where all pairs attend."""
+    """Queries `rows`, tile by tile, attend to keys `columns`; `mask` is added to the scores, or None."""
 
-    rows: slice
+    rows: tuple[slice, ...]
     columns: slice
     mask: torch.Tensor | None
+
+    def queries(self, states: torch.Tensor) -> torch.Tensor:
+        """What `states` of shape `(batch, heads, length, ...)` holds of these queries, tile after tile."""
+        tiles = [states[:, :, rows] for rows in self.rows]
+        return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=2)
+
+    def tiles(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What [`queries`] put together, by tile."""
+        return states.split([rows.stop - rows.start for rows in self.rows], dim=2)
 
 
 class TiledMask(torch.Tensor):
@@ -53,10 +62,10 @@ class TiledMask(torch.Tensor):
 
     def __init__(self, layout: TokenLayout, window: int | None):
         self.tokens, self.window = layout, window
-        self._parts: dict[torch.dtype, list[list[Part]]] = {}
+        self._parts: dict[torch.dtype, list[Part]] = {}
 
-    def parts(self, dtype: torch.dtype) -> list[list[Part]]:
-        """The parts of every tile of queries, with masks of the scores' dtype; made once for all layers."""
+    def parts(self, dtype: torch.dtype) -> list[Part]:
+        """All parts, with masks of the scores' dtype; made once for all layers."""
         if dtype not in self._parts:
             self._parts[dtype] = plan_parts(self.tokens, self.window, dtype)
         return self._parts[dtype]
@@ -91,25 +100,25 @@ class TiledAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        parts: list[list[Part]],
+        parts: list[Part],
         scale: float | None,
     ) -> torch.Tensor:
         lse_dtype = torch.promote_types(query.dtype, torch.float32)  # what the kernel sums in
         output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=lse_dtype)
-        for tile in parts:
-            rows = tile[0].rows
-            output[:, :, rows], lse[:, :, rows] = merge_parts(
-                [
-                    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                        query[:, :, rows],
-                        key[:, :, part.columns],
-                        value[:, :, part.columns],
-                        attn_mask=part.mask,
-                        scale=scale,
-                    )
-                    for part in tile
-                ]
+        of_tiles: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # by the tile's first query
+        for part in parts:
+            part_output, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                part.queries(query),
+                key[:, :, part.columns],
+                value[:, :, part.columns],
+                attn_mask=part.mask,
+                scale=scale,
             )
+            for rows, *states in zip(part.rows, part.tiles(part_output), part.tiles(part_lse), strict=True):
+                of_tiles.setdefault(rows.start, []).append(tuple(states))
+        for start, states in of_tiles.items():
+            rows = slice(start, start + states[0][1].shape[2])
+            output[:, :, rows], lse[:, :, rows] = merge_parts(states)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.parts, ctx.scale = parts, scale
         return output
@@ -117,27 +126,25 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for tile in ctx.parts:
-            rows, grad_rows = tile[0].rows, []
-            for part in tile:
-                # The kernel forms the probabilities from the scores and the log-sum-exp of *all* parts: they add up.
-                of_rows, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    grad_output[:, :, rows],
-                    query[:, :, rows],
-                    key[:, :, part.columns],
-                    value[:, :, part.columns],
-                    output[:, :, rows],
-                    lse[:, :, rows],
-                    0.0,
-                    False,
-                    attn_mask=part.mask,
-                    scale=ctx.scale,
-                )
-                grad_rows.append(of_rows)
-                grad_key[:, :, part.columns] += of_key
-                grad_value[:, :, part.columns] += of_value
-            grad_query[:, :, rows] = sum(grad_rows[1:], start=grad_rows[0])
+        grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for part in ctx.parts:
+            # The kernel forms the probabilities from the scores and the log-sum-exp of *all* parts: they add up.
+            of_queries, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                part.queries(grad_output),
+                part.queries(query),
+                key[:, :, part.columns],
+                value[:, :, part.columns],
+                part.queries(output),
+                part.queries(lse),
+                0.0,
+                False,
+                attn_mask=part.mask,
+                scale=ctx.scale,
+            )
+            for rows, of_rows in zip(part.rows, part.tiles(of_queries), strict=True):
+                grad_query[:, :, rows] += of_rows
+            grad_key[:, :, part.columns] += of_key
+            grad_value[:, :, part.columns] += of_value
         return grad_query, grad_key, grad_value, None, None
 
 
@@ -150,20 +157,23 @@ def merge_parts(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.T
     return output, lse
 
 
-def plan_parts(layout: TokenLayout, window: int | None, dtype: torch.dtype) -> list[list[Part]]:
-    """The parts of every tile of queries: neighbouring tiles of keys, with a mask where one of them needs it."""
+def plan_parts(layout: TokenLayout, window: int | None, dtype: torch.dtype) -> list[Part]:
+    """What every tile of queries attends to: neighbouring tiles of keys, with a mask where one of them needs it.
+
+    Tiles of several streams see the same finished blocks: those without a mask are one part.
+    """
     may, must = tile_pairs(layout, window)
     may, must = may.any(dim=0).tolist(), must.all(dim=0).tolist()
-    edges, plan = tile_edges(layout), []
+    edges, masked, unmasked = tile_edges(layout), [], {}
     for q, rows in enumerate(itertools.starmap(slice, itertools.pairwise(edges))):
-        tile = []
-        for start, stop in _runs(may[q], must[q]):
-            columns = slice(edges[start], edges[stop])
-            mask = None if all(must[q][start:stop]) else _additive_mask(layout, rows, columns, window, dtype)
-            tile.append(Part(rows, columns, mask))
         # Padding alone attends to nothing: its output is never read, and has to be finite.
-        plan.append(tile or [Part(rows, rows, None)])
-    return plan
+        for start, stop in _runs(may[q], must[q]) or [(q, q + 1)]:
+            columns = slice(edges[start], edges[stop])
+            if all(must[q][start:stop]) or not any(may[q]):
+                unmasked.setdefault((start, stop), (columns, []))[1].append(rows)
+            else:
+                masked.append(Part((rows,), columns, _additive_mask(layout, rows, columns, window, dtype)))
+    return [Part(tuple(rows), columns, None) for columns, rows in unmasked.values()] + masked
 
 
 def tile_edges(layout: TokenLayout) -> list[int]:
@@ -224,16 +234,18 @@ def _overlap(interval: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
 
 
 def _runs(may: list[bool], must: list[bool]) -> list[tuple[int, int]]:
-    """Ranges of neighbouring tiles that are not skipped; many that need no mask are a range of their own."""
-    runs, can_grow = [], False  # whether the last run takes what follows it
-    for kind, group in itertools.groupby(range(len(may)), lambda k: (may[k], may[k] and must[k])):
-        (is_seen, is_full), tiles = kind, [*group]
-        is_apart = is_full and len(tiles) >= LEAST_UNMASKED
-        if is_seen and can_grow and not is_apart:
-            runs[-1] = (runs[-1][0], tiles[-1] + 1)
-        elif is_seen:
-            runs.append((tiles[0], tiles[-1] + 1))
-        can_grow = is_seen and not is_apart
+    """Ranges of neighbouring tiles that are not skipped: `UNMASKED` or a multiple without a mask, or any with one."""
+    runs, can_grow = [], False  # whether the last range takes what follows it
+    for (is_seen, is_full), group in itertools.groupby(range(len(may)), lambda k: (may[k], may[k] and must[k])):
+        tiles = [*group]
+        start, stop = tiles[0], tiles[-1] + 1
+        if is_full and len(tiles) >= UNMASKED:
+            rest = stop - len(tiles) % UNMASKED
+            runs.append((start, rest))
+            start, can_grow = rest, False
+        if is_seen and start < stop:
+            runs.append((runs.pop()[0] if can_grow else start, stop))
+        can_grow = is_seen and start < stop
     return runs
 
 
