@@ -33,20 +33,27 @@ def tiled_mask(queries: TokenLayout, keys: TokenLayout, window: int | None) -> "
 
 @dataclass(frozen=True)
 class Part:
-    """Queries `rows`, tile by tile, attend to keys `columns`; `mask` is added to the scores, or None."""
+    """Queries of some ranges attend to keys of some ranges; `mask` is added to the scores, or None.
 
-    rows: tuple[slice, ...]
-    columns: slice
+    Args:
+        rows, columns: the ranges; queries and keys are taken range after range.
+        mask (`torch.Tensor` of shape `(batch, 1, queries, keys)`, *optional*): None where all pairs attend.
+    """
+
+    rows: list[slice]
+    columns: list[slice]
     mask: torch.Tensor | None
 
-    def queries(self, states: torch.Tensor) -> torch.Tensor:
-        """What `states` of shape `(batch, heads, length, ...)` holds of these queries, tile after tile."""
-        tiles = [states[:, :, rows] for rows in self.rows]
-        return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=2)
 
-    def tiles(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What [`queries`] put together, by tile."""
-        return states.split([rows.stop - rows.start for rows in self.rows], dim=2)
+def gather(states: torch.Tensor, ranges: list[slice]) -> torch.Tensor:
+    """What `states` of shape `(batch, heads, length, ...)` hold in the ranges, side by side; a view of one range."""
+    pieces = [states[:, :, one] for one in ranges]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def divide(states: torch.Tensor, ranges: list[slice]) -> tuple[torch.Tensor, ...]:
+    """What [`gather`] has put side by side, by range."""
+    return states.split([one.stop - one.start for one in ranges], dim=2)
 
 
 class TiledMask(torch.Tensor):
@@ -108,13 +115,14 @@ class TiledAttention(torch.autograd.Function):
         of_tiles: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # by the tile's first query
         for part in parts:
             part_output, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                part.queries(query),
-                key[:, :, part.columns],
-                value[:, :, part.columns],
+                gather(query, part.rows),
+                gather(key, part.columns),
+                gather(value, part.columns),
                 attn_mask=part.mask,
                 scale=scale,
             )
-            for rows, *states in zip(part.rows, part.tiles(part_output), part.tiles(part_lse), strict=True):
+            pieces = divide(part_output, part.rows), divide(part_lse, part.rows)
+            for rows, *states in zip(part.rows, *pieces, strict=True):
                 of_tiles.setdefault(rows.start, []).append(tuple(states))
         for start, states in of_tiles.items():
             rows = slice(start, start + states[0][1].shape[2])
@@ -126,26 +134,26 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
-        grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for part in ctx.parts:
             # The kernel forms the probabilities from the scores and the log-sum-exp of *all* parts: they add up.
-            of_queries, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                part.queries(grad_output),
-                part.queries(query),
-                key[:, :, part.columns],
-                value[:, :, part.columns],
-                part.queries(output),
-                part.queries(lse),
+            part_grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                gather(grad_output, part.rows),
+                gather(query, part.rows),
+                gather(key, part.columns),
+                gather(value, part.columns),
+                gather(output, part.rows),
+                gather(lse, part.rows),
                 0.0,
                 False,
                 attn_mask=part.mask,
                 scale=ctx.scale,
             )
-            for rows, of_rows in zip(part.rows, part.tiles(of_queries), strict=True):
-                grad_query[:, :, rows] += of_rows
-            grad_key[:, :, part.columns] += of_key
-            grad_value[:, :, part.columns] += of_value
-        return grad_query, grad_key, grad_value, None, None
+            places = part.rows, part.columns, part.columns
+            for grad, part_grad, ranges in zip(grads, part_grads, places, strict=True):
+                for place, piece in zip(ranges, divide(part_grad, ranges), strict=True):
+                    grad[:, :, place] += piece
+        return *grads, None, None
 
 
 def merge_parts(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,22 +166,26 @@ def merge_parts(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.T
 
 
 def plan_parts(layout: TokenLayout, window: int | None, dtype: torch.dtype) -> list[Part]:
-    """What every tile of queries attends to: neighbouring tiles of keys, with a mask where one of them needs it.
+    """What every tile of queries attends to: a part for all keys that need a mask, and parts for those that do not.
 
-    Tiles of several streams see the same finished blocks: those without a mask are one part.
+    Tiles that see the same keys without a mask, as those of several streams do, share a part.
     """
     may, must = tile_pairs(layout, window)
     may, must = may.any(dim=0).tolist(), must.all(dim=0).tolist()
-    edges, masked, unmasked = tile_edges(layout), [], {}
+    edges, unmasked, parts = tile_edges(layout), {}, []
     for q, rows in enumerate(itertools.starmap(slice, itertools.pairwise(edges))):
+        masked = []
         # Padding alone attends to nothing: its output is never read, and has to be finite.
         for start, stop in _runs(may[q], must[q]) or [(q, q + 1)]:
-            columns = slice(edges[start], edges[stop])
             if all(must[q][start:stop]) or not any(may[q]):
-                unmasked.setdefault((start, stop), (columns, []))[1].append(rows)
+                columns = slice(edges[start], edges[stop])
+                unmasked.setdefault((start, stop), Part([], [columns], None)).rows.append(rows)
             else:
-                masked.append(Part((rows,), columns, _additive_mask(layout, rows, columns, window, dtype)))
-    return [Part(tuple(rows), columns, None) for columns, rows in unmasked.values()] + masked
+                masked.append(slice(edges[start], edges[stop]))
+        if masked:
+            masks = [_additive_mask(layout, rows, columns, window, dtype) for columns in masked]
+            parts.append(Part([rows], masked, torch.cat(masks, dim=3)))
+    return [*unmasked.values(), *parts]
 
 
 def tile_edges(layout: TokenLayout) -> list[int]:
