@@ -319,14 +319,18 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
                 outputs = self.backbone.base_model(**kwargs)
         hidden_states = outputs.last_hidden_state.flatten(0, 1).index_select(0, kept)  # (num_true, hidden)
         logits = nll = None
-        if targets is None:
-            logits = self._head(hidden_states)
-        else:
+        if targets is not None:
             nll = nll_in_chunks(self.backbone, hidden_states, targets, self.config)
+        elif self._head_is_plain:
+            logits = self.get_output_embeddings()(hidden_states)
+        else:
+            logits = head_logits(self.backbone, hidden_states)
         return HierBD3LMOutput(logits, nll, cache, outputs.hidden_states, outputs.attentions)
 
     def _mlp_of_head_alone(self, kwargs: dict[str, Any]) -> nn.Module | None:
         """The last layer's MLP where only the head reads what it says, and no backward pass runs it once more."""
+        if torch.compiler.is_compiling():  # a graph does not look at hooks that come and go
+            return None
         layer = self._last_layer
         runs_again = self.training and getattr(layer, "gradient_checkpointing", False)
         shown = kwargs.get("output_hidden_states", self.backbone.config.output_hidden_states)
@@ -345,13 +349,12 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]
 
     @functools.cached_property
-    def _head(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """[`head_logits`], or the output embeddings themselves where the causal model adds nothing to them."""
-        head, whole = self.get_output_embeddings(), functools.partial(head_logits, self.backbone)
+    def _head_is_plain(self) -> bool:
+        """Whether logits are what the output embeddings give, with no scale or soft cap: found by a probe."""
         size = self.get_input_embeddings().weight.shape[1]
-        probe = torch.linspace(-100, 100, size, dtype=self.dtype, device=self.device)[None]  # a soft cap would show
+        probe = torch.linspace(-100, 100, size, dtype=self.dtype, device=self.device)[None]
         with torch.no_grad():
-            return head if torch.equal(head(probe[None])[0], whole(probe)) else whole
+            return torch.equal(self.get_output_embeddings()(probe[None])[0], head_logits(self.backbone, probe))
 
     @functools.cached_property
     def _compiled_body(self) -> Callable[..., Any]:

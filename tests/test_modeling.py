@@ -112,8 +112,8 @@ def test_only_the_kept_positions_reach_the_head():
 @pytest.mark.parametrize(("backbone", "is_plain"), [("qwen3", True), ("gpt2", True), ("gemma2", False)])
 def test_generation_calls_the_output_embeddings_themselves_where_they_are_all_of_the_head(backbone, is_plain):
     """Gemma2 caps its logits softly."""
-    model = model_with(backbone).eval()
-    assert (model._head is model.get_output_embeddings()) == is_plain
+    model = model_with(backbone)
+    assert model._head_is_plain == is_plain
 
 
 MIXTURE = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
@@ -139,6 +139,20 @@ def count_tokens(forward, counts):
         return forward(hidden_states)
 
     return counting
+
+
+@pytest.mark.slow
+def test_a_compiled_model_has_the_same_loss_and_gradients():
+    model = model_with("qwen3")
+    compiled = torch.compile(model)
+    for rows in (ROWS, [(6, 2, 2), (3, 1, 3)]):
+        batch, masked = noisy_batch(model.config, rows)
+        found = []
+        for callable_model in (compiled, model):
+            logits = callable_model(**batch, logits_to_keep=masked).logits
+            found.append(gradients(model, token_nll(logits, batch["input_ids"][masked], 4).sum()))
+        for name, gradient in found[0].items():
+            assert_close(gradient, found[1][name], atol=1e-4)
 
 
 def test_hidden_states_that_are_asked_for_are_whole():
