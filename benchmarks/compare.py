@@ -103,19 +103,17 @@ class Run:
         """What is run, in order, by the file that each command writes at its end."""
         python, folder = sys.executable, str(self.folder)
         limit = ["--limit", str(NUM_ANSWERS)] if self.data == "synthetic" else []
+        one_by_one = {"output_dir": f"{folder}/one_by_one", "limit": NUM_ONE_BY_ONE, "batch_size": 1}
+        evaluation = [str(ROOT / "eval_gsm8k.py"), "--model", folder]
         commands = {
             **{f"{part}data_config.json": self.training(part) for part in self.parts()},
             "likelihood.json": [str(ROOT / "eval_ppl.py"), "--model", folder, "--num_draws", "4", *limit],
-            "eval/summary.json": [str(ROOT / "eval_gsm8k.py"), "--model", folder, *limit],
-            "one_by_one/summary.json": [str(ROOT / "eval_gsm8k.py"), *as_flags(self._one_by_one())],
+            "eval/summary.json": [*evaluation, *limit],
+            "one_by_one/summary.json": [*evaluation, *as_flags(one_by_one)],
         }
         if self.algorithm in ANALYSED and self.data == "synthetic":
             commands["analysis/analysis.json"] = ["-m", "hierbd3lm.analysis", "--model", folder, *limit]
         return {file: [python, *command] for file, command in commands.items()}
-
-    def _one_by_one(self) -> dict[str, Any]:
-        folder = {"model": str(self.folder), "output_dir": str(self.folder / "one_by_one")}
-        return folder | {"limit": NUM_ONE_BY_ONE, "batch_size": 1}
 
     def parts(self) -> dict[str, int]:
         """The subfolders of what is trained one after the other, with the steps of each."""
