@@ -15,9 +15,9 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from .measure import RESULTS, as_flags, describe_machine
+from .speed import SPEED_FILE
 
 ROOT = Path(__file__).parents[1]
 OUTPUTS = ROOT / "outputs" / "compare"
@@ -55,8 +56,8 @@ PROBLEMS |= {"num_names": 8, "num_things": 2}
 BATCH_SIZE = 16
 EVALUATIONS = 5  # of the likelihood during training
 MOST_STEPS_AGAIN = 250  # that an interrupted run does a second time
-NUM_ANSWERS = 200  # of each run
-NUM_ONE_BY_ONE = 100  # of each run, again, in batches of one
+NUM_ANSWERS = 500  # of each run
+NUM_ONE_BY_ONE = 100  # of each run of the first seed, again, in batches of one
 # column -> (file of the run, entry)
 COLUMNS = {
     "PPL": ("likelihood.json", "ppl"),
@@ -66,9 +67,12 @@ COLUMNS = {
     "flexible": ("eval/summary.json", "exact_match_flexible"),
     "plan match": ("eval/summary.json", "plan_match"),
     "tokens/s": ("eval/summary.json", "tokens_per_second"),
-    "tokens/s, batch 1": ("one_by_one/summary.json", "tokens_per_second"),
     "NFE": ("eval/summary.json", "num_forward_passes_mean"),
     "tokens/forward": ("eval/summary.json", "tokens_per_forward"),
+}
+SPEED_COLUMNS = {  # tokens a second one by one, in multiples of those of `ar`; entries of speed.json
+    "x ar, batch 1": "eager_over_beside",
+    "x ar, compiled": "compiled_over_beside",
 }
 TRAINING_TIME = "training s"
 EQUAL_TIME = "PPL, equal time"
@@ -103,13 +107,10 @@ class Run:
         """What is run, in order, by the file that each command writes at its end."""
         python, folder = sys.executable, str(self.folder)
         limit = ["--limit", str(NUM_ANSWERS)] if self.data == "synthetic" else []
-        one_by_one = {"output_dir": f"{folder}/one_by_one", "limit": NUM_ONE_BY_ONE, "batch_size": 1}
-        evaluation = [str(ROOT / "eval_gsm8k.py"), "--model", folder]
         commands = {
             **{f"{part}data_config.json": self.training(part) for part in self.parts()},
             "likelihood.json": [str(ROOT / "eval_ppl.py"), "--model", folder, "--num_draws", "4", *limit],
-            "eval/summary.json": [*evaluation, *limit],
-            "one_by_one/summary.json": [*evaluation, *as_flags(one_by_one)],
+            "eval/summary.json": [str(ROOT / "eval_gsm8k.py"), "--model", folder, *limit],
         }
         if self.algorithm in ANALYSED and self.data == "synthetic":
             commands["analysis/analysis.json"] = ["-m", "hierbd3lm.analysis", "--model", folder, *limit]
@@ -148,10 +149,7 @@ class Run:
         """Runs the commands whose results are not there; returns every column of the tables."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for file, command in self.commands().items():
-            if not (self.folder / file).is_file():
-                with open(self.folder / "log.txt", "a") as log:
-                    output = {"stdout": log, "stderr": subprocess.STDOUT}
-                    subprocess.run(command, cwd=ROOT, env=environment, check=True, **output)
+            self._make(file, command, environment)
         row = {column: self._read(file).get(entry) for column, (file, entry) in COLUMNS.items()}
         row["curve"], before = [], 0
         for part, steps in self.parts().items():
@@ -163,6 +161,20 @@ class Run:
             analysis = self._read("analysis/analysis.json")
             row |= {column: analysis.get(entry) for column, entry in ANALYSIS_COLUMNS.items()}
         return row
+
+    def measure_speed(self) -> dict[str, float]:
+        """The columns of speed; the run of `ar` of the same size and seed must be there."""
+        beside = str(replace(self, algorithm="ar").folder)
+        settings = {"model": str(self.folder), "beside": beside, "limit": NUM_ONE_BY_ONE}
+        self._make(SPEED_FILE, [sys.executable, "-m", "hierbd3lm.benchmarks.speed", *as_flags(settings)], os.environ)
+        return {column: self._read(SPEED_FILE)[entry] for column, entry in SPEED_COLUMNS.items()}
+
+    def _make(self, file: str, command: list[str], environment: Mapping[str, str]) -> None:
+        """Runs the command that writes the file, unless it is there."""
+        if not (self.folder / file).is_file():
+            with open(self.folder / "log.txt", "a") as log:
+                output = {"stdout": log, "stderr": subprocess.STDOUT}
+                subprocess.run(command, cwd=ROOT, env=environment, check=True, **output)
 
     def _read(self, file: str) -> dict[str, Any]:
         return json.loads((self.folder / file).read_text())
@@ -178,6 +190,14 @@ def choose_runs(data: str, recipe: str, steps: int, quick: bool, only: Sequence[
     kinds = [(name, size, seed) for size in sizes for name in ALGORITHMS for seed in seeds]
     kinds += [(name, "base", 0) for name in ABLATIONS]
     return [Run(name, size, seed, steps, data, recipe) for name, size, seed in kinds if not only or name in only]
+
+
+def add_speeds(results: Results) -> None:
+    """Adds the columns of speed to the first seed's runs, one after the other, with nothing beside them."""
+    first = [run for run in results if run.seed == 0 and replace(run, algorithm="ar") in results]
+    for run in tqdm(first, desc="Answering one by one", unit="run"):
+        if run.algorithm != "ar":
+            results[run] |= run.measure_speed()
 
 
 def nll_at(seconds: float, curve: list[tuple[int, float]], seconds_per_step: float) -> float:
@@ -245,7 +265,7 @@ def write(results: Results, command: str, jobs: int, threads: int, suffix: str =
     machine = describe_machine()
     first = next(iter(results))
     num_seeds = len({run.seed for run in results})
-    table = format_table(results, [*COLUMNS, TRAINING_TIME, EQUAL_TIME])
+    table = format_table(results, [*COLUMNS, TRAINING_TIME, EQUAL_TIME, *SPEED_COLUMNS])
     analysed = {run: row for run, row in results.items() if ANALYSIS_COLUMNS.keys() <= row.keys()}
     note = ", ".join(f"{key} {value}" for key, value in (machine | {"threads": threads}).items())
     problems = f"{NUM_ANSWERS} test problems" if first.data == "synthetic" else "the whole test split"
@@ -256,8 +276,10 @@ def write(results: Results, command: str, jobs: int, threads: int, suffix: str =
 {first.steps:,} optimiser steps on the same examples for every run; {num_seeds} seed(s), one where there is no +/-;
 {problems}. PPL is the bound for the diffusions and exact for `ar` and blocks of one, over the same tokens
 for all. "{EQUAL_TIME}" is the other view of the budget: on the validation split, when the fastest run of that size was
-through ("{TRAINING_TIME}" holds the evaluations too). Tokens a second are of evaluation in batches of 32, and of
-{NUM_ONE_BY_ONE} problems one by one; nothing is compiled, and `ar` generates by transformers with its own cache.
+through ("{TRAINING_TIME}" holds the evaluations too). "tokens/s" is of evaluation in batches of 32. The last two
+columns are tokens a second of {NUM_ONE_BY_ONE} problems one by one in multiples of those of `ar`, which answers in
+turns with the model and with nothing else beside them: as it is, and with `compile_steps`. `ar` generates by
+transformers with its own cache, uncompiled.
 "{TOKENS_FIRST}" takes half of its steps in blocks of one token.
 
 {table}
@@ -313,6 +335,7 @@ def main() -> None:
     runs = choose_runs(args.data, recipe, steps, args.quick, args.only)
     results = finish_all(runs, args.jobs, threads)
     add_equal_time(results)
+    add_speeds(results)
     page = args.page or ("" if args.data == "synthetic" else args.data)
     command = shlex.join(["python", "-m", "hierbd3lm.benchmarks.compare", *sys.argv[1:]])
     write(results, command, args.jobs, threads, f"_{page}" if page else "")

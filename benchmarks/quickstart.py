@@ -10,23 +10,20 @@ import functools
 import itertools
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from hierbd3lm.data.splits import DataArguments, load_split
-from hierbd3lm.evaluation import load_model, predict, summarize
-from hierbd3lm.generation_hierbd3lm import resolve_settings
+from hierbd3lm.evaluation import load_model, summarize
 
 from .measure import Measured, as_flags, bar, measure_parts
+from .speed import answer, answer_in_turns
 
 ROOT = Path(__file__).parents[1]
 DEMO, BLOCKS_OF_8, AR = "outputs/quickstart", "outputs/quickstart_8", "outputs/quickstart_ar"
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-NUM_VALIDATION, NUM_TEST, CHUNK = 500, 500, 50
+NUM_VALIDATION, NUM_TEST = 500, 500
 MOST_LOST = 0.01  # exact match
 REPORTED = ("tried", "exact_match_strict", "num_forward_passes_mean")
 
@@ -54,20 +51,11 @@ COMMANDS = {  # what trains each; the second starts from where the demo's larger
     AR: train(AR, algorithm="ar", noisy_copies=1),
 }
 
-Answerer = tuple[Any, Any, dict[str, Any]]  # model, tokenizer, generation settings
-
 
 def train_missing(folders: Iterable[str]) -> None:
     for folder in folders:
         if not (ROOT / folder / "data_config.json").is_file():  # the last file that training writes
             subprocess.run(COMMANDS[folder], cwd=ROOT, check=True)
-
-
-def answer(answerer: Answerer, dataset: Dataset, batch_size: int) -> list[dict[str, Any]]:
-    model, tokenizer, settings = answerer
-    with tempfile.TemporaryDirectory() as folder:
-        resolved = resolve_settings(model.generation_config, settings)
-        return predict(model, tokenizer, dataset, resolved, folder, batch_size)
 
 
 def choose_settings(summaries: list[dict[str, Any]], exact: float) -> tuple[dict[str, Any], bool]:
@@ -76,18 +64,6 @@ def choose_settings(summaries: list[dict[str, Any]], exact: float) -> tuple[dict
     if good:
         return min(good, key=lambda summary: summary["num_forward_passes_mean"])["tried"], True
     return max(summaries, key=lambda summary: summary["exact_match_strict"])["tried"], False
-
-
-def answer_in_turns(answerers: dict[str, Answerer], dataset: Dataset) -> dict[str, list[dict[str, Any]]]:
-    """Each model's predictions, one problem at a time, after a chunk that is not measured."""
-    predictions: dict[str, list[dict[str, Any]]] = {name: [] for name in answerers}
-    for answerer in answerers.values():
-        answer(answerer, dataset.select(range(CHUNK)), 1)
-    for start in range(0, len(dataset), CHUNK):
-        rows = dataset.select(range(start, min(start + CHUNK, len(dataset))))
-        for name, answerer in answerers.items():
-            predictions[name] += answer(answerer, rows, 1)
-    return predictions
 
 
 def tokens_per_forward(plans: list[dict[str, Any]], answers: list[dict[str, Any]]) -> dict[str, float]:

@@ -7,7 +7,6 @@ import pytest
 
 import hierbd3lm.benchmarks.compare as compare
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
-from hierbd3lm.eval_gsm8k import parse_arguments as parse_evaluation
 from hierbd3lm.train import parse_arguments
 
 RECIPE = str(compare.ROOT / "configs" / "quickstart.yaml")
@@ -103,14 +102,26 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatc
     assert row["training s"] == 2.0 * len(run.parts())
 
 
-def test_speed_is_measured_in_batches_and_one_by_one():
-    run = make_run()
-    evaluations = [words[2:] for file, words in run.commands().items() if file.endswith("summary.json")]
-    batched, single = map(parse_evaluation, evaluations)
-    assert (batched.batch_size, single.batch_size) == (32, 1)
-    assert [f"{args.output_dir}/summary.json" for args in (batched, single)] == [
-        str(run.folder / file) for file in run.commands() if file.endswith("summary.json")
-    ]
+def test_speed_is_that_beside_ar_of_the_same_size_and_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "OUTPUTS", tmp_path)
+    runs = [make_run("ar"), make_run(), make_run("ar", seed=1), make_run(seed=1), make_run("mdlm", size="small")]
+    measured = []
+
+    def fake(command, **kwargs):
+        options = dict(zip(command[3::2], command[4::2], strict=True))
+        measured.append((options["--model"], options["--beside"]))
+        text = json.dumps({"eager_over_beside": 1.5, "compiled_over_beside": 3.0})
+        (compare.Path(options["--model"]) / "speed.json").write_text(text)
+
+    monkeypatch.setattr(compare.subprocess, "run", fake)
+    results = {run: make_row() for run in runs}
+    for run in runs:
+        run.folder.mkdir(parents=True)
+    for _ in range(2):  # the second time it is there
+        compare.add_speeds(results)
+    assert measured == [(str(make_run().folder), str(make_run("ar").folder))]
+    assert [run for run, row in results.items() if "x ar, batch 1" in row] == [make_run()]
+    assert (results[make_run()]["x ar, batch 1"], results[make_run()]["x ar, compiled"]) == (1.5, 3.0)
 
 
 def test_equal_time_is_when_the_fastest_run_of_a_size_was_through():
