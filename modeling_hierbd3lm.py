@@ -541,22 +541,24 @@ def check_backbone_behaviour(model: HierBD3LMForBlockDiffusion) -> None:
     model.eval()
     try:
         base = logits(x0, x0)
-        tolerance = (1e-4 if model.dtype == torch.float32 else 1e-2) * base.std()
+        is_precise = torch.finfo(model.dtype).eps < 1e-6
+        # Columns that move are summed in another order, which shows in bfloat16: 0.03 of the deviation in 28 layers.
+        noise, noise_of_moving = (1e-4, 1e-4) if is_precise else (1e-3, 0.1)
 
-        def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
-            return bool((a - b).abs().max() > tolerance)
+        def differ(a: torch.Tensor, b: torch.Tensor, noise: float) -> bool:
+            return bool((a - b).square().mean().sqrt() > noise * base.std())
 
         other = x0.clone()
         other[0, 6:] = (other[0, 6:] + 1) % model.config.vocab_size
-        if differ(logits(other, x0)[3:], base[3:]):
+        if differ(logits(other, x0)[3:], base[3:], noise):
             raise ValueError(
                 f"`backbone_config`: {name} does not obey the mask, a noisy block sees its own clean tokens"
             )
         last = x0.clone()
         last[0, 8] = other[0, 8]
-        if not differ(logits(x0, last)[6], base[6]):
+        if not differ(logits(x0, last)[6], base[6], noise):
             raise ValueError(f"`backbone_config`: {name} stays causal inside a block, whatever mask it is given")
-        if differ(logits(x0, x0, padding=2)[3:], base[3:]):
+        if differ(logits(x0, x0, padding=2)[3:], base[3:], noise_of_moving):
             raise ValueError(f"`backbone_config`: {name} does not obey position_ids, padding moves its positions")
     finally:
         model.train(was_training)

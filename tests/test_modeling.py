@@ -718,10 +718,21 @@ def test_an_encoder_decoder_is_refused_before_anything_is_changed():
         HierBD3LMForBlockDiffusion(make_config(backbone_config=config))
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@pytest.mark.parametrize("initializer_range", [0.02, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_reason_to_refuse_a_backbone(kind, initializer_range, dtype):
+    """Open checkpoints are wider and deeper than tiny ones: rounding shows in them."""
+    size = {"hidden_size": 256, "num_hidden_layers": 12, "num_attention_heads": 8, "head_dim": 32}
+    config = make_backbone_config(kind, vocab_size=NUM_PLAIN, initializer_range=initializer_range, **size)
+    assert convert(AutoModelForCausalLM.from_config(config).to(dtype).eval()).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("broken", ["mask", "positions"])
-def test_a_backbone_that_ignores_what_it_is_told_is_refused(broken):
+def test_a_backbone_that_ignores_what_it_is_told_is_refused(broken, dtype):
     """An architecture of the future: its signature is right, its attention is not."""
-    backbone = autoregressive()
+    backbone = autoregressive().to(dtype)
     forward = backbone.forward
 
     def deaf(input_ids, attention_mask, position_ids, past_key_values=None, logits_to_keep=0, **kwargs):
