@@ -86,6 +86,8 @@ class TiledMask(torch.Tensor):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and not kwargs.get("dropout_p"):
             query, key, value = args
+            if torch.is_autocast_enabled("cpu"):  # which knows torch's attention, not ours
+                query, key, value = (states.to(torch.get_autocast_dtype("cpu")) for states in args)
             if query.shape[-1] == value.shape[-1]:  # what the kernel takes
                 parts = kwargs["attn_mask"].parts(query.dtype)
                 return TiledAttention.apply(query, key, value, parts, kwargs.get("scale"))

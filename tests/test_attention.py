@@ -89,6 +89,21 @@ def test_other_precisions(dtype, tolerance):
         torch.testing.assert_close(ours, theirs.nan_to_num(), atol=tolerance, rtol=tolerance)
 
 
+def test_autocast_computes_in_its_own_precision_whatever_it_is_given():
+    """Rotated queries and keys are float32 under autocast, values are not."""
+    layout = LAYOUTS["two streams"]
+    shape = len(layout.block_ids), 2, layout.length, 16
+    states = [torch.randn(shape, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = (
+            F.scaled_dot_product_attention(*states, attn_mask=mask)
+            for mask in (TiledMask(layout, None), dense_mask(layout, layout))
+        )
+    seen = dense_mask(layout, layout).any(dim=-1)[..., None]
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours * seen, theirs.nan_to_num() * seen, atol=5e-2, rtol=5e-2)
+
+
 @pytest.mark.parametrize("window", [None, 11])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_what_is_said_of_pairs_of_tiles_holds_for_their_tokens(name, window):
