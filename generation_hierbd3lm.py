@@ -1,5 +1,6 @@
 """How a plan and an execution are denoised: generation settings, samplers, the block cache and `generate()`."""
 
+import functools
 import math
 from dataclasses import dataclass, fields
 from typing import Any
@@ -338,14 +339,17 @@ class BlockDenoiser:
         self.limits = self._per_segment(0, *segment_limits(self.config, settings))
         self.never_written = never_written(self.config).to(self.device)
         self.width = max(self.config.plan_block_size, self.config.execution_block_size)
-        # Whether a block may have nothing to denoise when it is opened: one that is an opener, or given.
-        self.opens_finished = 1 in (self.config.plan_block_size, self.config.execution_block_size)
         self.first_segment = EXECUTION if settings.stage == "execution" else PLAN
         self.last_segment = PLAN if settings.stage == "plan" else EXECUTION
         self.generator = torch.Generator(device=self.device)
         if settings.temperature > 0:
             self.generator.manual_seed(int(torch.randint(2**62, ())) if settings.seed is None else settings.seed)
         self._start(prompt, prompt_segments)
+
+    @functools.cached_property
+    def opens_finished(self) -> bool:
+        """Whether a block may have nothing to denoise when it is opened: one that is an opener, or given."""
+        return 1 in (self.config.plan_block_size, self.config.execution_block_size)
 
     def _per_segment(self, *values: int) -> torch.Tensor:
         return torch.tensor(values, device=self.device)

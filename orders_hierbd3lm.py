@@ -33,6 +33,8 @@ def denoiser_class(config: Any, settings: HierBD3LMGenerationConfig) -> type[Blo
 class FlatDenoiser(BlockDenoiser):
     """Denoises one run of blocks, which the model itself divides into plan and execution by `<|execution|>`."""
 
+    opens_finished = True
+
     def _start(self, prompt: torch.LongTensor, prompt_segments: torch.LongTensor) -> None:
         """As in the base, with the opener that is given; what fills no whole block is put into the first canvas."""
         config, is_execution = self.config, self.settings.stage == "execution"
@@ -44,7 +46,6 @@ class FlatDenoiser(BlockDenoiser):
         run_limit = self.limits.sum()
         self.limits = torch.where(torch.arange(3, device=self.device) == segment, run_limit, 0)
         self.openers = torch.full_like(self.openers, config.mask_token_id)  # those that are given are in the prompt
-        self.opens_finished = True
         if self.settings.stage == "full":
             self.never_written = self.never_written[self.never_written != config.execution_token_id]
         number = (prompt_segments > QUESTION).cumsum(dim=1)  # 1 for the first token of the run
@@ -198,11 +199,13 @@ def right_justify(tokens: torch.LongTensor, keep: torch.BoolTensor) -> tuple[tor
 class PairedDenoiser(BlockDenoiser):
     """Denoises the i-th block of the plan and the i-th of the execution at the same time, in one canvas."""
 
+    opens_finished = True
+
     def _start(self, prompt: torch.LongTensor, prompt_segments: torch.LongTensor) -> None:
         """As in the base; a given plan is no context but a part of every canvas, as the model was trained with it."""
         config, batch = self.config, len(prompt)
         self.sizes = torch.tensor([config.plan_block_size, config.execution_block_size], device=self.device)
-        self.width, self.opens_finished = int(self.sizes.sum()), True
+        self.width = int(self.sizes.sum())
         self.part = torch.repeat_interleave(torch.arange(2, device=self.device), self.sizes)  # of a column: 0 plan
         self.ended = torch.zeros(batch, 2, dtype=torch.bool, device=self.device)
         is_plan = prompt_segments == PLAN
