@@ -183,11 +183,14 @@ class Run:
 Results = dict[Run, dict[str, Any]]
 
 
-def choose_runs(data: str, recipe: str, steps: int, quick: bool, only: Sequence[str] = ()) -> list[Run]:
+def choose_runs(
+    data: str, recipe: str, steps: int, quick: bool, only: Sequence[str] = (), seeds: int | None = None
+) -> list[Run]:
     """Five algorithms at two sizes with three seeds, and one run of each ablation; quick or on GSM8K one of each."""
     one_of_each = quick or data == "gsm8k"
-    sizes, seeds = (["base"], [0]) if one_of_each else (list(SIZES), [0, 1, 2])
-    kinds = [(name, size, seed) for size in sizes for name in ALGORITHMS for seed in seeds]
+    sizes, usual_seeds = (["base"], 1) if one_of_each else (list(SIZES), 3)
+    seeds = usual_seeds if seeds is None else seeds
+    kinds = [(name, size, seed) for size in sizes for name in ALGORITHMS for seed in range(seeds)]
     kinds += [(name, "base", 0) for name in ABLATIONS]
     return [Run(name, size, seed, steps, data, recipe) for name, size, seed in kinds if not only or name in only]
 
@@ -320,19 +323,20 @@ def main() -> None:
     parser.add_argument("--data", default="synthetic", choices=("synthetic", "gsm8k"), help="What is learned.")
     parser.add_argument("--recipe", default=None, help="A YAML file of train.py; that of the data if omitted.")
     parser.add_argument("--steps", type=int, default=None, help="Optimiser steps of each run.")
+    parser.add_argument("--seeds", type=int, default=None, help="Runs of each algorithm and size; 3, quick 1.")
     parser.add_argument("--jobs", type=int, default=cores, help="Runs side by side, which share the cores.")
     names = [*ALGORITHMS, *ABLATIONS]
     parser.add_argument("--only", nargs="+", default=(), choices=names, metavar="NAME", help=f"Some of {names}.")
     parser.add_argument("--page", default=None, help="In the names of what is written; that of the data if omitted.")
     args = parser.parse_args()
-    for name in ("steps", "jobs"):
+    for name in ("steps", "seeds", "jobs"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, but got {value}")
     steps = args.steps or (500 if args.quick else 1000)
     recipe = args.recipe or str(ROOT / "configs" / f"{'gsm8k_small' if args.data == 'gsm8k' else 'quickstart'}.yaml")
     threads = max(1, cores // args.jobs)
-    runs = choose_runs(args.data, recipe, steps, args.quick, args.only)
+    runs = choose_runs(args.data, recipe, steps, args.quick, args.only, args.seeds)
     results = finish_all(runs, args.jobs, threads)
     add_equal_time(results)
     add_speeds(results)

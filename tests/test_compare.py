@@ -27,6 +27,8 @@ def test_every_algorithm_runs_at_both_sizes_with_three_seeds_and_every_ablation_
     count = {name: sum(run.algorithm == name for run in runs) for name in NAMES}
     assert count == dict.fromkeys(compare.ALGORITHMS, 6) | dict.fromkeys(compare.ABLATIONS, 1)
     assert len({run.folder for run in runs}) == len(runs)
+    some = compare.choose_runs("synthetic", RECIPE, 100, quick=True, only=["ar"], seeds=2)
+    assert [(run.algorithm, run.size, run.seed) for run in some] == [("ar", "base", 0), ("ar", "base", 1)]
     some = compare.choose_runs("gsm8k", RECIPE, 100, quick=False, only=["ar", compare.TOKENS_FIRST])
     assert [(run.algorithm, run.seed) for run in some] == [("ar", 0), (compare.TOKENS_FIRST, 0)]
 
