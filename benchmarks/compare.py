@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from .measure import RESULTS, as_flags, describe_machine
+from .sampler import SAMPLER_FILE
 from .speed import SPEED_FILE
 
 ROOT = Path(__file__).parents[1]
@@ -110,8 +111,11 @@ class Run:
         commands = {
             **{f"{part}data_config.json": self.training(part) for part in self.parts()},
             "likelihood.json": [str(ROOT / "eval_ppl.py"), "--model", folder, "--num_draws", "4", *limit],
+            SAMPLER_FILE: ["-m", "hierbd3lm.benchmarks.sampler", "--model", folder],
             "eval/summary.json": [str(ROOT / "eval_gsm8k.py"), "--model", folder, *limit],
         }
+        if self.algorithm == "ar":
+            del commands[SAMPLER_FILE]
         if self.algorithm in ANALYSED and self.data == "synthetic":
             commands["analysis/analysis.json"] = ["-m", "hierbd3lm.analysis", "--model", folder, *limit]
         return {file: [python, *command] for file, command in commands.items()}
@@ -157,6 +161,8 @@ class Run:
             row["curve"] += [(before + entry["step"], entry["eval_nll"]) for entry in history if "eval_nll" in entry]
             before += steps
         row[TRAINING_TIME] = sum(self._read(f"{part}train_results.json")["train_runtime"] for part in self.parts())
+        if SAMPLER_FILE in self.commands():
+            row["sampler"] = self._read(SAMPLER_FILE)["chosen"]
         if "analysis/analysis.json" in self.commands():
             analysis = self._read("analysis/analysis.json")
             row |= {column: analysis.get(entry) for column, entry in ANALYSIS_COLUMNS.items()}
@@ -282,7 +288,8 @@ for all. "{EQUAL_TIME}" is the other view of the budget: on the validation split
 through ("{TRAINING_TIME}" holds the evaluations too). "tokens/s" is of evaluation in batches of 32. The last two
 columns are tokens a second of {NUM_ONE_BY_ONE} problems one by one in multiples of those of `ar`, which answers in
 turns with the model and with nothing else beside them: as it is, and with `compile_steps`. `ar` generates by
-transformers with its own cache, uncompiled.
+transformers with its own cache, uncompiled. The others answer with `confidence`, in the order and with the threshold
+that answered best on the validation split (`python -m hierbd3lm.benchmarks.sampler`; the JSON has what was chosen).
 "{TOKENS_FIRST}" takes half of its steps in blocks of one token.
 
 {table}

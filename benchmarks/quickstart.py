@@ -7,7 +7,6 @@ problem at a time, in turns.
 """
 
 import functools
-import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ from hierbd3lm.data.splits import DataArguments, load_split
 from hierbd3lm.evaluation import load_model, summarize
 
 from .measure import Measured, as_flags, bar, measure_parts
+from .sampler import try_settings
 from .speed import answer, answer_in_turns
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,6 @@ DEMO, BLOCKS_OF_8, AR = "outputs/quickstart", "outputs/quickstart_8", "outputs/q
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 NUM_VALIDATION, NUM_TEST = 500, 500
 MOST_LOST = 0.01  # exact match
-REPORTED = ("tried", "exact_match_strict", "num_forward_passes_mean")
 
 
 def train(folder: str, **settings: Any) -> list[str]:
@@ -81,10 +80,7 @@ def measure_confidence(folder: str) -> Measured:
     validation = load_split(data_args, "validation", NUM_VALIDATION)
     exact_settings = {"sampler": "first_hitting"}
     exact = summarize(answer((*ours, exact_settings), validation, 50))["exact_match_strict"]
-    tried = []
-    for left_to_right, threshold in itertools.product((True, False), THRESHOLDS):
-        settings = {"left_to_right": left_to_right, "threshold": threshold}
-        tried.append(summarize(answer((*ours, settings), validation, 50)) | {"tried": settings})
+    tried = try_settings((*ours, {}), validation, THRESHOLDS)
     settings, keeps_the_limit = choose_settings(tried, exact)
 
     test = load_split(data_args, "test", NUM_TEST)
@@ -111,7 +107,7 @@ def measure_confidence(folder: str) -> Measured:
         "settings_keep_the_limit_on_validation": keeps_the_limit,
         "validation": {
             "first_hitting": exact,
-            "tried": [{key: summary[key] for key in REPORTED} for summary in tried],
+            "tried": tried,
         },
         "test": {
             "exact_match": {name: count / len(test) for name, count in num_right.items()},

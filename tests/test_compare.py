@@ -82,7 +82,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatc
         called.append(file)
         if file == fails:
             raise subprocess.CalledProcessError(1, command)
-        written = {file: {"ppl": 1.5}}
+        written = {file: {"ppl": 1.5, "chosen": {"threshold": 0.9}}}
         if file.endswith("data_config.json"):
             part = file.removesuffix("data_config.json")
             written |= {f"{part}trainer_state.json": history, f"{part}train_results.json": {"train_runtime": 2.0}}
@@ -98,10 +98,20 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatc
     row = run.finish({})
     failed = files.index("eval/summary.json")
     assert called == [*files[: failed + 1], *files[failed:]]
-    assert row["PPL"] == 1.5
+    assert (row["PPL"], row["sampler"]) == (1.5, {"threshold": 0.9})
     more = [(100, 2.0), (150, 1.0)] if name == compare.TOKENS_FIRST else []
     assert row["curve"] == [(50, 2.0), (100, 1.0), *more]
     assert row["training s"] == 2.0 * len(run.parts())
+
+
+def test_a_sampler_is_chosen_before_any_answer_but_for_ar():
+    for name in NAMES:
+        files = list(make_run(name).commands())
+        assert (compare.SAMPLER_FILE in files) == (name != "ar")
+        if name != "ar":
+            assert (
+                files.index("data_config.json") < files.index(compare.SAMPLER_FILE) < files.index("eval/summary.json")
+            )
 
 
 def test_speed_is_that_beside_ar_of_the_same_size_and_seed(tmp_path, monkeypatch):

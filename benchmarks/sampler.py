@@ -1,0 +1,65 @@
+"""Which order and threshold of the confidence sampler a trained model answers with best, on the validation split.
+
+`python -m hierbd3lm.benchmarks.sampler --model DIR` writes what was tried into DIR/sampler.json, and into the
+checkpoint's generation settings what gave most right answers: of several such settings those of fewest passes.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from hierbd3lm.data.run_folder import write_json
+from hierbd3lm.data.splits import DataArguments, load_split
+from hierbd3lm.evaluation import load_model, summarize
+from hierbd3lm.evaluation_data import default_device
+from hierbd3lm.generation_hierbd3lm import resolve_settings
+
+from .measure import describe_machine
+from .speed import Answerer, answer
+
+SAMPLER_FILE = "sampler.json"
+THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
+NUM_VALIDATION = 500
+BATCH_SIZE = 50
+
+
+def try_settings(answerer: Answerer, dataset: Dataset, thresholds: Iterable[float]) -> list[dict[str, Any]]:
+    """Exact match and passes of both orders at every threshold, with the settings as `tried`."""
+    model, tokenizer, settings = answerer
+    results = []
+    for left_to_right, threshold in itertools.product((True, False), thresholds):
+        tried = {"left_to_right": left_to_right, "threshold": threshold}
+        summary = summarize(answer((model, tokenizer, settings | tried), dataset, BATCH_SIZE))
+        reported = {name: summary[name] for name in ("exact_match_strict", "num_forward_passes_mean")}
+        results.append({"tried": tried} | reported)
+    return results
+
+
+def best_of(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The settings of most right answers, and of those of fewest passes."""
+    return max(results, key=lambda row: (row["exact_match_strict"], -row["num_forward_passes_mean"]))["tried"]
+
+
+def main() -> None:
+    """Tries, chooses, writes and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="Folder of a trained model.")
+    parser.add_argument("--device", default=default_device(), help="A GPU if there is one.")
+    args = parser.parse_args(sys.argv[1:])
+    model, tokenizer = load_model(args.model, args.device)
+    validation = load_split(DataArguments.load(args.model), "validation", NUM_VALIDATION)
+    results = try_settings((model, tokenizer, {"sampler": "confidence"}), validation, THRESHOLDS)
+    chosen = {"sampler": "confidence"} | best_of(results)
+    resolve_settings(model.generation_config, chosen).save_pretrained(args.model)
+    content = {"chosen": chosen, "num_examples": len(validation), "tried": results, "machine": describe_machine()}
+    write_json(Path(args.model, SAMPLER_FILE), content)
+    print(content)
+
+
+if __name__ == "__main__":
+    main()
