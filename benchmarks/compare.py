@@ -41,15 +41,17 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "bd3lm": {"algorithm": "bd3lm"},
     "hier": {},
 }
-TOKENS_FIRST = "hier, tokens first"  # half of the steps in blocks of one token, then the recipe's blocks from there
+# In a name: half of the steps are in blocks of one token, and the recipe's blocks go on from there.
+TOKENS_FIRST = ", tokens first"
 ABLATIONS: dict[str, dict[str, Any]] = {  # at the base size only
     "bd3lm, blocks of 1": {"algorithm": "bd3lm", "block_size": 1},
     "hier, no mask": {"hierarchical_mask": False},
     "hier, joint": {"joint": True},
     "hier, joint, no mask": {"joint": True, "hierarchical_mask": False},
-    TOKENS_FIRST: {},
+    f"bd3lm{TOKENS_FIRST}": {"algorithm": "bd3lm"},
+    f"hier{TOKENS_FIRST}": {},
 }
-ANALYSED = ("hier", "hier, no mask")  # whether the execution follows the plan
+ANALYSED = ("hier", "hier, no mask", f"hier{TOKENS_FIRST}")  # whether the execution follows the plan
 SIZES = {"small": (64, 2), "base": (96, 3)}  # hidden size, heads
 # One or two operations: what models of this size begin to solve within the steps that 90 minutes allow.
 PROBLEMS = {"num_steps": [1, 2], "max_depth": 2, "num_distractors": [0, 0], "max_value": 16}
@@ -123,7 +125,7 @@ class Run:
     def parts(self) -> dict[str, int]:
         """The subfolders of what is trained one after the other, with the steps of each."""
         half = self.steps // 2
-        return {"tokens/": half, "": self.steps - half} if self.algorithm == TOKENS_FIRST else {"": self.steps}
+        return {"tokens/": half, "": self.steps - half} if self.algorithm.endswith(TOKENS_FIRST) else {"": self.steps}
 
     def training(self, part: str = "") -> list[str]:
         """The command line of train.py, with the settings beyond the recipe's."""
@@ -290,7 +292,7 @@ columns are tokens a second of {NUM_ONE_BY_ONE} problems one by one in multiples
 turns with the model and with nothing else beside them: as it is, and with `compile_steps`. `ar` generates by
 transformers with its own cache, uncompiled. The others answer with `confidence`, in the order and with the threshold
 that answered best on the validation split (`python -m hierbd3lm.benchmarks.sampler`; the JSON has what was chosen).
-"{TOKENS_FIRST}" takes half of its steps in blocks of one token.
+"Tokens first" are runs that take half of their steps in blocks of one token.
 
 {table}
 

@@ -10,6 +10,7 @@ from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.train import parse_arguments
 
 RECIPE = str(compare.ROOT / "configs" / "quickstart.yaml")
+HIER_TOKENS_FIRST = f"hier{compare.TOKENS_FIRST}"
 NAMES = [*compare.ALGORITHMS, *compare.ABLATIONS]
 
 
@@ -29,8 +30,8 @@ def test_every_algorithm_runs_at_both_sizes_with_three_seeds_and_every_ablation_
     assert len({run.folder for run in runs}) == len(runs)
     some = compare.choose_runs("synthetic", RECIPE, 100, quick=True, only=["ar"], seeds=2)
     assert [(run.algorithm, run.size, run.seed) for run in some] == [("ar", "base", 0), ("ar", "base", 1)]
-    some = compare.choose_runs("gsm8k", RECIPE, 100, quick=False, only=["ar", compare.TOKENS_FIRST])
-    assert [(run.algorithm, run.seed) for run in some] == [("ar", 0), (compare.TOKENS_FIRST, 0)]
+    some = compare.choose_runs("gsm8k", RECIPE, 100, quick=False, only=["ar", HIER_TOKENS_FIRST])
+    assert [(run.algorithm, run.seed) for run in some] == [("ar", 0), (HIER_TOKENS_FIRST, 0)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,7 +53,7 @@ def test_settings_of_every_run_are_those_of_training(name):
 
 
 def test_runs_differ_in_nothing_but_what_is_compared():
-    settings = {name: make_run(name).training() for name in NAMES if name != compare.TOKENS_FIRST}
+    settings = {name: make_run(name).training() for name in NAMES if not name.endswith(compare.TOKENS_FIRST)}
     base = settings["hier"]
     for name, words in settings.items():
         added = compare.ALGORITHMS.get(name) or compare.ABLATIONS.get(name, {})
@@ -62,7 +63,7 @@ def test_runs_differ_in_nothing_but_what_is_compared():
 
 
 def test_blocks_of_a_token_come_first_where_the_name_says_so():
-    run = make_run(compare.TOKENS_FIRST)
+    run = make_run(HIER_TOKENS_FIRST)
     first, second = (parse_arguments(run.training(part)[1:]) for part in run.parts())
     assert list(run.commands())[:2] == ["tokens/data_config.json", "data_config.json"]
     assert (first[0].block_size, second[0].block_size) == (1, 4)
@@ -70,7 +71,7 @@ def test_blocks_of_a_token_come_first_where_the_name_says_so():
     assert first[2].seed != second[2].seed
 
 
-@pytest.mark.parametrize("name", ["hier", compare.TOKENS_FIRST])
+@pytest.mark.parametrize("name", ["hier", HIER_TOKENS_FIRST])
 def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch, name):
     monkeypatch.setattr(compare, "OUTPUTS", tmp_path)
     run, called = make_run(name), []
@@ -99,7 +100,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatc
     failed = files.index("eval/summary.json")
     assert called == [*files[: failed + 1], *files[failed:]]
     assert (row["PPL"], row["sampler"]) == (1.5, {"threshold": 0.9})
-    more = [(100, 2.0), (150, 1.0)] if name == compare.TOKENS_FIRST else []
+    more = [(100, 2.0), (150, 1.0)] if name == HIER_TOKENS_FIRST else []
     assert row["curve"] == [(50, 2.0), (100, 1.0), *more]
     assert row["training s"] == 2.0 * len(run.parts())
 
