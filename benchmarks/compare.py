@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
@@ -41,7 +42,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "bd3lm": {"algorithm": "bd3lm"},
     "hier": {},
 }
-# In a name: half of the steps are in blocks of one token, and the recipe's blocks go on from there.
+# In a name: half of the steps are in blocks of one token, and the recipe's blocks go on from there as in `make demo`,
+# with two noisy copies at half the learning rates.
 TOKENS_FIRST = ", tokens first"
 ABLATIONS: dict[str, dict[str, Any]] = {  # at the base size only
     "bd3lm, blocks of 1": {"algorithm": "bd3lm", "block_size": 1},
@@ -149,6 +151,9 @@ class Run:
             settings |= {"block_size": 1}
         elif len(self.parts()) > 1:  # another seed: other examples first
             settings |= {"init_from": str(self.folder / "tokens"), "backbone": "null", "seed": self.seed + 1000}
+            recipe = yaml.safe_load(Path(self.recipe).read_text())
+            settings |= {name: rate / 2 for name, rate in recipe.items() if name.endswith("learning_rate")}
+            settings |= {"noisy_copies": 2}
         return [str(ROOT / "train.py"), self.recipe, *as_flags(settings)]
 
     def finish(self, environment: dict[str, str]) -> dict[str, Any]:
@@ -292,7 +297,8 @@ columns are tokens a second of {NUM_ONE_BY_ONE} problems one by one in multiples
 turns with the model and with nothing else beside them: as it is, and with `compile_steps`. `ar` generates by
 transformers with its own cache, uncompiled. The others answer with `confidence`, in the order and with the threshold
 that answered best on the validation split (`python -m hierbd3lm.benchmarks.sampler`; the JSON has what was chosen).
-"Tokens first" are runs that take half of their steps in blocks of one token.
+"Tokens first" are runs that take half of their steps in blocks of one token, and the rest with two noisy copies at
+half the learning rates.
 
 {table}
 

@@ -46,7 +46,8 @@ def test_settings_of_every_run_are_those_of_training(name):
             key: fields[key] for key in ("algorithm", "hierarchical_mask", "joint")
         }
         assert config.plan_clip == config.execution_clip == [0, 1]
-        assert (args.noisy_copies, args.resume_from_checkpoint) == (1, "last")
+        copies = 2 if name.endswith(compare.TOKENS_FIRST) and not part else 1
+        assert (args.noisy_copies, args.resume_from_checkpoint) == (copies, "last")
         assert data_args.num_train_examples == 100 * args.per_device_train_batch_size
         all_steps += args.max_steps
     assert all_steps == 100
@@ -69,6 +70,8 @@ def test_blocks_of_a_token_come_first_where_the_name_says_so():
     assert (first[0].block_size, second[0].block_size) == (1, 4)
     assert second[0].init_from == first[2].output_dir.rstrip("/")
     assert first[2].seed != second[2].seed
+    assert second[2].learning_rate == first[2].learning_rate / 2
+    assert second[2].muon_learning_rate == first[2].muon_learning_rate / 2
 
 
 @pytest.mark.parametrize("name", ["hier", HIER_TOKENS_FIRST])
