@@ -26,6 +26,8 @@ import yaml
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
+from hierbd3lm.data.arguments import check_at_least
+
 from .measure import RESULTS, as_flags, describe_machine
 from .sampler import SAMPLER_FILE
 from .speed import SPEED_FILE
@@ -115,11 +117,10 @@ class Run:
         commands = {
             **{f"{part}data_config.json": self.training(part) for part in self.parts()},
             "likelihood.json": [str(ROOT / "eval_ppl.py"), "--model", folder, "--num_draws", "4", *limit],
-            SAMPLER_FILE: ["-m", "hierbd3lm.benchmarks.sampler", "--model", folder],
-            "eval/summary.json": [str(ROOT / "eval_gsm8k.py"), "--model", folder, *limit],
         }
-        if self.algorithm == "ar":
-            del commands[SAMPLER_FILE]
+        if self.algorithm != "ar":
+            commands[SAMPLER_FILE] = ["-m", "hierbd3lm.benchmarks.sampler", "--model", folder]
+        commands["eval/summary.json"] = [str(ROOT / "eval_gsm8k.py"), "--model", folder, *limit]
         if self.algorithm in ANALYSED and self.data == "synthetic":
             commands["analysis/analysis.json"] = ["-m", "hierbd3lm.analysis", "--model", folder, *limit]
         return {file: [python, *command] for file, command in commands.items()}
@@ -159,7 +160,8 @@ class Run:
     def finish(self, environment: dict[str, str]) -> dict[str, Any]:
         """Runs the commands whose results are not there; returns every column of the tables."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for file, command in self.commands().items():
+        commands = self.commands()
+        for file, command in commands.items():
             self._make(file, command, environment)
         row = {column: self._read(file).get(entry) for column, (file, entry) in COLUMNS.items()}
         row["curve"], before = [], 0
@@ -168,9 +170,9 @@ class Run:
             row["curve"] += [(before + entry["step"], entry["eval_nll"]) for entry in history if "eval_nll" in entry]
             before += steps
         row[TRAINING_TIME] = sum(self._read(f"{part}train_results.json")["train_runtime"] for part in self.parts())
-        if SAMPLER_FILE in self.commands():
+        if SAMPLER_FILE in commands:
             row["sampler"] = self._read(SAMPLER_FILE)["chosen"]
-        if "analysis/analysis.json" in self.commands():
+        if "analysis/analysis.json" in commands:
             analysis = self._read("analysis/analysis.json")
             row |= {column: analysis.get(entry) for column, entry in ANALYSIS_COLUMNS.items()}
         return row
@@ -210,10 +212,10 @@ def choose_runs(
 
 def add_speeds(results: Results) -> None:
     """Adds the columns of speed to the first seed's runs, one after the other, with nothing beside them."""
-    first = [run for run in results if run.seed == 0 and replace(run, algorithm="ar") in results]
-    for run in tqdm(first, desc="Answering one by one", unit="run"):
-        if run.algorithm != "ar":
-            results[run] |= run.measure_speed()
+    first = [run for run in results if run.seed == 0 and run.algorithm != "ar"]
+    measured = [run for run in first if replace(run, algorithm="ar") in results]
+    for run in tqdm(measured, desc="Answering one by one", unit="run"):
+        results[run] |= run.measure_speed()
 
 
 def nll_at(seconds: float, curve: list[tuple[int, float]], seconds_per_step: float) -> float:
@@ -345,9 +347,7 @@ def main() -> None:
     parser.add_argument("--page", default=None, help="In the names of what is written; that of the data if omitted.")
     args = parser.parse_args()
     for name in ("steps", "seeds", "jobs"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be at least 1, but got {value}")
+        check_at_least(name, getattr(args, name), 1)
     steps = args.steps or (500 if args.quick else 1000)
     recipe = args.recipe or str(ROOT / "configs" / f"{'gsm8k_small' if args.data == 'gsm8k' else 'quickstart'}.yaml")
     threads = max(1, cores // args.jobs)

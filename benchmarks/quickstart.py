@@ -17,13 +17,13 @@ from hierbd3lm.data.splits import DataArguments, load_split
 from hierbd3lm.evaluation import load_model, summarize
 
 from .measure import Measured, as_flags, bar, measure_parts
-from .sampler import try_settings
+from .sampler import BATCH_SIZE, NUM_VALIDATION, try_settings
 from .speed import answer, answer_in_turns
 
 ROOT = Path(__file__).parents[1]
 DEMO, BLOCKS_OF_8, AR = "outputs/quickstart", "outputs/quickstart_8", "outputs/quickstart_ar"
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-NUM_VALIDATION, NUM_TEST = 500, 500
+NUM_TEST = 500
 MOST_LOST = 0.01  # exact match
 
 
@@ -79,8 +79,8 @@ def measure_confidence(folder: str) -> Measured:
     data_args = DataArguments.load(str(ROOT / folder))
     validation = load_split(data_args, "validation", NUM_VALIDATION)
     exact_settings = {"sampler": "first_hitting"}
-    exact = summarize(answer((*ours, exact_settings), validation, 50))["exact_match_strict"]
-    tried = try_settings((*ours, {}), validation, THRESHOLDS)
+    exact = summarize(answer((*ours, exact_settings), validation, BATCH_SIZE))["exact_match_strict"]
+    tried = try_settings(*ours, validation, THRESHOLDS)
     settings, keeps_the_limit = choose_settings(tried, exact)
 
     test = load_split(data_args, "test", NUM_TEST)
@@ -91,7 +91,7 @@ def measure_confidence(folder: str) -> Measured:
         "first_hitting": (*ours, exact_settings),
     }
     predictions = answer_in_turns(answerers, test)
-    plans = answer((*ours, settings | {"stage": "plan"}), test, 50)
+    plans = answer((*ours, settings | {"stage": "plan"}), test, BATCH_SIZE)
     summaries = {name: summarize(lines) for name, lines in predictions.items()}
     speed = {name: summary["tokens_per_second"] for name, summary in summaries.items()}
     num_right = {name: sum(line["exact_match_strict"] for line in lines) for name, lines in predictions.items()}
@@ -105,10 +105,7 @@ def measure_confidence(folder: str) -> Measured:
     details = {
         "settings": settings,
         "settings_keep_the_limit_on_validation": keeps_the_limit,
-        "validation": {
-            "first_hitting": exact,
-            "tried": tried,
-        },
+        "validation": {"first_hitting": exact, "tried": tried},
         "test": {
             "exact_match": {name: count / len(test) for name, count in num_right.items()},
             "tokens_per_second": speed,

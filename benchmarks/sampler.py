@@ -20,7 +20,7 @@ from hierbd3lm.evaluation_data import default_device
 from hierbd3lm.generation_hierbd3lm import resolve_settings
 
 from .measure import describe_machine
-from .speed import Answerer, answer
+from .speed import answer
 
 SAMPLER_FILE = "sampler.json"
 THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
@@ -28,13 +28,12 @@ NUM_VALIDATION = 500
 BATCH_SIZE = 50
 
 
-def try_settings(answerer: Answerer, dataset: Dataset, thresholds: Iterable[float]) -> list[dict[str, Any]]:
+def try_settings(model: Any, tokenizer: Any, dataset: Dataset, thresholds: Iterable[float]) -> list[dict[str, Any]]:
     """Exact match and passes of both orders at every threshold, with the settings as `tried`."""
-    model, tokenizer, settings = answerer
     results = []
     for left_to_right, threshold in itertools.product((True, False), thresholds):
-        tried = {"left_to_right": left_to_right, "threshold": threshold}
-        summary = summarize(answer((model, tokenizer, settings | tried), dataset, BATCH_SIZE))
+        tried = {"sampler": "confidence", "left_to_right": left_to_right, "threshold": threshold}
+        summary = summarize(answer((model, tokenizer, tried), dataset, BATCH_SIZE))
         reported = {name: summary[name] for name in ("exact_match_strict", "num_forward_passes_mean")}
         results.append({"tried": tried} | reported)
     return results
@@ -53,8 +52,8 @@ def main() -> None:
     args = parser.parse_args(sys.argv[1:])
     model, tokenizer = load_model(args.model, args.device)
     validation = load_split(DataArguments.load(args.model), "validation", NUM_VALIDATION)
-    results = try_settings((model, tokenizer, {"sampler": "confidence"}), validation, THRESHOLDS)
-    chosen = {"sampler": "confidence"} | best_of(results)
+    results = try_settings(model, tokenizer, validation, THRESHOLDS)
+    chosen = best_of(results)
     resolve_settings(model.generation_config, chosen).save_pretrained(args.model)
     content = {"chosen": chosen, "num_examples": len(validation), "tried": results, "machine": describe_machine()}
     write_json(Path(args.model, SAMPLER_FILE), content)

@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from hierbd3lm.data.arguments import check_at_least
 from hierbd3lm.data.run_folder import write_json
 from hierbd3lm.data.splits import DataArguments, load_split
 from hierbd3lm.evaluation import load_model, predict, summarize
@@ -68,8 +69,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="Problems of the test split.")
     parser.add_argument("--device", default=default_device(), help="Of both models; a GPU if there is one.")
     args = parser.parse_args(sys.argv[1:])
-    if args.limit < 1:
-        raise ValueError(f"`limit` must be at least 1, but got {args.limit}")
+    check_at_least("limit", args.limit, 1)
     result = measure_speed(args.model, args.beside, args.limit, args.device)
     write_json(Path(args.model, SPEED_FILE), result)
     print(result)
