@@ -35,7 +35,8 @@ from .masking_hierbd3lm import (
     render_mask,
 )
 
-LOGITS_AT_ONCE = 2**24  # 64 MiB in float32
+# 64 MiB in float32; elsewhere 512 MiB, for products of more rows than make up for reading the head's weights again.
+LOGITS_AT_ONCE = {"cpu": 2**24, "others": 2**27}
 NEW_EMBEDDING_NOISE = 0.02  # of the old rows' standard deviation, so that no two new tokens are the same
 
 
@@ -403,7 +404,8 @@ def nll_in_chunks(
         logits = head_logits(backbone, hidden_states)
         return TOKEN_LOSSES[config.algorithm](logits, targets, config.mask_token_id)
 
-    rows = max(1, LOGITS_AT_ONCE // backbone.config.vocab_size)
+    limit = LOGITS_AT_ONCE["cpu" if hidden_states.device.type == "cpu" else "others"]
+    rows = max(1, limit // backbone.config.vocab_size)
     if len(targets) <= rows:
         return nll(hidden_states, targets)
     chunks = zip(hidden_states.split(rows), targets.split(rows), strict=True)

@@ -20,10 +20,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, unwrap_peft_model
+from transformers.utils import is_liger_kernel_available, logging
 
 from .clip_search import Candidates, ClipSearch, clipped_segments, draw_losses, measure_costs
 from .diffusion_hierbd3lm import ESTIMATORS
@@ -207,6 +208,32 @@ class EpochLengthSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
+def apply_liger_kernel_to_backbone(model: PreTrainedModel | PeftModel, kernel_config: dict[str, bool]) -> None:
+    """Gives the backbone Liger's kernels; transformers would look for some of the whole model, and find none.
+
+    The loss is not Liger's, which takes its gradient in the forward pass, before it is known what a token weighs.
+
+    Args:
+        kernel_config: Liger's names of kernels, and whether each is used.
+
+    Raises:
+        ImportError: without `liger-kernel`.
+        ValueError: for a backbone that Liger has no kernels for, or if its fused loss is asked for.
+    """
+    backbone = unwrap_peft_model(model).backbone
+    if kernel_config.get("fused_linear_cross_entropy"):
+        raise ValueError(f"`liger_kernel_config` must be without fused_linear_cross_entropy, but got {kernel_config}")
+    if is_liger_kernel_available():
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
+
+        if backbone.config.model_type not in known:
+            raise ValueError(
+                f"`use_liger_kernel` must be False for a backbone of type {backbone.config.model_type!r}: Liger has "
+                f"kernels for {', '.join(sorted(known))}"
+            )
+    apply_liger_kernel(backbone, {"fused_linear_cross_entropy": False} | kernel_config)
+
+
 class HierBD3LMTrainer(Trainer):
     r"""
     Trains a [`HierBD3LMForBlockDiffusion`] on the NELBO and evaluates its likelihood.
@@ -231,6 +258,8 @@ class HierBD3LMTrainer(Trainer):
                     f"`{name}` must be None, but got {kwargs[name]}: the loss and metrics are the NELBO's"
                 )
         super().__init__(model=model, args=args, **kwargs)
+        if args.use_liger_kernel:
+            apply_liger_kernel_to_backbone(model, args.liger_kernel_config or {})
         ranks_of_a_batch = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
         if ranks_of_a_batch > 1:
             raise ValueError(

@@ -12,12 +12,16 @@ import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils import is_liger_kernel_available
 
+import hierbd3lm.modeling_hierbd3lm
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.data.collator import HierarchicalDataCollator
-from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion, nll_in_chunks
 
 from .measure import RESULTS, describe_machine, interleaved_medians
 from .models import FIRST_CONTENT_ID, SPECIAL_IDS, text_batch
@@ -73,6 +77,15 @@ class Bench:
         finished = {name: functools.partial(self._finished, run) for name, run in cases.items()}
         return interleaved_medians(finished, min(self.repeats, at_most))
 
+    def peak_bytes(self, run: Callable[[], Any]) -> int | None:
+        """Memory that `run` holds at most beyond what is held before it; None without a GPU."""
+        if self.device.type != "cuda":
+            return None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self._finished(run)
+        return torch.cuda.max_memory_allocated() - before
+
     def _finished(self, run: Callable[[], Any]) -> None:
         run()
         if self.device.type == "cuda":
@@ -90,16 +103,19 @@ def check_attention(bench: Bench) -> dict[str, float]:
         nll[attention] = model.masked_nll(masked, batch["input_ids"], segment_ids=batch["segment_ids"]).float()
     model = bench.model("sdpa").eval()
     question = batch["input_ids"][:1, :32]
-    sequences = [
+    settings = {"max_plan_len": 16, "max_execution_len": 16}
+    eager, compiled = (
         model.generate(
-            question, attention_mask=torch.ones_like(question), max_plan_len=16, max_execution_len=16, **kw
-        ).sequences.tolist()
-        for kw in ({"fill_after_end": False}, {"fill_after_end": False, "compile_steps": True})
-    ]
+            question, attention_mask=torch.ones_like(question), compile_steps=compile_steps, **settings
+        ).sequences[0]
+        for compile_steps in (False, True)
+    )
+    num_tokens = max(len(eager), len(compiled))
+    num_equal = sum(ours == other for ours, other in zip(eager.tolist(), compiled.tolist(), strict=False))
     return {
         "flex - sdpa, largest nats": (nll["sdpa"] - nll["flex_attention"]).abs().max().item(),
         "flex - sdpa, mean nats": (nll["sdpa"].mean() - nll["flex_attention"].mean()).abs().item(),
-        "compiled steps, share of equal tokens": (sequences[0] == sequences[1]).float().mean().item(),
+        "compiled steps, share of equal tokens": num_equal / num_tokens,
     }
 
 
@@ -113,13 +129,18 @@ def measure_training(bench: Bench) -> dict[str, Any]:
             model = bench.model(attention)
             batch = bench.problems(model.config) if name == "problems" else bench.text(2)
             cases[attention] = block_diffusion_step(model, batch)
-            tokens[attention] = 2 * int((batch["segment_ids"] > 0).sum()) + int((batch["segment_ids"] == 0).sum())
+            tokens[attention] = tokens_of_both_streams(batch)
         ar, mask = bench.model("sdpa").backbone, (batch["segment_ids"] >= 0).long()
         cases["ar"] = autoregressive_step(ar, batch["input_ids"], mask if name == "problems" else None)
         tokens["ar"] = int(mask.sum())
         seconds = bench.timed(cases)
         results[name] = {case: rates(bench, model, tokens[case], seconds[case]) for case in cases}
     return results
+
+
+def tokens_of_both_streams(batch: dict[str, torch.Tensor]) -> int:
+    """The question once, plan and execution noisy and clean."""
+    return 2 * int((batch["segment_ids"] > 0).sum()) + int((batch["segment_ids"] == 0).sum())
 
 
 def rates(bench: Bench, model: HierBD3LMForBlockDiffusion, num_tokens: int, seconds: float) -> dict[str, float]:
@@ -161,7 +182,50 @@ def measure_generation(bench: Bench) -> dict[str, Any]:
     return results
 
 
-PARTS = {"attention": check_attention, "training": measure_training, "generation": measure_generation}
+def measure_head(bench: Bench) -> dict[str, Any]:
+    """Seconds and peak memory of the loss of a long text's masked tokens and its gradient, by logits at once."""
+    model = bench.model("sdpa")
+    size, vocab_size = bench.backbone["hidden_size"], bench.backbone["vocab_size"]
+    hidden_states = torch.randn(bench.text_length, size, device=bench.device, dtype=model.dtype, requires_grad=True)
+    targets = torch.randint(FIRST_CONTENT_ID, vocab_size, (bench.text_length,)).to(bench.device)
+
+    def step(limit: int) -> None:
+        with mock.patch.dict(hierbd3lm.modeling_hierbd3lm.LOGITS_AT_ONCE, cpu=limit, others=limit):
+            nll_in_chunks(model.backbone, hidden_states, targets, model.config).sum().backward()
+
+    cases = {f"2^{power}": functools.partial(step, 2**power) for power in (24, 25, 26, 27, 28, 30)}
+    seconds = bench.timed(cases)
+    return {name: {"seconds": seconds[name], "bytes": bench.peak_bytes(run)} for name, run in cases.items()}
+
+
+def measure_liger(bench: Bench) -> dict[str, Any]:
+    """Training with Liger's kernels in the backbone, which stay in the process: so this part comes last."""
+    if bench.device.type != "cuda" or not is_liger_kernel_available():
+        return {"left out": "needs a GPU and liger-kernel"}
+    plain, fast = (bench.model("flex_attention") for _ in range(2))
+    batches = {"problems": bench.problems(plain.config), "text": bench.text(2)}
+    batch = batches["problems"]
+    masked = plain.maskable_tokens(batch["input_ids"], batch["segment_ids"])
+    nll = []
+    for model in (plain, fast):
+        if model is fast:
+            apply_liger_kernel(fast.backbone, {"fused_linear_cross_entropy": False})  # as the trainer does
+        with torch.no_grad():
+            nll.append(model.masked_nll(masked, batch["input_ids"], segment_ids=batch["segment_ids"]).float())
+    results: dict[str, Any] = {"liger - plain, largest nats": (nll[0] - nll[1]).abs().max().item()}
+    for name, batch in batches.items():
+        seconds = bench.timed({"liger": block_diffusion_step(fast, batch)})["liger"]
+        results[name] = rates(bench, fast, tokens_of_both_streams(batch), seconds)
+    return results
+
+
+PARTS = {
+    "attention": check_attention,
+    "training": measure_training,
+    "generation": measure_generation,
+    "head": measure_head,
+    "liger": measure_liger,
+}
 
 
 def main() -> None:

@@ -273,7 +273,20 @@ def test_a_sharded_run_that_is_resumed_ends_with_the_same_weights(tmp_path):
     assert not any(torch.equal(start[name], whole[name]) for name in whole if "proj" in name)
 
 
-# The benchmark of a GPU
+# The benchmarks of a GPU
+
+
+@pytest.mark.slow
+def test_every_part_of_the_gpu_benchmark_runs_in_small(tmp_path):
+    command = ["bash", "benchmarks/gpu.sh", "--tiny", "--output", str(tmp_path / "gpu.json")]
+    environment = os.environ | QUIET | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert results["attention"]["flex - sdpa, largest nats"] < 0.05  # nats, in bfloat16
+    assert 0.5 <= results["attention"]["compiled steps, share of equal tokens"] <= 1  # the question is half of it
+    assert {*results["training"]} == {"problems", "text"} and {*results["head"]} >= {"2^24", "2^27"}
+    assert all(case["tokens_per_second"] > 0 for case in results["generation"]["batch 8"].values())
 
 
 @pytest.mark.slow

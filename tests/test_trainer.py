@@ -5,11 +5,13 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import transformers.integrations.liger
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import Qwen3Config, TrainerCallback
 
@@ -747,6 +749,46 @@ def test_processes_that_share_a_batch_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(HierBD3LMTrainer, "get_tp_size", lambda trainer: 2)
     with pytest.raises(ValueError, match="2 processes share a batch"):
         make_trainer(tmp_path)
+
+
+# liger-kernel is stood in for: it needs a GPU. With Triton's interpreter its kernels gave the same loss and gradient.
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """Records what Liger's own function is called with."""
+    calls = []
+    package = ModuleType("liger_kernel.transformers")
+    package._apply_liger_kernel_to_instance = lambda model, **kwargs: calls.append((model, kwargs))
+    table = ModuleType("liger_kernel.transformers.monkey_patch")
+    table.MODEL_TYPE_TO_APPLY_LIGER_FN = {"qwen3": None}
+    for module in (ModuleType("liger_kernel"), package, table):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for module in (hierbd3lm.trainer, transformers.integrations.liger):
+        monkeypatch.setattr(module, "is_liger_kernel_available", lambda: True)
+    return calls
+
+
+def test_liger_kernels_are_the_backbones_and_leave_the_loss_alone(tmp_path, liger):
+    model = make_model()
+    make_trainer(tmp_path, model, use_liger_kernel=True, liger_kernel_config={"rope": False})
+    assert liger == [(model.backbone, {"fused_linear_cross_entropy": False, "rope": False})]
+    adapted = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))
+    make_trainer(tmp_path, adapted, use_liger_kernel=True)
+    assert liger[1] == (adapted.base_model.model.backbone, {"fused_linear_cross_entropy": False})
+
+
+def test_liger_kernels_that_cannot_be_used_are_refused(tmp_path, liger, monkeypatch):
+    with pytest.raises(ValueError, match="`liger_kernel_config` must be without fused_linear_cross_entropy"):
+        make_trainer(tmp_path, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
+    llama = make_model(backbone_config=make_config().backbone_config.to_dict() | {"model_type": "llama"})
+    with pytest.raises(ValueError, match="`use_liger_kernel` must be False for a backbone of type 'llama'"):
+        make_trainer(tmp_path, llama, use_liger_kernel=True)
+    for module in (hierbd3lm.trainer, transformers.integrations.liger):
+        monkeypatch.setattr(module, "is_liger_kernel_available", lambda: False)
+    with pytest.raises(ImportError, match="liger-kernel"):
+        make_trainer(tmp_path, use_liger_kernel=True)
+    assert not liger
 
 
 @pytest.mark.parametrize("metric, greater", [("eval_plan_bpd", False), ("ppl", False), ("accuracy", True)])
