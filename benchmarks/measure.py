@@ -16,6 +16,7 @@ import transformers
 Measured = tuple[list[dict[str, Any]], dict[str, Any]]  # bars, and the figures behind them
 
 RESULTS = Path(__file__).parent / "results"
+CHANGES = ("status", "--porcelain", "-uno", "--", ":/", f":!{RESULTS}")  # git's words; results are written one by one
 
 
 def interleaved_medians(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -60,7 +61,7 @@ def describe_machine() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git(*CHANGES) else ""),
         "date": date.today().isoformat(),
     }
 
