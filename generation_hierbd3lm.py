@@ -282,6 +282,7 @@ class BlockCache(Cache):
         for ids in (self._block_ids, self._position_ids):
             ids[holes] = ids[moved]
         self.lengths, self.num_rows = self.lengths[new_order], count
+        self.used = max(self.lengths.tolist(), default=0)
         return new_order
 
 

@@ -239,6 +239,18 @@ def test_an_ended_row_leaves_the_batch_at_once(sampler):
     assert taken.min() < taken.max()
 
 
+def test_a_slow_row_goes_on_to_its_limits_when_a_fast_one_has_ended():
+    model, settings, num_left_alone = speaker(4, 4, end_bias=1.0), {"sampler": "confidence", "threshold": 0.2}, 0
+    for seed in range(18):
+        generator = torch.Generator().manual_seed(seed)
+        questions = torch.randint(5, 40, (2, 6), generator=generator)
+        together = rows_of(model.generate(questions, **settings), 6)
+        assert together == [rows_of(generate_one(model, row.tolist(), **settings), 6)[0] for row in questions]
+        fast, slow = sorted(together, key=lambda row: row["num_forward_passes"])
+        num_left_alone += fast["num_forward_passes"] < slow["num_forward_passes"] and len(slow["answer"]) == 24
+    assert num_left_alone > 3
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_rows_of_a_sampled_batch_keep_to_themselves(sampler):
     # At temperature 1 a batch draws other numbers than its rows alone, but every row must be a possible answer to
@@ -617,6 +629,21 @@ def test_dropping_rows_moves_no_more_than_the_holes():
         rows = cache.layers[0].keys[:, 0, 0, 0]
         assert rows[: len(order)].tolist() == rows_before[order].tolist()
         assert cache.num_rows == len(order) == len(cache.lengths)
+
+
+def test_a_row_that_stays_has_its_whole_capacity():
+    cache = BlockCache(num_layers=1, num_rows=2, scratch=6, capacity=8, device=torch.device("cpu"))
+
+    def keep(block_ids):
+        keys = torch.randn(*block_ids.shape, 1)[:, None]
+        cache.update(keys, keys, 0)
+        cache.commit(block_ids, torch.arange(block_ids.shape[1]).expand_as(block_ids), block_ids.shape[1])
+
+    keep(torch.tensor([[0] * 6, [-1] * 4 + [0] * 2]))
+    cache.keep_rows(torch.tensor([False, True]))
+    assert cache.layout.block_ids.tolist() == [[0, 0]]
+    keep(torch.ones(1, 6, dtype=torch.long))
+    assert cache.layout.block_ids.tolist() == [[0] * 2 + [1] * 6]
 
 
 def test_what_uninitialised_memory_holds_reaches_no_answer(monkeypatch):
