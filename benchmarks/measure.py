@@ -16,7 +16,7 @@ import transformers
 Measured = tuple[list[dict[str, Any]], dict[str, Any]]  # bars, and the figures behind them
 
 RESULTS = Path(__file__).parent / "results"
-CHANGES = ("status", "--porcelain", "-uno", "--", ":/", f":!{RESULTS}")  # git's words; results are written one by one
+CHANGES = ("status", "--porcelain", "-uno", "--", ":/", ":!results")  # git's words; results are written one by one
 
 
 def interleaved_medians(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
