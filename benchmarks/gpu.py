@@ -103,13 +103,10 @@ def check_attention(bench: Bench) -> dict[str, float]:
         nll[attention] = model.masked_nll(masked, batch["input_ids"], segment_ids=batch["segment_ids"]).float()
     model = bench.model("sdpa").eval()
     question = batch["input_ids"][:1, :32]
-    settings = {"max_plan_len": 16, "max_execution_len": 16}
-    eager, compiled = (
-        model.generate(
-            question, attention_mask=torch.ones_like(question), compile_steps=compile_steps, **settings
-        ).sequences[0]
-        for compile_steps in (False, True)
+    generate = functools.partial(
+        model.generate, question, attention_mask=torch.ones_like(question), max_plan_len=16, max_execution_len=16
     )
+    eager, compiled = (generate(compile_steps=compile_steps).sequences[0] for compile_steps in (False, True))
     num_tokens = max(len(eager), len(compiled))
     num_equal = sum(ours == other for ours, other in zip(eager.tolist(), compiled.tolist(), strict=False))
     return {
@@ -202,20 +199,18 @@ def measure_liger(bench: Bench) -> dict[str, Any]:
     """Training with Liger's kernels in the backbone, which stay in the process: so this part comes last."""
     if bench.device.type != "cuda" or not is_liger_kernel_available():
         return {"left out": "needs a GPU and liger-kernel"}
-    plain, fast = (bench.model("flex_attention") for _ in range(2))
-    batches = {"problems": bench.problems(plain.config), "text": bench.text(2)}
-    batch = batches["problems"]
-    masked = plain.maskable_tokens(batch["input_ids"], batch["segment_ids"])
-    nll = []
-    for model in (plain, fast):
-        if model is fast:
-            apply_liger_kernel(fast.backbone, {"fused_linear_cross_entropy": False})  # as the trainer does
-        with torch.no_grad():
-            nll.append(model.masked_nll(masked, batch["input_ids"], segment_ids=batch["segment_ids"]).float())
-    results: dict[str, Any] = {"liger - plain, largest nats": (nll[0] - nll[1]).abs().max().item()}
+    model = bench.model("flex_attention")
+    batches = {"problems": bench.problems(model.config), "text": bench.text(2)}
+    input_ids, segment_ids = (batches["problems"][name] for name in ("input_ids", "segment_ids"))
+    masked = model.maskable_tokens(input_ids, segment_ids)
+    with torch.no_grad():
+        plain = model.masked_nll(masked, input_ids, segment_ids=segment_ids).float()
+        apply_liger_kernel(model.backbone, {"fused_linear_cross_entropy": False})  # as the trainer does
+        fast = model.masked_nll(masked, input_ids, segment_ids=segment_ids).float()
+    results: dict[str, Any] = {"liger - plain, largest nats": (fast - plain).abs().max().item()}
     for name, batch in batches.items():
-        seconds = bench.timed({"liger": block_diffusion_step(fast, batch)})["liger"]
-        results[name] = rates(bench, fast, tokens_of_both_streams(batch), seconds)
+        seconds = bench.timed({"liger": block_diffusion_step(model, batch)})["liger"]
+        results[name] = rates(bench, model, tokens_of_both_streams(batch), seconds)
     return results
 
 
