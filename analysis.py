@@ -33,12 +33,11 @@ from .evaluation import (
     load_model,
     predict,
     rate,
-    settings_of,
 )
 from .evaluation_data import CheckpointArguments, load_examples, versions
-from .generation_hierbd3lm import resolve_settings
 from .likelihood import measure_likelihood
 from .modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from .settings_hierbd3lm import resolve_settings, settings_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

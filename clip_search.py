@@ -17,8 +17,9 @@ from transformers.trainer_callback import ExportableState
 
 from .configuration_hierbd3lm import HierBD3LMConfig
 from .diffusion_hierbd3lm import number_blocks
-from .likelihood import SEGMENT_NAMES
+from .masking_hierbd3lm import SEGMENT_NAMES
 from .objectives import Batch
+from .order_hierbd3lm import BlockOrder
 
 NUM_REPLICATES = 64  # losses that are drawn of each batch
 
@@ -65,9 +66,8 @@ class Candidates:
 
 def clipped_segments(config: HierBD3LMConfig) -> dict[str, tuple[int, ...]]:
     """Segments that have an interval together: name -> segment ids; a plan that there is not has none."""
-    if config.blocks_hold_both_segments:
-        return {"all": tuple(SEGMENT_NAMES)}
-    return {name: (segment,) for segment, name in SEGMENT_NAMES.items() if getattr(config, f"{name}_len")}
+    groups = BlockOrder.from_config(config).noise_groups
+    return {"all" if len(group) > 1 else SEGMENT_NAMES[group[0]]: group for group in groups}
 
 
 @dataclass(frozen=True)

@@ -160,20 +160,14 @@ class HierBD3LMConfig(PreTrainedConfig):
         return self.algorithm != "hier"
 
     @property
-    def block_grid(self) -> tuple[int, int, str, int]:
-        """What [`~masking_hierbd3lm.layout_from_segments`] needs to know besides the segments."""
-        order = "flat" if self.is_flat else "hierarchical" if self.hierarchical_mask else "paired"
-        return self.plan_block_size, self.execution_block_size, order, self.plan_len
+    def token_loss(self) -> str:
+        """Name of the loss of each predicted token, one of `TOKEN_LOSSES`."""
+        return {"sedd": "score_entropy", "ar": "next_token"}.get(self.algorithm, "nll")
 
     @property
     def blocks_hold_both_segments(self) -> bool:
         """Whether tokens of plan and execution share noise levels."""
         return self.is_flat or self.joint or not self.hierarchical_mask
-
-    @property
-    def plan_multiple(self) -> int:
-        """A plan is filled with `<|end|>` up to a multiple of so many tokens."""
-        return 1 if self.is_flat else self.plan_block_size
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The backbone's configuration: transformers reads vocabulary and layer sizes from it."""

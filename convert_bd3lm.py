@@ -26,8 +26,8 @@ from transformers.utils import cached_file
 
 from .configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
 from .dit_hierbd3lm import HierBD3LMDiTConfig
-from .generation_hierbd3lm import HierBD3LMGenerationConfig
 from .modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from .settings_hierbd3lm import HierBD3LMGenerationConfig
 
 Weights = Mapping[str, torch.Tensor]
 

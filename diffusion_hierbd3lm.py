@@ -262,14 +262,8 @@ def next_token_nll(logits: torch.Tensor, x0: torch.Tensor, mask_token_id: int) -
     return F.cross_entropy(logits.float(), x0, reduction="none")
 
 
-# What a model is trained on, for each token that it predicts.
-TOKEN_LOSSES = {
-    "hier": token_nll,
-    "bd3lm": token_nll,
-    "mdlm": token_nll,
-    "sedd": score_entropy,
-    "ar": next_token_nll,
-}
+# What a model is trained on, for each token that it predicts, by `HierBD3LMConfig.token_loss`.
+TOKEN_LOSSES = {"nll": token_nll, "score_entropy": score_entropy, "next_token": next_token_nll}
 
 
 def masked_nll(

@@ -22,13 +22,13 @@ from hierbd3lm.evaluation import (
     format_summary,
     load_model,
     predict,
-    settings_of,
     start_run,
     summarize,
     with_given_plans,
 )
 from hierbd3lm.evaluation_data import CheckpointArguments, load_examples, versions
-from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings, segment_limits
+from hierbd3lm.generation_hierbd3lm import segment_limits
+from hierbd3lm.settings_hierbd3lm import SETTINGS, resolve_settings, settings_of
 
 
 @dataclass
@@ -78,7 +78,7 @@ class EvaluationArguments(CheckpointArguments):
 
     def generation_settings(self) -> dict[str, Any]:
         """The settings of HierBD3LMGenerationConfig that are given; the stage follows from `given_plan`."""
-        names = {item.name for item in fields(self)} & set(vars(HierBD3LMGenerationConfig()))
+        names = {item.name for item in fields(self)} & set(SETTINGS)
         given = {name: getattr(self, name) for name in sorted(names) if getattr(self, name) is not None}
         return given | {"stage": "full" if self.given_plan is None else "execution"}
 

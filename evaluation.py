@@ -39,8 +39,8 @@ from .data.answers import (
 from .data.collator import check_content, collate_questions, encode_example, over_long_segments
 from .data.splits import DataArguments
 from .evaluation_data import CheckpointArguments
-from .generation_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
 from .modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from .settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
 
 SETTINGS_FILE, PREDICTIONS_FILE, SUMMARY_FILE = "settings.json", "predictions.jsonl", "summary.json"
 REFERENCE_PLANS = "reference"
@@ -367,7 +367,7 @@ def score(
         seconds: the example's share of its batch's time.
     """
     answer, target = cut_at_stops(execution), problem.reference_answer
-    has_plan_to_match = problem.reference_plan is not None and problem.plan_ids is None
+    must_match_plan = problem.reference_plan is not None and problem.plan_ids is None
     return {
         "index": problem.index,
         "sample": problem.sample,
@@ -380,7 +380,7 @@ def score(
         "exact_match_flexible": match_flexible(answer, target),
         "exact_match_numeric": match_numeric(answer, target),
         "unparsable": not is_parsable(answer),
-        "plan_match": same_text(plan, problem.reference_plan) if has_plan_to_match else None,
+        "plan_match": same_text(plan, problem.reference_plan) if must_match_plan else None,
         "too_long": problem.too_long,
         "finished": finished,
         "num_forward_passes": num_forward_passes,
@@ -558,13 +558,6 @@ def describe_run(
         "checksum_of_weights": checksum_of_weights(model),
         "batch_size": args.batch_size,
         "device": str(model.device),
-    }
-
-
-def settings_of(settings: HierBD3LMGenerationConfig) -> dict[str, Any]:
-    """The generation settings alone, as JSON takes them."""
-    return {
-        name: value for name, value in settings.to_dict().items() if name[0] != "_" and name != "transformers_version"
     }
 
 

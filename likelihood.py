@@ -9,19 +9,16 @@ from tqdm.auto import tqdm
 
 from .configuration_hierbd3lm import HierBD3LMConfig
 from .data.collator import ID_KEYS, HierarchicalDataCollator, counted_tokens
-from .masking_hierbd3lm import EXECUTION, PLAN, layout_from_segments
+from .masking_hierbd3lm import EXECUTION, SEGMENT_NAMES
 from .objectives import Batch, Objective, make_objective
-
-SEGMENT_NAMES = {PLAN: "plan", EXECUTION: "execution"}
 
 
 def with_predicted_tokens(model: Any, inputs: Batch) -> Batch:
     """The batch with `maskable`, which tokens the model predicts, and block and position ids if it lacks them."""
     batch = dict(inputs)
     if "block_ids" not in batch:
-        grid = model.config.block_grid
-        batch["block_ids"], batch["position_ids"] = layout_from_segments(batch["segment_ids"], *grid)
-    batch["maskable"] = model.maskable_tokens(batch["input_ids"], batch["segment_ids"])
+        batch["block_ids"], batch["position_ids"] = model.order.layout(batch["segment_ids"])
+    batch["maskable"] = model.order.predicted(batch["input_ids"], batch["segment_ids"])
     return batch
 
 

@@ -24,19 +24,18 @@ from .data.collator import check_content, encode_example
 from .diffusion_hierbd3lm import MAX_EXACT_BLOCK_SIZE, draw_mask, exact_nelbo
 from .evaluation import Prompt, Written, decode, encode_prompt, generate_batch, load_model, make_batches
 from .evaluation_data import default_device
-from .generation_hierbd3lm import HierBD3LMGenerationConfig, lay_out_plan, resolve_settings, segment_limits
+from .generation_hierbd3lm import lay_out_plan, segment_limits
 from .likelihood import with_predicted_tokens
-from .masking_hierbd3lm import EXECUTION, QUESTION
+from .masking_hierbd3lm import EXECUTION, PLAN, QUESTION
+from .settings_hierbd3lm import SETTINGS, HierBD3LMGenerationConfig, resolve_settings
 
 logger = logging.get_logger(__name__)
 
 LIKELIHOODS = ("monte_carlo", "exact")
 LIKELIHOOD_PLANS = ("generated", "empty")
 # Of generation; the others are the task's to set, or are set by what is asked of the model.
-OTHER_SETTINGS = ("stage", "temperature", "top_p", "seed", "transformers_version")
-GENERATION_SETTINGS = tuple(
-    name for name in vars(HierBD3LMGenerationConfig()) if name[0] != "_" and name not in OTHER_SETTINGS
-)
+OTHER_SETTINGS = ("stage", "temperature", "top_p", "seed")
+GENERATION_SETTINGS = tuple(name for name in SETTINGS if name not in OTHER_SETTINGS)
 GENERATION_KWARGS = ("until", "do_sample", "temperature", "top_p", "max_gen_toks")
 
 Question = tuple[int, ...]
@@ -273,11 +272,15 @@ class HierBD3LMHarnessModel(LM):
         """Tokens and segment ids of question, plan and execution as generation leaves them: `(1, length)`."""
         config, block_size = self.config, self.config.execution_block_size
         question = torch.tensor([target.question_ids], dtype=torch.long)
-        plan, plan_segments = lay_out_plan(config, torch.tensor([plan_ids], dtype=torch.long))
+        plan, _ = lay_out_plan(config, self.model.order, torch.tensor([plan_ids], dtype=torch.long))
         content = [config.execution_token_id, *target.execution_ids]
         length = min((len(content) + block_size) // block_size * block_size, config.execution_len)
         execution = torch.tensor([content + [config.end_token_id] * (length - len(content))])
-        segments = torch.full_like(question, QUESTION), plan_segments, torch.full_like(execution, EXECUTION)
+        segments = (
+            torch.full_like(question, QUESTION),
+            torch.full_like(plan, PLAN),
+            torch.full_like(execution, EXECUTION),
+        )
         return torch.cat([question, plan, execution], dim=1), torch.cat(segments, dim=1)
 
     @torch.no_grad()

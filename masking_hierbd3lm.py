@@ -1,11 +1,10 @@
-"""Which token may attend to which: an order over blocks, and its renderings for every attention implementation.
+"""The mask: one predicate on blocks and streams, and its renderings for every attention implementation.
 
 A token is described by its block (question 0, then plan blocks, then execution blocks, padding -1) and its stream
 (clean x0, or a noisy xt). [`attends`] is the one predicate; the training mask, the masks of generation, the masks of
 packed batches and the teaching mask of fixed lengths are all renderings of it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 
 QUESTION, PLAN, EXECUTION = 0, 1, 2  # segment ids
+SEGMENT_NAMES = {PLAN: "plan", EXECUTION: "execution"}  # of those that are denoised
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}  # of a backbone: those that take any mask
 PADDING = -1  # segment id and block id of padding
 CLEAN, NOISY = 0, 1  # stream ids; further noisy streams are 2, 3, ...
@@ -68,26 +68,41 @@ class TokenLayout:
 
 
 def attends(
-    q_block: torch.Tensor, q_stream: torch.Tensor, k_block: torch.Tensor, k_stream: torch.Tensor
+    q_block: torch.Tensor,
+    q_stream: torch.Tensor,
+    k_block: torch.Tensor,
+    k_stream: torch.Tensor,
+    precedes: torch.BoolTensor | None = None,
 ) -> torch.Tensor:
-    """Whether a query may attend to a key: finished blocks are context, and a block sees itself in its own stream.
+    """The mask: finished blocks that come before a block are its context, and it sees itself in its own stream.
 
-    In flat order over blocks this is the training mask of BD3-LM (Arriola et al. 2025, section 3.1 and appendix B.6):
-    block-diagonal, offset block-causal and block-causal parts. All arguments broadcast; returns a bool tensor.
+    For a total order over blocks this is the training mask of BD3-LM (Arriola et al. 2025, section 3.1 and appendix
+    B.6): block-diagonal, offset block-causal and block-causal parts.
+
+    Args:
+        q_block, q_stream, k_block, k_stream: block and stream ids of queries and keys; they broadcast.
+        precedes (`torch.BoolTensor` of shape `(blocks, blocks)`, *optional*): a partial order, true where the block
+            of the row sees that of the column; blocks of lower id come before if omitted.
+
+    Returns:
+        `torch.BoolTensor`, true where the query may attend to the key.
     """
-    finished = (k_block < q_block) & (k_stream == CLEAN)
+    before = k_block < q_block if precedes is None else precedes[q_block.clamp(min=0), k_block.clamp(min=0)]
+    finished = before & (k_stream == CLEAN)
     same_block = (k_block == q_block) & (k_stream == q_stream)
     return (q_block != PADDING) & (k_block != PADDING) & (finished | same_block)
 
 
-def dense_mask(queries: TokenLayout, keys: TokenLayout, window: int | None = None) -> torch.Tensor:
-    """The mask as a bool tensor of shape `(batch, 1, queries, keys)`, True where attention is allowed."""
+def dense_mask(
+    queries: TokenLayout, keys: TokenLayout, window: int | None = None, precedes: torch.BoolTensor | None = None
+) -> torch.Tensor:
+    """The mask as a bool tensor of shape `(batch, 1, queries, keys)`, true where attention is allowed."""
 
     def pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return getattr(queries, name)[:, :, None], getattr(keys, name)[:, None, :]
 
     (q_block, k_block), (q_stream, k_stream) = pair("block_ids"), pair("stream_ids")
-    mask = attends(q_block, q_stream, k_block, k_stream)
+    mask = attends(q_block, q_stream, k_block, k_stream, precedes)
     if queries.example_ids is not None:
         q_example, k_example = pair("example_ids")
         mask &= q_example == k_example
@@ -97,11 +112,14 @@ def dense_mask(queries: TokenLayout, keys: TokenLayout, window: int | None = Non
     return mask[:, None]
 
 
-def block_mask(queries: TokenLayout, keys: TokenLayout, window: int | None = None) -> BlockMask:
+def block_mask(
+    queries: TokenLayout, keys: TokenLayout, window: int | None = None, precedes: torch.BoolTensor | None = None
+) -> BlockMask:
     """The mask as a `BlockMask` of FlexAttention, equal to [`dense_mask`]."""
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        mask = attends(queries.block_ids[b, q], queries.stream_ids[b, q], keys.block_ids[b, k], keys.stream_ids[b, k])
+        query, key = (queries.block_ids[b, q], queries.stream_ids[b, q]), (keys.block_ids[b, k], keys.stream_ids[b, k])
+        mask = attends(*query, *key, precedes)
         if queries.example_ids is not None:
             mask = mask & (queries.example_ids[b, q] == keys.example_ids[b, k])
         if window is not None:
@@ -117,7 +135,7 @@ def render_mask(
     queries: TokenLayout,
     keys: TokenLayout,
     dtype: torch.dtype,
-    render_sdpa: Callable[[TokenLayout, TokenLayout, int | None], torch.Tensor] = dense_mask,
+    precedes: torch.BoolTensor | None = None,
 ) -> AttentionMask:
     """The mask in the form that the backbone's attention implementation reads.
 
@@ -127,7 +145,7 @@ def render_mask(
 
     Args:
         dtype: of the scores, which `eager` adds its mask to.
-        render_sdpa: makes the mask for `sdpa` from queries, keys and window.
+        precedes: a partial order over blocks; see [`attends`].
 
     Raises:
         ValueError: for an attention implementation, or a layer type of the backbone, that cannot take the mask.
@@ -143,10 +161,10 @@ def render_mask(
 
     def render(window: int | None) -> torch.Tensor | BlockMask:
         if implementation == "flex_attention":
-            return block_mask(queries, keys, window)
+            return block_mask(queries, keys, window, precedes)
+        mask = dense_mask(queries, keys, window, precedes)
         if implementation == "sdpa":
-            return render_sdpa(queries, keys, window)
-        mask = dense_mask(queries, keys, window)
+            return mask
         # A row of padding must not become NaN: finite in float32, where eager attention takes its softmax, and halved
         # so that it stays finite when a score is added (in float16, -65504 - 16 is -inf).
         lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min) / 2
@@ -156,49 +174,6 @@ def render_mask(
     if "sliding_attention" in layer_types:
         return {kind: render(window if kind == "sliding_attention" else None) for kind in sorted(layer_types)}
     return render(None if layer_types else window)
-
-
-def layout_from_segments(
-    segment_ids: torch.Tensor,
-    plan_block_size: int,
-    execution_block_size: int,
-    order: str = "hierarchical",
-    plan_len: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block and position ids of clean sequences; block edges count from each segment's start, never from a column.
-
-    Args:
-        segment_ids (`torch.LongTensor` of shape `(batch, length)`):
-            0 question, 1 plan, 2 execution, -1 padding (anywhere); the segments of a row stand in this order.
-        order:
-            `hierarchical`: plan blocks, then execution blocks. `flat`: plan and execution are one run of blocks of
-            `plan_block_size`. `paired`: the i-th blocks of both segments are one block, and the execution's positions
-            start `plan_len` behind the plan's, as its first block is denoised before the plan's length is known.
-
-    Returns:
-        `block_ids`, `position_ids`: two `torch.LongTensor` of shape `(batch, length)`. Positions start at 0 at the
-        first real token and skip padding, where they are 0.
-    """
-
-    def rank_in_block(inside: torch.Tensor, block_size: int) -> torch.Tensor:
-        number = inside.long().cumsum(dim=1)  # 1 for the first token inside
-        return (number - 1) // block_size
-
-    is_real, in_plan, in_execution = segment_ids != PADDING, segment_ids == PLAN, segment_ids == EXECUTION
-    position_ids = (is_real.long().cumsum(dim=1) - 1).clamp(min=0)
-    block_ids = torch.where(is_real, torch.zeros_like(segment_ids), PADDING)
-    if order == "flat":
-        answer = in_plan | in_execution
-        block_ids = torch.where(answer, 1 + rank_in_block(answer, plan_block_size), block_ids)
-        return block_ids, position_ids.masked_fill(~is_real, 0)
-    plan_rank = rank_in_block(in_plan, plan_block_size)
-    first_execution_block = 1 if order == "paired" else 2 + plan_rank[:, -1:]
-    block_ids = torch.where(in_plan, 1 + plan_rank, block_ids)
-    execution_rank = rank_in_block(in_execution, execution_block_size)
-    block_ids = torch.where(in_execution, first_execution_block + execution_rank, block_ids)
-    if order == "paired":
-        position_ids = position_ids + in_execution * (plan_len - in_plan.sum(dim=1, keepdim=True))
-    return block_ids, position_ids.masked_fill(~is_real, 0)
 
 
 def create_hierarchical_mask(
@@ -232,11 +207,12 @@ def fixed_length_layout(
 ) -> TokenLayout:
     """Layout of one unpadded example in the order `[question | plan xt | plan x0 | execution xt | execution x0]`."""
     lengths = torch.tensor([question_len, plan_len, execution_len], device=device)
-    segment_ids = torch.repeat_interleave(torch.arange(3, device=device), lengths)[None]
-    block_ids, position_ids = layout_from_segments(segment_ids, block_size, block_size)
+    position_ids = torch.arange(question_len + plan_len + execution_len, device=device)[None]
+    # `block_size` divides the plan's length: plan and execution are on one grid
+    block_ids = torch.where(position_ids < question_len, 0, 1 + (position_ids - question_len) // block_size)
     streams = torch.tensor([CLEAN, NOISY, CLEAN, NOISY, CLEAN], device=device)
     stream_ids = torch.repeat_interleave(streams, lengths[[0, 1, 1, 2, 2]])[None]
-    columns = torch.arange(segment_ids.shape[1], device=device)
+    columns = position_ids[0]
     question, plan, execution = columns.split([question_len, plan_len, execution_len])
     order = torch.cat([question, plan, plan, execution, execution])
     return TokenLayout(block_ids[:, order], stream_ids, position_ids[:, order])

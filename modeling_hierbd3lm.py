@@ -1,9 +1,8 @@
 """The hierarchical block diffusion model: any causal decoder of transformers, run under the hierarchical mask."""
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,15 +11,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .attention_hierbd3lm import tiled_mask, worth_tiling
 from .configuration_hierbd3lm import HierBD3LMConfig, add_special_tokens, special_token_ids
 from .diffusion_hierbd3lm import TOKEN_LOSSES, masked_nll
-from .generation_hierbd3lm import HierBD3LMGenerationConfig, HierBD3LMGenerationMixin
+from .generation_hierbd3lm import HierBD3LMGenerationMixin
 from .masking_hierbd3lm import (
     CLEAN,
     EXECUTION,
@@ -30,10 +25,10 @@ from .masking_hierbd3lm import (
     QUESTION,
     SUPPORTED_LAYER_TYPES,
     TokenLayout,
-    dense_mask,
-    layout_from_segments,
     render_mask,
 )
+from .order_hierbd3lm import BlockOrder
+from .settings_hierbd3lm import HierBD3LMGenerationConfig
 
 # 64 MiB in float32; elsewhere 512 MiB, for products of more rows than make up for reading the head's weights again.
 LOGITS_AT_ONCE = {"cpu": 2**24, "others": 2**27}
@@ -80,7 +75,10 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         check_backbone_config(config.backbone_config)
         self.backbone = AutoModelForCausalLM.from_config(config.backbone_config)
         check_backbone_signature(self.backbone)
+        self.order = BlockOrder.from_config(config)
         self.post_init()
+        if self.device.type != "meta":  # a checkpoint is loaded into a model on that device
+            check_head(self)
 
     @classmethod
     def from_autoregressive(
@@ -125,8 +123,9 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             model = cls(config)
         model.backbone = backbone
         model.train(backbone.training)
-        if config.algorithm != "ar":
+        if not model.order.is_causal:
             check_backbone_behaviour(model)
+        check_head(model)
         return model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -159,8 +158,8 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         **kwargs: Any,
     ) -> HierBD3LMOutput:
         r"""
-        One pass over `[clean x0 | noisy xt]` under the hierarchical mask; for `algorithm="ar"` over x0 as the causal
-        model that the backbone is.
+        One pass over `[clean x0 | noisy xt]` under the hierarchical mask; of an autoregressive model over x0, as the
+        causal model that the backbone is.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`):
@@ -192,16 +191,16 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             raise ValueError("`logits_to_keep` must be given together with `target_ids`, but got None")
         if noisy_input_ids is None and target_ids is not None:
             kwargs["targets"] = target_ids[logits_to_keep]
-        if self.config.algorithm == "ar":
+        if self.order.is_causal:
             if noisy_input_ids is not None:
-                raise ValueError("`noisy_input_ids` must be None for algorithm='ar', which has no noise")
+                raise ValueError("`noisy_input_ids` must be None for an autoregressive model, which has no noise")
             return self._run_causally(input_ids, attention_mask, segment_ids, position_ids, logits_to_keep, **kwargs)
         clean = self._clean_layout(input_ids, attention_mask, segment_ids, block_ids, position_ids, example_ids)
         if noisy_input_ids is None:
             return self._run_backbone(input_ids, clean, logits_to_keep, past_key_values, **kwargs)
         if noisy_block_ids is not None:
             # Blocks that are denoised jointly are told apart by their ranks: the later one sees the earlier one.
-            stream = CLEAN if self.config.joint else NOISY
+            stream = CLEAN if self.order.is_joint else NOISY
             noisy = TokenLayout(noisy_block_ids, torch.full_like(noisy_block_ids, stream), noisy_position_ids)
             num_clean, wanted = clean.length, slice(None)
         else:
@@ -226,15 +225,20 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         """[`~diffusion_hierbd3lm.masked_nll`] of this model: `(num_masked,)`, in nats."""
         return masked_nll(self, masked, input_ids, self.config.mask_token_id, **layout)
 
-    def maskable_tokens(self, input_ids: torch.LongTensor, segment_ids: torch.LongTensor) -> torch.BoolTensor:
-        """Tokens that the model predicts: all of plan and execution but the openers that it is given.
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits `(..., vocab_size)` of last hidden states `(..., hidden_size)`, as the backbone computes them.
 
-        In a flat order `<|execution|>` is predicted, unless it stands first for want of a plan.
+        The output embeddings with their bias, then the scale and the soft cap that the architecture is known to
+        have; [`check_head`] compares them with the backbone's own logits.
         """
-        opener = input_ids == self.config.plan_token_id
-        if not self.config.is_flat or not self.config.has_plan:
-            opener = opener | (input_ids == self.config.execution_token_id)
-        return (segment_ids > QUESTION) & ~opener
+        logits, config = self.get_output_embeddings()(hidden_states), self.backbone.config
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = torch.tanh(logits / cap) * cap
+        return logits
 
     def _clean_layout(
         self,
@@ -250,7 +254,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
                 raise ValueError("`block_ids` must be given together with `example_ids`, but got None")
             if segment_ids is None:
                 segment_ids = self._segments_from_openers(input_ids, attention_mask)
-            block_ids, positions = layout_from_segments(segment_ids, *self.config.block_grid)
+            block_ids, positions = self.order.layout(segment_ids)
             position_ids = positions if position_ids is None else position_ids
         elif position_ids is None:
             raise ValueError("`position_ids` must be given together with `block_ids`, but got None")
@@ -278,13 +282,14 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         **kwargs: Any,
     ) -> HierBD3LMOutput:
         keys = layout if cache is None else layout + cache.layout
-        render_sdpa = tiled_mask if cache is None and worth_tiling(layout) else dense_mask
+        precedes = self.order.precedes
+        precedes = None if precedes is None else precedes.to(tokens.device)
         kwargs |= {
             "input_ids": tokens,
-            "attention_mask": render_mask(self.backbone.config, layout, keys, self.dtype, render_sdpa),
+            "attention_mask": render_mask(self.backbone.config, layout, keys, self.dtype, precedes),
             "position_ids": layout.position_ids,
             "past_key_values": cache,
-            "use_cache": cache is not None,  # said aloud: the backbone's own default is to build a cache
+            "use_cache": cache is not None,  # explicit, as the backbone builds a cache by default
         }
         return self._logits_or_nll(logits_to_keep, **kwargs)
 
@@ -313,33 +318,31 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             outputs = self.backbone(logits_to_keep=logits_to_keep or 0, **kwargs)
             return HierBD3LMOutput(outputs.logits, None, cache, outputs.hidden_states, outputs.attentions)
         kept = logits_to_keep.flatten().nonzero()[:, 0]
-        if cache is not None and cache.is_compiled:
-            outputs = self._compiled_body(**kwargs)
-        else:
-            with computed_only_at(kept, self._mlp_of_head_alone(kwargs)):
-                outputs = self.backbone.base_model(**kwargs)
+        is_compiled = cache is not None and cache.is_compiled
+        outputs = (self._compiled_body if is_compiled else self.backbone.base_model)(**kwargs)
         hidden_states = outputs.last_hidden_state.flatten(0, 1).index_select(0, kept)  # (num_true, hidden)
-        logits = nll = None
-        if targets is not None:
-            nll = nll_in_chunks(self.backbone, hidden_states, targets, self.config)
-        elif self._head_is_plain:
-            logits = self.get_output_embeddings()(hidden_states)
-        else:
-            logits = head_logits(self.backbone, hidden_states)
+        logits = self.project(hidden_states) if targets is None else None
+        nll = None if targets is None else self._nll_in_chunks(hidden_states, targets)
         return HierBD3LMOutput(logits, nll, cache, outputs.hidden_states, outputs.attentions)
 
-    def _mlp_of_head_alone(self, kwargs: dict[str, Any]) -> nn.Module | None:
-        """The last layer's MLP where only the head reads what it says, and no backward pass runs it once more."""
-        if torch.compiler.is_compiling():  # a graph does not look at hooks that come and go
-            return None
-        layer = self._last_layer
-        runs_again = self.training and getattr(layer, "gradient_checkpointing", False)
-        shown = kwargs.get("output_hidden_states", self.backbone.config.output_hidden_states)
-        return None if layer is None or runs_again or shown else layer.mlp
+    def _nll_in_chunks(self, hidden_states: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+        """The loss of each token, `(num_tokens,)`, never with more than `LOGITS_AT_ONCE` logits in memory.
 
-    @functools.cached_property
-    def _last_layer(self) -> nn.Module | None:
-        return find_last_layer(self.backbone.base_model)
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(num_tokens, hidden_size)`), targets (`(num_tokens,)`).
+        """
+
+        def nll(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            token_loss = TOKEN_LOSSES[self.config.token_loss]
+            return token_loss(self.project(hidden_states), targets, self.config.mask_token_id)
+
+        limit = LOGITS_AT_ONCE["cpu" if hidden_states.device.type == "cpu" else "others"]
+        rows = max(1, limit // self.config.vocab_size)
+        if len(targets) <= rows:
+            return nll(hidden_states, targets)
+        chunks = zip(hidden_states.split(rows), targets.split(rows), strict=True)
+        # A chunk's logits are computed again in the backward pass.
+        return torch.cat([checkpoint(nll, *chunk, use_reentrant=False) for chunk in chunks])
 
     @functools.cached_property
     def cache_shapes(self) -> list[tuple[int, int, int]]:
@@ -350,96 +353,8 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]
 
     @functools.cached_property
-    def _head_is_plain(self) -> bool:
-        """Whether logits are what the output embeddings give, with no scale or soft cap: found by a probe."""
-        size = self.get_input_embeddings().weight.shape[1]
-        probe = torch.linspace(-100, 100, size, dtype=self.dtype, device=self.device)[None]
-        with torch.no_grad():
-            return torch.equal(self.get_output_embeddings()(probe[None])[0], head_logits(self.backbone, probe))
-
-    @functools.cached_property
     def _compiled_body(self) -> Callable[..., Any]:
         return torch.compile(self.backbone.base_model)  # sizes that turn out to vary become symbols
-
-
-def find_last_layer(body: PreTrainedModel) -> nn.Module | None:
-    """The last layer of `body`, where its MLP is one module of linear maps alone; else None."""
-    layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers or not hasattr(layers[-1], "mlp"):
-        return None
-    owners = [module for module in layers[-1].mlp.modules() if [*module.parameters(recurse=False)]]
-    return layers[-1] if all(isinstance(module, nn.Linear | Conv1D) for module in owners) else None
-
-
-@contextlib.contextmanager
-def computed_only_at(index: torch.LongTensor, mlp: nn.Module | None) -> Iterator[None]:
-    """Within the context `mlp` computes the tokens `index` of its flattened input alone; of others it says 0."""
-    if mlp is None:
-        yield
-        return
-    shape = None
-
-    def gather(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        nonlocal shape
-        shape = args[0].shape
-        return (args[0].flatten(0, 1).index_select(0, index)[None],)
-
-    def scatter(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        return output.new_zeros(shape).flatten(0, 1).index_copy(0, index, output[0]).view(shape)
-
-    with mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(scatter):
-        yield
-
-
-def nll_in_chunks(
-    backbone: PreTrainedModel, hidden_states: torch.Tensor, targets: torch.LongTensor, config: HierBD3LMConfig
-) -> torch.Tensor:
-    """The algorithm's loss of each token, never with more than `LOGITS_AT_ONCE` logits in memory.
-
-    Args:
-        hidden_states (`torch.FloatTensor` of shape `(num_tokens, hidden_size)`), targets (`(num_tokens,)`).
-    """
-
-    def nll(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = head_logits(backbone, hidden_states)
-        return TOKEN_LOSSES[config.algorithm](logits, targets, config.mask_token_id)
-
-    limit = LOGITS_AT_ONCE["cpu" if hidden_states.device.type == "cpu" else "others"]
-    rows = max(1, limit // backbone.config.vocab_size)
-    if len(targets) <= rows:
-        return nll(hidden_states, targets)
-    chunks = zip(hidden_states.split(rows), targets.split(rows), strict=True)
-    # A chunk's logits are computed again in the backward pass.
-    return torch.cat([checkpoint(nll, *chunk, use_reentrant=False) for chunk in chunks])
-
-
-def head_logits(backbone: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Logits `(num_tokens, vocab_size)` of last hidden states `(num_tokens, hidden_size)`.
-
-    The causal model itself runs, on a body that returns the states: so its bias, scale or soft cap are applied.
-    """
-    name, body = backbone.base_model_prefix, backbone.base_model
-    setattr(backbone, name, _Returned(hidden_states[None]))
-    try:
-        return backbone(inputs_embeds=hidden_states[None], use_cache=False).logits[0]
-    finally:
-        setattr(backbone, name, body)
-
-
-@dataclass
-class _BodyOutput(BaseModelOutputWithPastAndCrossAttentions):
-    router_logits: tuple[torch.FloatTensor, ...] | None = None  # what a mixture of experts reads too
-
-
-class _Returned(nn.Module):
-    """A body whose last hidden states are known."""
-
-    def __init__(self, hidden_states: torch.Tensor):
-        super().__init__()
-        self.hidden_states = hidden_states
-
-    def forward(self, *args: Any, **kwargs: Any) -> _BodyOutput:
-        return _BodyOutput(last_hidden_state=self.hidden_states)
 
 
 def needed_columns(block_ids: torch.Tensor) -> tuple[int, int]:
@@ -517,6 +432,27 @@ def check_tied_as_loaded(tie_word_embeddings: bool | None, backbone: PreTrainedM
     loaded = backbone.config.tie_word_embeddings
     if tie_word_embeddings not in (None, loaded):
         raise ValueError(f"`tie_word_embeddings` must be {loaded} as in the checkpoint, but got {tie_word_embeddings}")
+
+
+@torch.no_grad()
+def check_head(model: HierBD3LMForBlockDiffusion) -> None:
+    """Checks that [`HierBD3LMForBlockDiffusion.project`] computes what the backbone does.
+
+    Raises:
+        ValueError: for an architecture whose head is not known here.
+    """
+    backbone, was_training = model.backbone, model.training
+    backbone.eval()
+    tokens = torch.arange(min(4, model.config.vocab_size), device=model.device)[None]
+    hidden_states = backbone.base_model(tokens, use_cache=False).last_hidden_state
+    projected, logits = model.project(hidden_states).float(), backbone(tokens, use_cache=False).logits.float()
+    backbone.train(was_training)
+    tolerance = 4 * torch.finfo(model.dtype).eps * max(1.0, float(logits.abs().max()))
+    if not torch.allclose(projected, logits, rtol=1e-3, atol=tolerance):
+        raise ValueError(
+            f"`backbone_config`: the logits of {type(backbone).__name__} are not those of its output embeddings with "
+            f"`logit_scale`, `logits_scaling` and `final_logit_softcapping`: its head is not supported"
+        )
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What each algorithm computes from a batch: every token's share of the bound on the negative log-likelihood.
+"""Objectives: the contribution of every token of a batch to the bound on the negative log-likelihood.
 
 A batch is what [`HierarchicalDataCollator`] returns, with `maskable`, the tokens that the model predicts (see
 [`~likelihood.with_predicted_tokens`]).
@@ -12,15 +12,16 @@ import torch.nn.functional as F
 from .configuration_hierbd3lm import HierBD3LMConfig
 from .diffusion_hierbd3lm import draw_mask, exact_nelbo, masked_nll
 from .masking_hierbd3lm import PADDING
+from .order_hierbd3lm import BlockOrder
 
 Batch = dict[str, torch.Tensor]
 
 
 class BlockDiffusion:
-    """The NELBO over noisy blocks that see the clean ones before them: `hier`, `bd3lm`, `mdlm` and `sedd`.
+    """The NELBO over noisy blocks that see the clean ones before them.
 
     Args:
-        config: gives the schedule of the noise and the mask token.
+        config: gives the schedule of the noise, the mask token and the order over blocks.
         estimator: see `ESTIMATORS`.
     """
 
@@ -28,6 +29,7 @@ class BlockDiffusion:
 
     def __init__(self, config: HierBD3LMConfig, estimator: str = "stratified"):
         self.config, self.estimator = config, estimator
+        self.order = BlockOrder.from_config(config)
 
     def shares(
         self,
@@ -64,29 +66,18 @@ class BlockDiffusion:
 
     def noise_blocks(self, batch: Batch) -> torch.Tensor:
         """Ids of the blocks that have a noise level of their own, `(batch, length)`."""
-        return batch["block_ids"]
+        return self.order.noise_blocks(batch["block_ids"])
 
     def token_losses(self, model: Any, batch: Batch, masked: torch.Tensor) -> torch.Tensor:
         """Loss in nats of each masked token: `(num_masked,)`; `masked` is `(batch, length)` or with copies between."""
         layout = {name: batch[name] for name in ("block_ids", "position_ids")}
-        return masked_nll(model, masked, batch["input_ids"], self.config.mask_token_id, **layout)
-
-
-class JointDiffusion(BlockDiffusion):
-    """The NELBO of a plan and an execution that share their noise level: no token is clean but the question's."""
-
-    def noise_blocks(self, batch: Batch) -> torch.Tensor:
-        return batch["block_ids"].clamp(max=1)
-
-    def token_losses(self, model: Any, batch: Batch, masked: torch.Tensor) -> torch.Tensor:
+        if not self.order.is_joint:
+            return masked_nll(model, masked, batch["input_ids"], self.config.mask_token_id, **layout)
+        # One stream, as no token is clean but the question's: a later block attends to earlier ones as they are.
         copies = 1 if masked.ndim == 2 else masked.shape[1]
-        masked = masked.flatten(0, -2)
-        x0, block_ids, position_ids = (
-            batch[name].repeat_interleave(copies, dim=0) for name in ("input_ids", "block_ids", "position_ids")
-        )
+        masked, x0 = masked.flatten(0, -2), batch["input_ids"].repeat_interleave(copies, dim=0)
+        layout = {name: ids.repeat_interleave(copies, dim=0) for name, ids in layout.items()}
         xt = x0.masked_fill(masked, self.config.mask_token_id)
-        # One stream: the execution is of a later block, and so attends to the plan as it is, noisy.
-        layout = {"block_ids": block_ids, "position_ids": position_ids}
         return model(input_ids=xt, logits_to_keep=masked, target_ids=x0, **layout).nll
 
 
@@ -115,7 +106,7 @@ Objective = BlockDiffusion | Autoregression
 
 
 def make_objective(config: HierBD3LMConfig, estimator: str = "stratified") -> Objective:
-    """The objective of a model's algorithm."""
-    if config.algorithm == "ar":
+    """The objective of a model's configuration."""
+    if BlockOrder.from_config(config).is_causal:
         return Autoregression()
-    return JointDiffusion(config, estimator) if config.joint else BlockDiffusion(config, estimator)
+    return BlockDiffusion(config, estimator)

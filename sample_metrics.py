@@ -28,13 +28,9 @@ from .data.arguments import check_at_least
 from .data.collator import collate_questions, empty_question
 from .evaluation import check_samples, checksum_of_weights, decode, load_model
 from .evaluation_data import default_device
-from .generation_hierbd3lm import (
-    HierBD3LMGenerationConfig,
-    HierBD3LMGenerationOutput,
-    resolve_settings,
-    segment_limits,
-)
+from .generation_hierbd3lm import HierBD3LMGenerationOutput, segment_limits
 from .modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from .settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
 
 SAMPLES_FILE, SETTINGS_FILE, METRICS_SUFFIX = "samples.jsonl", "settings.json", ".metrics.json"
 NGRAM_SIZES = (1, 2, 3)

@@ -12,7 +12,8 @@ from unittest import mock
 
 import torch
 
-from hierbd3lm.generation_hierbd3lm import BlockCache, BlockDenoiser
+from hierbd3lm.cache_hierbd3lm import BlockCache
+from hierbd3lm.denoising_hierbd3lm import BlockDenoiser
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .measure import Measured, bar, interleaved_medians, measure_parts
@@ -143,7 +144,7 @@ def measure_ragged(repeats: int) -> Measured:
 
     def run(blocks: list[int]) -> None:
         denoiser = type("Denoiser", (EndingDenoiser,), {"blocks": torch.tensor(blocks)})
-        with mock.patch("hierbd3lm.orders_hierbd3lm.BlockDenoiser", denoiser):
+        with mock.patch("hierbd3lm.generation_hierbd3lm.BlockDenoiser", denoiser):
             output = model.generate(input_ids, plan_ids=plan_ids, stage="execution", sampler="ancestral", num_steps=4)
         passes = [4 * (number - 1) + 1 for number in blocks]  # the last block is one `<|end|>` after another
         if output.num_forward_passes.tolist() != passes:

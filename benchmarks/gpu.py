@@ -99,7 +99,7 @@ def check_attention(bench: Bench) -> dict[str, float]:
     for attention in ("sdpa", "flex_attention"):
         model = bench.model(attention).eval()
         batch = bench.problems(model.config)
-        masked = model.maskable_tokens(batch["input_ids"], batch["segment_ids"])
+        masked = model.order.predicted(batch["input_ids"], batch["segment_ids"])
         nll[attention] = model.masked_nll(masked, batch["input_ids"], segment_ids=batch["segment_ids"]).float()
     model = bench.model("sdpa").eval()
     question = batch["input_ids"][:1, :32]
@@ -202,7 +202,7 @@ def measure_liger(bench: Bench) -> dict[str, Any]:
     model = bench.model("flex_attention")
     batches = {"problems": bench.problems(model.config), "text": bench.text(2)}
     input_ids, segment_ids = (batches["problems"][name] for name in ("input_ids", "segment_ids"))
-    masked = model.maskable_tokens(input_ids, segment_ids)
+    masked = model.order.predicted(input_ids, segment_ids)
     with torch.no_grad():
         plain = model.masked_nll(masked, input_ids, segment_ids=segment_ids).float()
         apply_liger_kernel(model.backbone, {"fused_linear_cross_entropy": False})  # as the trainer does

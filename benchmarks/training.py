@@ -85,7 +85,7 @@ def all_logits_step(model: HierBD3LMForBlockDiffusion, batch: dict[str, torch.Te
 
     def step() -> None:
         block_ids, _ = layout_from_segments(segment_ids, 16, 16)
-        draw = draw_mask(block_ids, model.maskable_tokens(input_ids, segment_ids))
+        draw = draw_mask(block_ids, model.order.predicted(input_ids, segment_ids))
         xt = input_ids.masked_fill(draw.masked, model.config.mask_token_id)
         logits = model(input_ids, noisy_input_ids=xt, segment_ids=segment_ids).logits.float()
         nll = F.cross_entropy(logits.flatten(0, 1), input_ids.flatten(), reduction="none").view(input_ids.shape)

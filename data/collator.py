@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
-from ..masking_hierbd3lm import EXECUTION, PADDING, PLAN, QUESTION, layout_from_segments
+from ..masking_hierbd3lm import EXECUTION, PADDING, PLAN, QUESTION
+from ..order_hierbd3lm import BlockOrder
 
 SEGMENTS = ("question", "plan", "execution")  # in the order of a sequence
 ID_KEYS = tuple(f"{segment}_ids" for segment in SEGMENTS)
@@ -47,7 +48,7 @@ class HierarchicalDataCollator:
         - `input_ids`: padding is `config.pad_token_id`.
         - `segment_ids`: question 0, plan 1, execution 2, padding -1.
         - `block_ids`: question 0, plan blocks 1 to P, execution blocks P + 1 to P + E, padding -1; for other orders
-          see [`layout_from_segments`].
+          see [`~order_hierbd3lm.BlockOrder.layout`].
         - `position_ids`: 0 at the first real token, 0 on padding.
         - `labels`: the token where a likelihood counts it (content and first `<|end|>` of plan and execution; all but
           the opener where an execution goes on), else -100.
@@ -63,7 +64,7 @@ class HierarchicalDataCollator:
         fixed_length: bool = False,
         auto_split: bool = False,
     ):
-        self.config = config
+        self.config, self.order = config, BlockOrder.from_config(config)
         self.tokenizer = tokenizer
         self.fixed_length = fixed_length
         self.auto_split = auto_split
@@ -73,9 +74,9 @@ class HierarchicalDataCollator:
         for example in examples:
             check_content(example, self.config)
             check_lengths(example, self.config)
-        rows = self._pad_rows([_lay_out_segments(example, self.config) for example in examples])
+        rows = self._pad_rows([_lay_out_segments(example, self.config, self.order) for example in examples])
         input_ids, segment_ids, labels = (torch.tensor(column, dtype=torch.long) for column in zip(*rows, strict=True))
-        block_ids, position_ids = layout_from_segments(segment_ids, *self.config.block_grid)
+        block_ids, position_ids = self.order.layout(segment_ids)
         return {
             "input_ids": input_ids,
             "segment_ids": segment_ids,
@@ -102,8 +103,9 @@ class HierarchicalDataCollator:
         total = config.plan_len + config.execution_len if self.fixed_length else longest
         padded = []
         for question, plan, execution in rows:
-            # In a flat order nothing may stand between plan and execution: they are padded together.
-            after_plan = config.plan_len - len(plan.tokens) if self.fixed_length and not config.is_flat else 0
+            # Nothing may stand between plan and execution where they are one run of tokens: they are padded together.
+            pads_plan = self.fixed_length and not self.order.predicts_execution_opener
+            after_plan = config.plan_len - len(plan.tokens) if pads_plan else 0
             after_execution = total - len(plan.tokens) - after_plan - len(execution.tokens)
             before_question = _padding(question_width - len(question.tokens), config)
             pieces = [before_question, question, plan, _padding(after_plan, config)]
@@ -176,9 +178,9 @@ def segment_lengths(example: ExampleIds, config: HierBD3LMConfig) -> dict[str, i
     There is none of them where the model has no plan and the example neither, and no `<|end|>` where it goes on.
     """
     question, plan, execution = (len(example[key]) for key in ID_KEYS)
-    has_plan = config.has_plan or plan > 0
+    needs_plan = config.plan_len > 0 or plan > 0
     closed = not example.get("goes_on")
-    return {"question": question, "plan": (1 + plan + 1) * has_plan, "execution": 1 + execution + closed}
+    return {"question": question, "plan": (1 + plan + 1) * needs_plan, "execution": 1 + execution + closed}
 
 
 def counted_tokens(example: ExampleIds, config: HierBD3LMConfig) -> dict[str, int]:
@@ -195,7 +197,7 @@ def over_long_segments(example: ExampleIds, config: HierBD3LMConfig) -> list[str
 
 def example_length(example: ExampleIds, config: HierBD3LMConfig) -> int:
     """Tokens of the example when it is laid out: its segments, plan and execution as whole blocks."""
-    return sum(len(segment.tokens) for segment in _lay_out_segments(example, config))
+    return sum(len(segment.tokens) for segment in _lay_out_segments(example, config, BlockOrder.from_config(config)))
 
 
 def check_lengths(example: ExampleIds, config: HierBD3LMConfig) -> None:
@@ -230,15 +232,12 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: b
     ]
 
 
-def _lay_out_segments(example: ExampleIds, config: HierBD3LMConfig) -> list[Columns]:
+def _lay_out_segments(example: ExampleIds, config: HierBD3LMConfig, order: BlockOrder) -> list[Columns]:
     """Question, plan, execution, each without padding."""
     question, plan, execution = (list(example[key]) for key in ID_KEYS)
     lengths, end, goes_on = segment_lengths(example, config), [config.end_token_id], bool(example.get("goes_on"))
-    plan_filler = end * (-lengths["plan"] % config.plan_multiple)
-    before_execution = lengths["plan"] if config.is_flat else 0  # on the grid that the execution stands on
-    execution_filler = (
-        [] if goes_on else end * (-(before_execution + lengths["execution"]) % config.execution_block_size)
-    )
+    fillers = order.fillers({PLAN: lengths["plan"], EXECUTION: lengths["execution"]})
+    plan_filler, execution_filler = end * fillers[PLAN], end * fillers[EXECUTION] * (not goes_on)
     no_plan = Columns([], [], [])
     return [
         Columns(question, [QUESTION] * len(question), [IGNORED_LABEL] * len(question)),

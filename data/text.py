@@ -58,7 +58,7 @@ def prepare_text(
         ValueError: for a model with a plan, a tokenizer whose BOS token the question has no room for, an empty
             dataset, and a text that is none.
     """
-    if config.has_plan:
+    if config.plan_len:
         raise ValueError(f"`plan_len` must be 0 for a model of plain text, but got {config.plan_len}")
     question = empty_question(tokenizer)
     check_lengths({"question_ids": question, "plan_ids": [], "execution_ids": []}, config)

@@ -11,11 +11,11 @@ from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.data.collator import HierarchicalDataCollator, example_length
 from hierbd3lm.diffusion_hierbd3lm import ESTIMATORS, SCHEDULES, draw_mask, score_entropy, token_nll
 from hierbd3lm.likelihood import measure_batch, with_predicted_tokens
-from hierbd3lm.masking_hierbd3lm import layout_from_segments
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.objectives import make_objective
+from hierbd3lm.order_hierbd3lm import BlockOrder
 
-from .tiny import FIRST_CONTENT_ID, make_config, make_model
+from .tiny import FIRST_CONTENT_ID, layout_from_segments, make_config, make_model
 from .tiny_algorithms import ABLATIONS, ALGORITHMS, ALL, OWN_SIZE
 from .tiny_backbones import make_backbone_config
 
@@ -100,7 +100,8 @@ def test_what_an_algorithm_cannot_be_is_refused(fields, message):
 
 def test_blocks_of_bd3lm_may_cross_the_edge_of_a_segment():
     config = make_config(algorithm="bd3lm", plan_len=10, execution_len=14, block_size=8)  # neither is whole blocks
-    assert config.block_grid == (8, 8, "flat", 10)
+    segment_ids = torch.tensor([[1] * 10 + [2] * 14])
+    assert BlockOrder.from_config(config).layout(segment_ids)[0].tolist() == [[1] * 8 + [2] * 8 + [3] * 8]
 
 
 # Layout
@@ -476,7 +477,7 @@ def test_ar_takes_no_noise_and_needs_no_layout():
         assert_close(logits[1], model(ids[1:]).logits[0])
         segments = torch.where(mask == 1, 0, -1)
         assert_close(model(ids, segment_ids=segments).logits, logits)
-    with pytest.raises(ValueError, match="`noisy_input_ids` must be None for algorithm='ar'"):
+    with pytest.raises(ValueError, match="`noisy_input_ids` must be None for an autoregressive model"):
         model(ids, noisy_input_ids=ids)
 
 

@@ -17,9 +17,9 @@ from hierbd3lm.attention_hierbd3lm import (
     tile_pairs,
     worth_tiling,
 )
-from hierbd3lm.masking_hierbd3lm import CLEAN, NOISY, PADDING, TokenLayout, dense_mask, layout_from_segments
+from hierbd3lm.masking_hierbd3lm import CLEAN, NOISY, PADDING, TokenLayout, dense_mask
 
-from .tiny import make_batch, make_model
+from .tiny import layout_from_segments, make_batch, make_model
 
 LENGTHS = [(70, 40, 90), (30, 100, 150), (0, 16, 33)]  # tokens of question, plan, execution of each row
 
@@ -171,7 +171,7 @@ def test_anything_but_attention_sees_the_dense_mask():
 
 def long_batch(model):
     batch = make_batch([(60, 8, 30), (20, 12, 25), (45, 3, 31)], model.config)
-    masked = model.maskable_tokens(**batch) & (torch.arange(batch["input_ids"].shape[1]) % 3 != 0)
+    masked = model.order.predicted(**batch) & (torch.arange(batch["input_ids"].shape[1]) % 3 != 0)
     return batch, masked
 
 

@@ -16,10 +16,10 @@ from hierbd3lm import convert_bd3lm
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.convert_bd3lm import BUFFERS, NEVER, PublishedModel, convert, fold_modulation, read_published
 from hierbd3lm.dit_hierbd3lm import HierBD3LMDiTConfig, HierBD3LMDiTForCausalLM
-from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig
 from hierbd3lm.masking_hierbd3lm import EXECUTION
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion, check_backbone_behaviour
 from hierbd3lm.sample_metrics import write_from_nothing
+from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
 
 from .test_remote_code import CODE, QUESTION, assert_same_model, load_elsewhere
 from .tiny import make_model

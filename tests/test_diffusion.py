@@ -14,9 +14,8 @@ from hierbd3lm.diffusion_hierbd3lm import (
     subs_logits,
     token_nll,
 )
-from hierbd3lm.masking_hierbd3lm import layout_from_segments
 
-from .tiny import make_batch, make_model
+from .tiny import layout_from_segments, make_batch, make_model
 
 # Blocks of 4, 4 and 2 tokens in the first row, of 3 in the second; the rest is question or padding.
 BLOCK_IDS = torch.tensor([[0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3], [-1, 0, 0, 1, 1, 1, 1, -1, -1, -1, -1]])
@@ -109,7 +108,7 @@ def model_batch():
     """A model with blocks of 4, and a batch whose rows have different lengths."""
     model = make_model(plan_block_size=4, execution_block_size=3, block_size=None)
     batch = make_batch([(5, 1, 2), (3, 2, 1)], model.config)
-    maskable = model.maskable_tokens(**batch)
+    maskable = model.order.predicted(**batch)
     block_ids, position_ids = layout_from_segments(batch["segment_ids"], 4, 3)
     layout = {"block_ids": block_ids, "position_ids": position_ids}
 

@@ -23,8 +23,8 @@ from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.eval_gsm8k import EvaluationArguments, evaluate, parse_arguments
 from hierbd3lm.evaluation import format_summary, make_batches, read_plans, read_problems, with_given_plans
 from hierbd3lm.evaluation_data import find_data
-from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
 
 from .tiny import make_model
 

@@ -79,7 +79,7 @@ def test_draws_of_the_noise_agree_with_the_enumeration_within_their_error(tmp_pa
         by_hand = exact_nelbo(
             lambda masked: model.masked_nll(masked, batch["input_ids"], segment_ids=batch["segment_ids"]),
             batch["block_ids"],
-            model.maskable_tokens(batch["input_ids"], batch["segment_ids"]),
+            model.order.predicted(batch["input_ids"], batch["segment_ids"]),
         )
     assert exact["nll"] == pytest.approx(by_hand.sum().item() / sum(COUNTS.values()), rel=1e-5)
 

@@ -10,8 +10,10 @@ from scipy import stats
 from transformers import Gemma3TextConfig, GenerationConfig, GPT2Config, Qwen3Config
 from transformers.generation.streamers import TextDiffusionStreamer, TextStreamer
 
-from hierbd3lm.generation_hierbd3lm import BlockCache, HierBD3LMGenerationConfig, accept_adaptively, sample_tokens
+from hierbd3lm.cache_hierbd3lm import BlockCache
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from hierbd3lm.samplers_hierbd3lm import draw_tokens, make_sampler
+from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
 
 from .reference_generation import MOVE_CHANCE, SlowDenoiser, denoise
 from .tiny import make_model
@@ -190,12 +192,12 @@ def test_left_to_right_stops_at_the_first_token_that_is_not_sure():
     logits = torch.stack([confidence.log(), (1 - confidence).log()], dim=-1).flatten(0, 1)
     candidates, tokens = torch.ones(2, 4, dtype=torch.bool), torch.zeros(8, dtype=torch.long)
     settings = HierBD3LMGenerationConfig(left_to_right=True)
-    assert accept_adaptively(candidates, logits, tokens, settings).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
+    assert make_sampler(settings).accept(candidates, logits, tokens).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
     settings.left_to_right = False
-    assert accept_adaptively(candidates, logits, tokens, settings).int().tolist() == [[0, 1, 1, 0], [1, 1, 0, 1]]
+    assert make_sampler(settings).accept(candidates, logits, tokens).int().tolist() == [[0, 1, 1, 0], [1, 1, 0, 1]]
     candidates[0, 0] = False  # what is revealed already is passed over
     settings.left_to_right = True
-    accepted = accept_adaptively(candidates, logits[1:], tokens[1:], settings)
+    accepted = make_sampler(settings).accept(candidates, logits[1:], tokens[1:])
     assert accepted.int().tolist() == [[0, 1, 1, 0], [1, 1, 0, 0]]
 
 
@@ -399,7 +401,7 @@ def test_ancestral_draws_from_the_exact_distribution(noise, num_steps, last_step
 
 def draw(logits, count, temperature, top_p):
     generator = torch.Generator().manual_seed(0)
-    return sample_tokens(logits.expand(count, -1), temperature, top_p, generator)
+    return draw_tokens(logits.expand(count, -1), temperature, top_p, generator)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1, 2.0])
@@ -424,7 +426,7 @@ def test_temperature_zero_takes_the_likeliest_token():
     logits = torch.randn(50, 9)
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
-    assert torch.equal(sample_tokens(logits, 0, 0.5, generator), logits.argmax(dim=-1))
+    assert torch.equal(draw_tokens(logits, 0, 0.5, generator), logits.argmax(dim=-1))
     assert torch.equal(generator.get_state(), before)
 
 
@@ -782,7 +784,7 @@ def test_an_unknown_setting_is_refused(name):
 @pytest.mark.parametrize(
     ("name", "values", "accepted"),
     [
-        ("stage", ["both", None], "one of full, joint, plan, execution"),
+        ("stage", ["both", None], "one of full, plan, execution"),
         ("sampler", ["greedy", 1], "one of first_hitting, ancestral, confidence, entropy"),
         ("num_steps", [0, -1, 2.5, "3", True, None], "an integer >= 1"),
         ("tokens_per_step", [0, 1.0, None], "an integer >= 1"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hierbd3lm.generation_hierbd3lm import BlockCache
+from hierbd3lm.cache_hierbd3lm import BlockCache
 
 from .tiny import FIRST_CONTENT_ID, make_batch, make_model
 from .tiny_backbones import make_backbone_config

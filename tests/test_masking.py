@@ -18,9 +18,10 @@ from hierbd3lm.masking_hierbd3lm import (
     create_hierarchical_mask,
     dense_mask,
     fixed_length_layout,
-    layout_from_segments,
     render_mask,
 )
+
+from .tiny import layout_from_segments
 
 PLAN_BLOCK_SIZE, EXECUTION_BLOCK_SIZE = 3, 2
 

@@ -1,5 +1,6 @@
 """The model is its backbone under our mask: nothing is lost in forward, saving, loading and conversion."""
 
+import functools
 import itertools
 import math
 
@@ -12,14 +13,16 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BloomConfig,
+    CohereConfig,
     FalconConfig,
     GPTNeoConfig,
+    GraniteConfig,
     Llama4TextConfig,
     MambaConfig,
     MistralConfig,
     MptConfig,
     PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
+    Qwen3ForCausalLM,
     Qwen3NextConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -27,11 +30,10 @@ from transformers import (
 
 from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS
 from hierbd3lm.diffusion_hierbd3lm import draw_mask, exact_nelbo, token_nll
-from hierbd3lm.masking_hierbd3lm import layout_from_segments
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion, needed_columns
 
-from .tiny import make_batch, make_config, make_model
-from .tiny_backbones import BACKBONES, SIZES, make_backbone_config
+from .tiny import layout_from_segments, make_batch, make_config, make_model
+from .tiny_backbones import BACKBONES, NO_IDS, SIZES, make_backbone_config
 
 ROWS = [(5, 2, 3), (2, 1, 2), (7, 3, 1)]
 LENGTHS = {"question_len": 16, "plan_len": 24, "execution_len": 24, "block_size": 4}
@@ -109,28 +111,40 @@ def test_only_the_kept_positions_reach_the_head():
     assert max(counts) == counts[-1] == masked.sum()  # before it, a probe of one token
 
 
-@pytest.mark.parametrize(("backbone", "is_plain"), [("qwen3", True), ("gpt2", True), ("gemma2", False)])
-def test_generation_calls_the_output_embeddings_themselves_where_they_are_all_of_the_head(backbone, is_plain):
-    """Gemma2 caps its logits softly."""
-    model = model_with(backbone)
-    assert model._head_is_plain == is_plain
+@pytest.mark.parametrize("backbone", [*BACKBONES, "cohere", "granite"])
+def test_projected_states_are_the_logits_of_the_backbone(backbone):
+    """Gemma caps its logits softly, Cohere and Granite scale them, GPT-2 ties its embeddings."""
+    scaled = {
+        "cohere": CohereConfig(**SIZES | NO_IDS, logit_scale=0.3),
+        "granite": GraniteConfig(**SIZES | NO_IDS, logits_scaling=5.0),
+    }
+    model = model_with(scaled.get(backbone, backbone))
+    tokens = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        hidden_states = model.backbone.base_model(tokens).last_hidden_state
+        assert_close(model.project(hidden_states), model.backbone(tokens).logits)
 
 
-MIXTURE = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+def test_a_head_that_is_not_known_is_refused(monkeypatch):
+    forward = Qwen3ForCausalLM.forward
+
+    @functools.wraps(forward)
+    def doubled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", doubled)
+    with pytest.raises(ValueError, match="the logits of Qwen3ForCausalLM are not those of its output embeddings"):
+        model_with("qwen3")
 
 
-@pytest.mark.parametrize(("backbone", "is_limited"), [("qwen3", True), ("gpt2", True), (MIXTURE, False)])
-def test_only_the_kept_positions_reach_the_last_mlp(backbone, is_limited):
-    """Experts are left alone: what they return differs from one architecture to the next."""
-    model = model_with(backbone)
-    batch, masked = noisy_batch(model.config)
-    mlps = [module for name, module in model.backbone.named_modules() if name.endswith(".mlp")]
-    counts = []
-    for mlp in mlps:
-        mlp.forward = count_tokens(mlp.forward, counts)
-    model(**batch, logits_to_keep=masked)
-    assert len(set(counts[:-1])) == 1
-    assert counts[-1] == (masked.sum() if is_limited else counts[0])
+def test_projection_follows_new_output_embeddings():
+    model = model_with("qwen3")
+    head = torch.nn.Linear(32, model.config.vocab_size, bias=True)
+    model.set_output_embeddings(head)
+    states = torch.randn(3, 32)
+    assert torch.equal(model.project(states), head(states))
 
 
 def count_tokens(forward, counts):
@@ -344,7 +358,7 @@ def test_block_size_one_is_the_autoregressive_likelihood(backbone):
     model = model_with(backbone, block_size=1)
     batch = make_batch([(3, 4, 5), (1, 3, 2)], model.config)
     input_ids, segment_ids = batch["input_ids"], batch["segment_ids"]
-    maskable = model.maskable_tokens(input_ids, segment_ids)
+    maskable = model.order.predicted(input_ids, segment_ids)
     with torch.no_grad():
         share = exact_nelbo(
             lambda masked: model.masked_nll(masked, input_ids, segment_ids=segment_ids),
@@ -378,7 +392,7 @@ def test_exact_nelbo_is_the_sum_over_every_mask_of_every_block():
     model = model_with("qwen3", block_size=2, plan_len=8, execution_len=8)
     batch = make_batch([(3, 2, 2)], model.config)
     input_ids, segment_ids = batch["input_ids"], batch["segment_ids"]
-    maskable = model.maskable_tokens(input_ids, segment_ids)
+    maskable = model.order.predicted(input_ids, segment_ids)
     blocks = layout_from_segments(segment_ids, 2, 2)[0]
     expected = torch.zeros(input_ids.shape, dtype=torch.float64)
     with torch.no_grad():
@@ -403,7 +417,7 @@ def test_the_stratified_loss_of_the_model_is_an_estimate_of_its_exact_nelbo():
     batch = {name: ids[:1].expand(64, -1) for name, ids in batch.items()}
     input_ids, segment_ids = batch["input_ids"], batch["segment_ids"]
     blocks = layout_from_segments(segment_ids, 4, 4)[0]
-    maskable = model.maskable_tokens(input_ids, segment_ids)
+    maskable = model.order.predicted(input_ids, segment_ids)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         exact = exact_nelbo(

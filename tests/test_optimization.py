@@ -16,7 +16,7 @@ SETTINGS = {"muon_lr": 0.03, "lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-9, "wei
 
 def take_steps(model, optimizers, count, first=0):
     batch = make_batch([(5, 2, 2), (3, 1, 2)], model.config)
-    maskable = model.maskable_tokens(**batch)
+    maskable = model.order.predicted(**batch)
     for number in range(first, first + count):
         masked = maskable & (torch.rand(maskable.shape, generator=torch.Generator().manual_seed(number)) < 0.7)
         model.masked_nll(masked, **batch).sum().backward()

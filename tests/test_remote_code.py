@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
 
 from .tiny import make_model
 from .tiny_tokenizer import make_config_for, make_tokenizer

@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hierbd3lm import sample_metrics
-from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig, HierBD3LMGenerationOutput
+from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationOutput
 from hierbd3lm.sample_metrics import (
     SampleArguments,
     distinct_ngrams,
@@ -22,6 +22,7 @@ from hierbd3lm.sample_metrics import (
     unigram_entropy,
     write_from_nothing,
 )
+from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
 
 from .tiny import make_model
 from .tiny_tokenizer import make_config_for, make_tokenizer

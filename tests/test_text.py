@@ -22,10 +22,10 @@ from hierbd3lm.data.loading import load_documents
 from hierbd3lm.data.splits import DataArguments, load_split
 from hierbd3lm.data.text import WRAPPED_TOGETHER, prepare_text
 from hierbd3lm.data.text_sets import TEXT_SETS
-from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig
 from hierbd3lm.likelihood import measure_likelihood
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.sample_metrics import write_from_nothing
+from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
 
 from .tiny import make_model
 from .tiny_algorithms import ALGORITHMS

@@ -107,7 +107,7 @@ def nelbo_by_hand(model, batch, masked, weights):
 
 def fully_masked_nats(model, batch):
     """The NELBO of blocks of one token."""
-    maskable = model.maskable_tokens(batch["input_ids"], batch["segment_ids"])
+    maskable = model.order.predicted(batch["input_ids"], batch["segment_ids"])
     return nelbo_by_hand(model, batch, maskable, maskable.float())
 
 
@@ -284,7 +284,7 @@ def test_noise_differs_between_steps_micro_batches_and_draws(tmp_path, draws):
 
 def exact_nats(model, batch):
     """NELBO of each segment in nats, by enumeration of the masks."""
-    maskable = model.maskable_tokens(batch["input_ids"], batch["segment_ids"])
+    maskable = model.order.predicted(batch["input_ids"], batch["segment_ids"])
     share = exact_nelbo(
         lambda masked: model.masked_nll(masked, batch["input_ids"], segment_ids=batch["segment_ids"]),
         batch["block_ids"],

@@ -1,12 +1,16 @@
 """Tiny random models and batches for the tests; nothing is downloaded."""
 
+from dataclasses import replace
+
 import torch
 from datasets import Dataset
 from transformers import Qwen3Config
 
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.data.collator import example_length
+from hierbd3lm.masking_hierbd3lm import EXECUTION, PLAN
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from hierbd3lm.order_hierbd3lm import BlockOrder, Part
 
 TINY_TOKEN_IDS = {
     "pad_token_id": 0,
@@ -94,3 +98,15 @@ def make_dataset(num_examples, config, seed=0, question=(1, 9), plan=(0, 7), exe
         for _ in range(num_examples)
     ]
     return Dataset.from_list([row | {"length": example_length(row, config)} for row in rows])
+
+
+def layout_from_segments(segment_ids, plan_block_size, execution_block_size, order="hierarchical", plan_len=0):
+    """Block and position ids of an order that is given by its block sizes alone; `flat`, `paired` or hierarchical."""
+    plan = Part((PLAN,), plan_block_size, plan_len, TINY_TOKEN_IDS["plan_token_id"])
+    execution = Part((EXECUTION,), execution_block_size, 1000, TINY_TOKEN_IDS["execution_token_id"], after=(0,))
+    parts = {
+        "hierarchical": (plan, execution),
+        "flat": (replace(plan, segments=(PLAN, EXECUTION)),),
+        "paired": (plan, replace(execution, after=())),
+    }
+    return BlockOrder(parts[order], **TINY_TOKEN_IDS, is_aligned=order == "paired").layout(segment_ids)

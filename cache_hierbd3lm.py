@@ -1,0 +1,140 @@
+"""The block cache: keys and values of finished blocks, which a denoising pass sees and leaves as they are."""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .masking_hierbd3lm import CLEAN, PADDING, TokenLayout
+
+
+class BlockCacheLayer(DynamicLayer):
+    """One layer of a [`BlockCache`]: `[scratch | finished blocks]` along the length, allocated once."""
+
+    def __init__(self, cache: "BlockCache"):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        shape = key_states.shape[1], key_states.shape[3], value_states.shape[3]
+        self.allocate(*shape, key_states.dtype, key_states.device)
+
+    def allocate(
+        self, num_heads: int, key_size: int, value_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.dtype, self.device = dtype, device
+        shape = self.cache.num_rows, num_heads, self.cache.scratch + self.cache.capacity
+        # Zeros, as masked attention still multiplies what a column holds, and memory may hold NaN.
+        self.keys, self.values = (
+            torch.zeros(*shape, size, dtype=dtype, device=device) for size in (key_size, value_size)
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Puts this pass's keys and values into the scratch space; returns views of them and all finished blocks."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        stop, length = self.cache.scratch, key_states.shape[2]
+        rows = slice(0, self.cache.num_rows)
+        self.keys[rows, :, stop - length : stop] = key_states
+        self.values[rows, :, stop - length : stop] = value_states
+        view = slice(stop - length, stop + self.cache.used)
+        return self.keys[rows, :, view], self.values[rows, :, view]
+
+    def get_seq_length(self) -> int:
+        return self.cache.used
+
+
+class BlockCache(Cache):
+    """Keys and values of finished blocks. A pass sees them and leaves no trace; `commit` keeps its clean tokens.
+
+    Rows fill at their own pace, each from the left; columns that a row has not filled are padding to it.
+
+    Args:
+        num_layers: layers of the backbone.
+        num_rows: rows of the batch.
+        scratch: most tokens that a pass may have.
+        capacity: most tokens that a row may keep.
+        is_compiled: whether passes are compiled. Layers are best allocated before the first one, so that it is no case
+            of its own.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_rows: int,
+        scratch: int,
+        capacity: int,
+        device: torch.device,
+        is_compiled: bool = False,
+    ):
+        super().__init__(layers=[BlockCacheLayer(self) for _ in range(num_layers)])
+        self.is_compiled = is_compiled
+        self.num_rows, self.scratch, self.capacity = num_rows, scratch, capacity
+        self.used = 0  # columns that a pass sees: some row has filled them
+        self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self._block_ids = torch.full((num_rows, capacity), PADDING, device=device)
+        self._position_ids = torch.zeros_like(self._block_ids)
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Layout of the cached tokens, `(batch, used)`."""
+        block_ids = self._block_ids[: self.num_rows, : self.used]
+        positions = self._position_ids[: self.num_rows, : self.used]
+        return TokenLayout(block_ids, torch.full_like(block_ids, CLEAN), positions)
+
+    def commit(self, block_ids: torch.Tensor, position_ids: torch.Tensor, pass_length: int) -> None:
+        """Keeps the first tokens of the pass that has just run.
+
+        Args:
+            block_ids, position_ids (`torch.LongTensor` of shape `(batch, length)`): of those tokens.
+            pass_length: tokens of the pass.
+        """
+        start, real = self.scratch - pass_length, block_ids != PADDING
+        if self.num_rows == 1 and real.all():
+            self._commit_row(block_ids, position_ids, start)
+            return
+        row, source = real.nonzero(as_tuple=True)
+        target = (self.lengths[:, None] + real.long().cumsum(dim=1) - 1)[row, source]
+        self._block_ids[row, target] = block_ids[row, source]
+        self._position_ids[row, target] = position_ids[row, source]
+        for layer in self.layers:
+            for states in (layer.keys, layer.values):
+                states[row, :, self.scratch + target] = states[row, :, start + source]
+        self.lengths += real.sum(dim=1)
+        self.used = int(self.lengths.max())
+
+    def _commit_row(self, block_ids: torch.Tensor, position_ids: torch.Tensor, start: int) -> None:
+        """The same for a single row without padding, whose columns move as one slice; `start` is the first."""
+        length = block_ids.shape[1]
+        target = slice(self.used, self.used + length)
+        self._block_ids[:1, target], self._position_ids[:1, target] = block_ids, position_ids
+        column = self.scratch + self.used
+        for layer in self.layers:
+            for states in (layer.keys, layer.values):
+                states[:1, :, column : column + length] = states[:1, :, start : start + length]
+        self.lengths += length
+        self.used += length
+
+    def keep_rows(self, keep: torch.BoolTensor) -> torch.LongTensor:
+        """Drops the other rows: the last rows move into the holes, so that no more than those are copied.
+
+        Returns:
+            `torch.LongTensor` of shape `(kept,)`: the old index of every row.
+        """
+        order = keep.nonzero()[:, 0]
+        count = len(order)
+        is_hole = ~keep[:count]
+        moved = order[order >= count]
+        new_order = torch.arange(count, device=keep.device)
+        new_order[is_hole] = moved
+        holes = is_hole.nonzero()[:, 0]
+        for states in [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]:
+            states[holes] = states[moved]
+        for ids in (self._block_ids, self._position_ids):
+            ids[holes] = ids[moved]
+        self.lengths, self.num_rows = self.lengths[new_order], count
+        self.used = max(self.lengths.tolist(), default=0)
+        return new_order

@@ -1,0 +1,320 @@
+"""The denoiser: fills canvas after canvas of every row of a `generate` call, and keeps what has been written."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from .cache_hierbd3lm import BlockCache
+from .diffusion_hierbd3lm import SCHEDULES
+from .masking_hierbd3lm import EXECUTION, PADDING, PLAN, QUESTION
+from .order_hierbd3lm import BlockOrder, CanvasSchedule
+from .samplers_hierbd3lm import Sampler, draw_tokens
+from .settings_hierbd3lm import HierBD3LMGenerationConfig
+
+
+@dataclass
+class HierBD3LMGenerationOutput(ModelOutput):
+    """
+    Args:
+        sequences (`torch.LongTensor` of shape `(batch, length)`):
+            Question (left-padded as given), plan and execution with their special tokens, right-padded.
+        plan, execution (`torch.LongTensor` of shape `(batch, plan_length)` and `(batch, execution_length)`):
+            Content of the segments, without opener and `<|end|>`, right-padded with the pad token.
+        finished (`torch.BoolTensor` of shape `(batch,)`):
+            Whether every denoised segment was closed by an `<|end|>` within its length.
+        num_forward_passes (`torch.LongTensor` of shape `(batch,)`): passes in which the row took part (NFE).
+        tokens_per_forward (`torch.FloatTensor` of shape `(batch,)`):
+            Denoised tokens up to and with the `<|end|>` of each segment, per forward pass.
+    """
+
+    sequences: torch.LongTensor | None = None
+    plan: torch.LongTensor | None = None
+    execution: torch.LongTensor | None = None
+    finished: torch.BoolTensor | None = None
+    num_forward_passes: torch.LongTensor | None = None
+    tokens_per_forward: torch.FloatTensor | None = None
+
+
+class Answer:
+    """What has been written so far for the rows of one `generate` call.
+
+    Args:
+        schedule: knows the parts, and what of them is given.
+    """
+
+    def __init__(self, schedule: CanvasSchedule):
+        self.schedule, self.order = schedule, schedule.order
+        batch, device = len(schedule.given.lengths), schedule.device
+        self.question_lengths = schedule.question_lengths
+        width = sum(part.max_len for part in self.order.parts)
+        self.tokens = torch.full((batch, width), self.order.pad_token_id, device=device)  # by position
+        self.part_ids = torch.full_like(self.tokens, PADDING)
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.num_forward_passes = torch.zeros(batch, dtype=torch.long, device=device)
+        tokens, block_ids, position_ids, part_ids = schedule.context()
+        self.write(torch.arange(batch, device=device), block_ids != PADDING, tokens, position_ids, part_ids)
+
+    def write(
+        self,
+        index: torch.LongTensor,
+        which: torch.BoolTensor,
+        tokens: torch.LongTensor,
+        position_ids: torch.LongTensor,
+        part_ids: torch.LongTensor,
+    ) -> None:
+        """Writes tokens down where `which`, `(rows, length)`; `index` is the place of each row in the batch."""
+        row, column = which.nonzero(as_tuple=True)
+        target = index[row], position_ids[row, column] - self.question_lengths[index[row]]
+        self.tokens[target] = tokens[row, column]
+        self.part_ids[target] = part_ids[row, column]
+
+    def output(self, question: torch.LongTensor, first_segment: int) -> HierBD3LMGenerationOutput:
+        """Returns everything that was written.
+
+        Args:
+            question (`torch.LongTensor` of shape `(batch, question_length)`): as it was given.
+            first_segment: the first segment that was denoised, not given.
+        """
+        order = self.order
+        written = self.part_ids != PADDING
+        tokens = left_justify(self.tokens, written, order.pad_token_id)
+        segment_ids = order.divide(tokens, left_justify(self.part_ids, written, PADDING))
+        contents, has_end, num_tokens = {}, {}, torch.zeros_like(self.num_forward_passes)
+        for segment in (PLAN, EXECUTION):
+            inside = segment_ids == segment
+            ended = (inside & (tokens == order.end_token_id)).cumsum(dim=1) > 0
+            content = inside & ~ended & (inside.cumsum(dim=1) > 1)  # without the opener
+            contents[segment] = left_justify(tokens, content, order.pad_token_id)
+            has_end[segment] = ended.any(dim=1) | ~inside.any(dim=1)
+            if segment >= first_segment:
+                num_tokens += content.sum(dim=1) + ended.any(dim=1)
+        finished = self.finished & has_end[PLAN] if order.predicts_execution_opener else self.finished
+        return HierBD3LMGenerationOutput(
+            sequences=torch.cat([question, tokens], dim=1),
+            plan=contents[PLAN],
+            execution=contents[EXECUTION],
+            finished=finished,
+            num_forward_passes=self.num_forward_passes,
+            tokens_per_forward=num_tokens / self.num_forward_passes,
+        )
+
+
+@dataclass
+class ActiveRows:
+    """The rows that still denoise. The first dimension of every tensor is the row.
+
+    Args:
+        index: `(rows,)`, place of the row in the batch.
+        pending, pending_block_ids, pending_position_ids: `(rows, length)`, clean tokens that are not cached yet.
+        canvas, canvas_block_ids, canvas_position_ids: `(rows, width)`; block ids are -1 on unused columns.
+        reveal_times: `(rows, width)`, times in [0, 1] at which a scheduled sampler reveals each token, 1 first.
+    """
+
+    index: torch.Tensor
+    pending: torch.Tensor
+    pending_block_ids: torch.Tensor
+    pending_position_ids: torch.Tensor
+    canvas: torch.Tensor
+    canvas_block_ids: torch.Tensor
+    canvas_position_ids: torch.Tensor
+    reveal_times: torch.Tensor | None
+
+    def select(self, order: torch.LongTensor) -> "ActiveRows":
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
+        return ActiveRows(**{name: None if one is None else one[order] for name, one in tensors.items()})
+
+
+class BlockDenoiser:
+    """Denoises the rows of one `generate` call.
+
+    Args:
+        answer: receives what is written, and gives the order.
+        question (`torch.LongTensor` of shape `(batch, question_length)`), attention_mask: as in `generate`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        settings: HierBD3LMGenerationConfig,
+        sampler: Sampler,
+        answer: Answer,
+        question: torch.LongTensor,
+        attention_mask: torch.Tensor,
+        streamer: BaseStreamer | None,
+    ):
+        self.model, self.settings, self.sampler, self.streamer = model, settings, sampler, streamer
+        self.answer, self.schedule, self.order = answer, answer.schedule, answer.order
+        self.device, self.width = question.device, answer.schedule.width
+        self.never_written = never_written(self.order, settings).to(self.device)
+        self.generator = torch.Generator(device=self.device)
+        if settings.temperature > 0:
+            self.generator.manual_seed(int(torch.randint(2**62, ())) if settings.seed is None else settings.seed)
+        prompt, block_ids, position_ids = self._prompt(question, attention_mask)
+        blank = question.new_zeros(len(question), self.width)
+        self.rows = ActiveRows(
+            torch.arange(len(question), device=self.device),
+            prompt,
+            block_ids,
+            position_ids,
+            blank,
+            blank,
+            blank,
+            None,
+        )
+        self._open_canvases(torch.ones(len(question), dtype=torch.bool, device=self.device))
+        self.cache = BlockCache(
+            num_layers=model.config.backbone_config.num_hidden_layers,
+            num_rows=len(question),
+            # a pass: pending, at most two canvases of it new, and the canvas
+            scratch=prompt.shape[1] + 3 * self.width,
+            capacity=prompt.shape[1] + int(self.schedule.limits.sum()),
+            device=self.device,
+            is_compiled=settings.compile_steps,
+        )
+        if settings.compile_steps:
+            for layer, shape in zip(self.cache.layers, model.cache_shapes, strict=False):
+                layer.allocate(*shape, model.dtype, self.device)
+
+    def run(self) -> None:
+        """Denoises until no row is left."""
+        self._advance()
+        while len(self.rows.index):
+            self._step()
+            self._advance()
+
+    def _prompt(
+        self, question: torch.LongTensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+        """The question and all blocks that are given: tokens, block ids and position ids, `(batch, length)`."""
+        is_real = attention_mask.bool()
+        position_ids = (is_real.long().cumsum(dim=1) - 1).clamp(min=0).masked_fill(~is_real, 0)
+        of_question = question, torch.where(is_real, QUESTION, PADDING), position_ids
+        return tuple(torch.cat(pair, dim=1) for pair in zip(of_question, self.schedule.context()[:3], strict=True))
+
+    def _step(self) -> None:
+        """Runs one forward pass: encodes what is pending, denoises one step of every row's canvas."""
+        rows, masked = self.rows, self._masked()
+        candidates = masked if rows.reveal_times is None else masked & self._due(masked)
+        logits = self.model(
+            input_ids=rows.pending,
+            block_ids=rows.pending_block_ids,
+            position_ids=rows.pending_position_ids,
+            noisy_input_ids=rows.canvas,
+            noisy_block_ids=rows.canvas_block_ids,
+            noisy_position_ids=rows.canvas_position_ids,
+            past_key_values=self.cache,
+            logits_to_keep=candidates,
+        ).logits
+        self.answer.num_forward_passes[rows.index] += 1
+        if rows.pending.shape[1]:
+            pass_length = rows.pending.shape[1] + rows.canvas.shape[1]
+            self.cache.commit(rows.pending_block_ids, rows.pending_position_ids, pass_length)
+            for name in ("pending", "pending_block_ids", "pending_position_ids"):
+                setattr(rows, name, getattr(rows, name)[:, :0])
+        self._reveal(candidates, logits.float().index_fill(-1, self.never_written, -math.inf))
+        if self.streamer is not None and hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(value=rows.canvas[self._inside()].cpu())
+
+    def _masked(self) -> torch.BoolTensor:
+        return self.rows.canvas == self.order.mask_token_id
+
+    def _inside(self) -> torch.BoolTensor:
+        return self.rows.canvas_block_ids != PADDING
+
+    def _due(self, masked: torch.BoolTensor) -> torch.BoolTensor:
+        """The tokens that a scheduled sampler reveals next: those of the latest time."""
+        times = self.rows.reveal_times.masked_fill(~masked, -1)
+        return times == times.amax(dim=1, keepdim=True)
+
+    def _after_end(self) -> torch.BoolTensor:
+        return self.schedule.after_end(self.rows.canvas, self._inside())
+
+    def _reveal(self, candidates: torch.BoolTensor, logits: torch.FloatTensor) -> None:
+        """Draws the candidates' tokens and writes those that the sampler accepts into the canvas."""
+        tokens = draw_tokens(logits, self.settings.temperature, self.settings.top_p, self.generator)
+        drafted = self.rows.canvas.masked_scatter(candidates, tokens)
+        accepted = self.sampler.accept(candidates, logits, tokens)
+        self.rows.canvas = torch.where(accepted, drafted, self.rows.canvas)
+        if self.settings.fill_after_end:
+            self.rows.canvas = self.rows.canvas.masked_fill(self._after_end(), self.order.end_token_id)
+
+    def _advance(self) -> None:
+        """Closes finished canvases until every row that is left has something to denoise."""
+        while len(self.rows.index):
+            done = ~self._masked().any(dim=1)
+            if not done.any():  # the one synchronisation of most steps
+                return
+            ended = self._close_canvases(done)
+            if ended.any():
+                self.answer.finished[self.rows.index[ended]] = self.schedule.closed()[ended]
+                order = self.cache.keep_rows(~ended)
+                self.rows, done = self.rows.select(order), done[order]
+                self.schedule.progress = self.schedule.progress.select(order)
+            self._open_canvases(done)
+            if not self.schedule.opens_finished:
+                return
+            self._drop_padding()
+
+    def _close_canvases(self, done: torch.BoolTensor) -> torch.BoolTensor:
+        """Writes the finished canvases down and queues them for the cache; returns the rows that have ended."""
+        rows, after_end, part_ids = self.rows, self._after_end(), self.schedule.part_ids
+        rows.canvas = rows.canvas.masked_fill(after_end & done[:, None], self.order.end_token_id)
+        closing = done[:, None] & self._inside()
+        self.answer.write(rows.index, closing, rows.canvas, rows.canvas_position_ids, part_ids)
+        if self.streamer is not None:
+            self.streamer.put(rows.canvas[closing & ~after_end].cpu())
+        block_ids = rows.canvas_block_ids.masked_fill(~done[:, None], PADDING)
+        rows.pending = torch.cat([rows.pending, rows.canvas], dim=1)
+        rows.pending_block_ids = torch.cat([rows.pending_block_ids, block_ids], dim=1)
+        rows.pending_position_ids = torch.cat([rows.pending_position_ids, rows.canvas_position_ids], dim=1)
+        return self.schedule.advance(done, rows.canvas, self._inside(), after_end)
+
+    def _open_canvases(self, which: torch.BoolTensor) -> None:
+        """Gives the rows `which` a fresh canvas."""
+        rows = self.rows
+        tokens, block_ids, position_ids = self.schedule.fresh_canvas(rows.index)
+        fresh = {"canvas": tokens, "canvas_block_ids": block_ids, "canvas_position_ids": position_ids}
+        times = self.sampler.schedule(self._quantiles(), SCHEDULES[self.model.config.noise])
+        if rows.reveal_times is None:
+            rows.reveal_times = times
+        elif times is not None:
+            fresh["reveal_times"] = times
+        for name, value in fresh.items():
+            setattr(rows, name, torch.where(which[:, None], value, getattr(rows, name)))
+
+    def _quantiles(self) -> torch.DoubleTensor:
+        """Where in [0, 1) each token's time lies among all times: evenly spaced from left to right if greedy."""
+        shape = len(self.rows.index), self.width
+        if self.settings.temperature > 0:
+            return torch.rand(shape, generator=self.generator, device=self.device, dtype=torch.float64)
+        columns = torch.arange(self.width, device=self.device)
+        return (1 - (columns + 0.5) / self.schedule.canvas_sizes[:, None]).double().expand(shape).clamp(min=0)
+
+    def _drop_padding(self) -> None:
+        """Drops pending columns that no row uses, as those of rows that have left."""
+        rows = self.rows
+        if rows.pending.shape[1] > 2 * self.width:
+            used = (rows.pending_block_ids != PADDING).any(dim=0)
+            for name in ("pending", "pending_block_ids", "pending_position_ids"):
+                setattr(rows, name, getattr(rows, name)[:, used])
+
+
+def never_written(order: BlockOrder, settings: HierBD3LMGenerationConfig) -> torch.LongTensor:
+    """Ids that no block can hold: the mask token (SUBS), and those by which a reader tells segments and padding."""
+    ids = {order.mask_token_id, order.plan_token_id, order.execution_token_id, order.pad_token_id}
+    ids -= {order.end_token_id}
+    if order.predicts_execution_opener and settings.stage == "full":
+        ids -= {order.execution_token_id}
+    return torch.tensor(sorted(ids))
+
+
+def left_justify(tokens: torch.LongTensor, keep: torch.BoolTensor, pad_token_id: int) -> torch.LongTensor:
+    """The kept tokens of each row side by side, right-padded: `(batch, most kept)`."""
+    order = (~keep).long().argsort(dim=1, stable=True)
+    count = keep.sum(dim=1, keepdim=True)
+    columns = torch.arange(int(count.amax()), device=tokens.device)
+    return tokens.gather(1, order)[:, : len(columns)].masked_fill(columns >= count, pad_token_id)

@@ -1,0 +1,166 @@
+"""The settings of generation, each declared once with its default, its accepted values and its help text."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import GenerationConfig
+
+STAGES = ("full", "plan", "execution")
+SAMPLERS = ("first_hitting", "ancestral", "confidence", "entropy")
+
+
+@dataclass(eq=False, repr=False)
+class GenerationSettings:
+    """Settings of [`~generation_hierbd3lm.HierBD3LMGenerationMixin.generate`].
+
+    Raises:
+        ValueError: for a value out of its range; the message names the setting, the value and the range.
+    """
+
+    stage: str = field(
+        default="full",
+        metadata={
+            "help": "`full` denoises plan and execution in the order that the model is trained for, `plan` the plan "
+            "only, `execution` the execution of given `plan_ids`. For a model without a plan `full` and `execution` "
+            "are the same."
+        },
+    )
+    sampler: str = field(
+        default="confidence",
+        metadata={
+            "help": "`first_hitting`: one token per step, at random times; exact. `ancestral`: `num_steps` time "
+            "steps per block. `confidence`: every token whose probability exceeds `threshold`. `entropy`: the tokens "
+            "of lowest entropy within `entropy_bound`."
+        },
+    )
+    num_steps: int = field(default=16, metadata={"help": "Time steps per block of the `ancestral` sampler; >= 1."})
+    threshold: float = field(
+        default=0.9, metadata={"help": "Confidence threshold of the `confidence` sampler, in (0, 1]."}
+    )
+    entropy_bound: float = field(
+        default=0.1, metadata={"help": "Entropy bound of the `entropy` sampler, in nats; >= 0."}
+    )
+    tokens_per_step: int = field(
+        default=1, metadata={"help": "Minimum number of tokens that `confidence` and `entropy` reveal per step; >= 1."}
+    )
+    left_to_right: bool = field(
+        default=False,
+        metadata={
+            "help": "`confidence` and `entropy` accept tokens from the left of the block up to the first one that "
+            "fails the test, instead of the most confident tokens first."
+        },
+    )
+    temperature: float = field(
+        default=0.0,
+        metadata={
+            "help": "Temperature of the token distribution; 0 is greedy. Acceptance always uses plain probabilities."
+        },
+    )
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus of the token distribution, in (0, 1]."})
+    fill_after_end: bool = field(
+        default=True,
+        metadata={"help": "Fills what follows an <|end|> in its block with <|end|> without a forward pass."},
+    )
+    max_plan_len: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of plan tokens, opener and <|end|> included; whole blocks. The model's `plan_len` "
+            "if omitted."
+        },
+    )
+    max_execution_len: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of execution tokens, opener and <|end|> included; whole blocks. The model's "
+            "`execution_len` if omitted."
+        },
+    )
+    compile_steps: bool = field(
+        default=False,
+        metadata={
+            "help": "Runs forward passes through `torch.compile`: the first answers take up to a minute longer, all "
+            "later passes less time."
+        },
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "Random seed of the draws; drawn from torch's global generator if omitted."}
+    )
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self, **unused_kwargs: Any) -> None:
+        """Checks every setting.
+
+        Raises:
+            ValueError: for a value out of its range.
+        """
+        for name, choices in (("stage", STAGES), ("sampler", SAMPLERS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {getattr(self, name)!r}")
+        for name in ("num_steps", "tokens_per_step"):
+            self._check_number(name, int, "an integer >= 1", lambda value: value >= 1)
+        for name in ("max_plan_len", "max_execution_len", "seed"):
+            if getattr(self, name) is not None:
+                self._check_number(name, int, "an integer >= 0 or None", lambda value: value >= 0)
+        for name in ("threshold", "top_p"):
+            self._check_number(name, int | float, "a number in (0, 1]", lambda value: 0 < value <= 1)
+        self._check_number("entropy_bound", int | float, "a number >= 0", lambda value: value >= 0)
+        self._check_number("temperature", int | float, "a finite number >= 0", lambda value: 0 <= value < math.inf)
+        for name in ("left_to_right", "fill_after_end", "compile_steps"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, but got {getattr(self, name)!r}")
+
+    def _check_number(self, name: str, kind: type, accepted: str, in_range: Callable[[Any], bool]) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, kind) or isinstance(value, bool) or not in_range(value):
+            raise ValueError(f"`{name}` must be {accepted}, but got {value!r}")
+
+
+SETTINGS = tuple(item.name for item in fields(GenerationSettings))
+
+
+class HierBD3LMGenerationConfig(GenerationSettings, GenerationConfig):
+    """[`GenerationSettings`] as transformers' `GenerationConfig`: saved and loaded with a checkpoint.
+
+    Raises:
+        ValueError: for an unknown setting or a value out of its range.
+    """
+
+    # The Trainer writes the tokenizer's special tokens here; those of generation are the model configuration's.
+    bos_token_id = eos_token_id = pad_token_id = property(lambda self: None, lambda self, token_id: None)
+
+    def __init__(self, **kwargs: Any):
+        # `GenerationConfig.__init__` is left out on purpose, as in DiffusionGemma: none of its settings apply.
+        self._commit_hash: str | None = kwargs.pop("_commit_hash", None)
+        self._from_model_config: bool | None = kwargs.pop("_from_model_config", None)
+        self.transformers_version: str | None = kwargs.pop("transformers_version", None)
+        if unknown := [name for name in kwargs if name not in SETTINGS]:
+            raise ValueError(f"`generation_config` has no setting {', '.join(unknown)}; it has {', '.join(SETTINGS)}")
+        GenerationSettings.__init__(self, **kwargs)
+
+    def get_generation_mode(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("block diffusion has samplers instead of autoregressive generation modes")
+
+    def from_model_config(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("a HierBD3LMConfig holds no generation settings")
+
+
+def resolve_settings(base: GenerationConfig, overrides: dict[str, Any]) -> HierBD3LMGenerationConfig:
+    """Returns the settings of `base` with `overrides` in their place, checked.
+
+    Raises:
+        ValueError: if `base` is not a [`HierBD3LMGenerationConfig`], or for a setting that is unknown or out of range.
+    """
+    if any(not hasattr(base, name) for name in SETTINGS):
+        raise ValueError(
+            f"`generation_config` must be a HierBD3LMGenerationConfig, but {type(base).__name__} was given"
+        )
+    return HierBD3LMGenerationConfig(**(settings_of(base) | overrides))
+
+
+def settings_of(settings: HierBD3LMGenerationConfig) -> dict[str, Any]:
+    """Returns the generation settings alone, as JSON takes them."""
+    return {name: getattr(settings, name) for name in SETTINGS}
