@@ -26,12 +26,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, unwrap_peft_model
 from transformers.utils import is_liger_kernel_available, logging
 
-from .clip_search import Candidates, ClipSearch, clipped_segments, draw_losses, measure_costs
 from .diffusion_hierbd3lm import ESTIMATORS
-from .likelihood import SEGMENT_NAMES, likelihood_metrics, measure_batch, per_segment, with_predicted_tokens
+from .evaluation.likelihood import SEGMENT_NAMES, likelihood_metrics, measure_batch, per_segment, with_predicted_tokens
 from .masking_hierbd3lm import PADDING
-from .objectives import make_objective
-from .optimization import MuonAdamW, split_parameters
+from .training.clip_search import Candidates, ClipSearch, clipped_segments, draw_losses, measure_costs
+from .training.muon import MuonAdamW, split_parameters
+from .training.objectives import make_objective
 
 logger = logging.get_logger(__name__)
 

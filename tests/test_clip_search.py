@@ -5,8 +5,12 @@ import json
 import pytest
 import torch
 
-import hierbd3lm.objectives
-from hierbd3lm.clip_search import (
+import hierbd3lm.training.objectives
+from hierbd3lm.data.collator import HierarchicalDataCollator
+from hierbd3lm.diffusion_hierbd3lm import draw_mask
+from hierbd3lm.evaluation.likelihood import per_segment, with_predicted_tokens
+from hierbd3lm.trainer import HierBD3LMTrainer, HierBD3LMTrainingArguments
+from hierbd3lm.training.clip_search import (
     NUM_REPLICATES,
     BlockCosts,
     Candidates,
@@ -15,11 +19,7 @@ from hierbd3lm.clip_search import (
     draw_losses,
     measure_costs,
 )
-from hierbd3lm.data.collator import HierarchicalDataCollator
-from hierbd3lm.diffusion_hierbd3lm import draw_mask
-from hierbd3lm.likelihood import per_segment, with_predicted_tokens
-from hierbd3lm.objectives import make_objective
-from hierbd3lm.trainer import HierBD3LMTrainer, HierBD3LMTrainingArguments
+from hierbd3lm.training.objectives import make_objective
 
 from .tiny import make_config, make_dataset, make_model
 from .tiny_algorithms import ABLATIONS, ALGORITHMS
@@ -189,7 +189,7 @@ def clips(monkeypatch):
             record.append((clip[maskable][0].tolist(), clip[maskable][-1].tolist()))
         return draw_mask(block_ids, maskable, clip, *args)
 
-    monkeypatch.setattr(hierbd3lm.objectives, "draw_mask", recording)
+    monkeypatch.setattr(hierbd3lm.training.objectives, "draw_mask", recording)
     return record
 
 

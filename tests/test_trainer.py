@@ -15,12 +15,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import Qwen3Config, TrainerCallback
 
-import hierbd3lm.objectives
 import hierbd3lm.trainer
+import hierbd3lm.training.objectives
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.data.loading import prepare_dataset
 from hierbd3lm.diffusion_hierbd3lm import MaskDraw, draw_mask, exact_nelbo
-from hierbd3lm.likelihood import likelihood_metrics, per_segment
+from hierbd3lm.evaluation.likelihood import likelihood_metrics, per_segment
 from hierbd3lm.masking_hierbd3lm import EXECUTION, PLAN
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.trainer import (
@@ -132,7 +132,7 @@ def draws(monkeypatch):
         record.append(SimpleNamespace(draw=one_copy, clip=clip, block_ids=block_ids, maskable=maskable, copies=draw))
         return draw
 
-    monkeypatch.setattr(hierbd3lm.objectives, "draw_mask", recording_draw_mask)
+    monkeypatch.setattr(hierbd3lm.training.objectives, "draw_mask", recording_draw_mask)
     return record
 
 
