@@ -24,7 +24,9 @@ from hierbd3lm.data.splits import SYNTHETIC, DataArguments, encode_split, load_c
 from hierbd3lm.data.synthetic.problems import SyntheticConfig, vocabulary_texts
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from hierbd3lm.trainer import HierBD3LMTrainer, HierBD3LMTrainingArguments, last_complete_checkpoint
+from hierbd3lm.trainer import HierBD3LMTrainer
+from hierbd3lm.training.arguments import HierBD3LMTrainingArguments
+from hierbd3lm.training.checkpoints import last_complete_checkpoint
 from hierbd3lm.training.lora import AdapterArguments, HierBD3LMAdapter, add_adapter, load_checkpoint, load_tokenizer
 
 # of HierBD3LMConfig, where they are given

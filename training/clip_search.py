@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -138,7 +137,7 @@ def draw_losses(
 
 
 class ClipSearch(TrainerCallback, ExportableState):
-    """Holds the intervals that the last search chose: in the model's configuration, and in the trainer's state.
+    """The intervals that the last search chose, which training draws from; a part of the trainer's saved state.
 
     Args:
         widths, num_levels: see [`Candidates`].
@@ -171,21 +170,20 @@ class ClipSearch(TrainerCallback, ExportableState):
             logs[f"{prefix}clip_variance_unclipped"] = column[0]
         return logs
 
-    def apply(self, config: HierBD3LMConfig) -> None:
-        """Has training draw from the chosen intervals."""
-        for name, interval in self.chosen.items():
-            for segment in SEGMENT_NAMES.values() if name == "all" else (name,):
-                setattr(config, f"{segment}_clip", list(interval))
+    def chosen_of_segments(self) -> dict[str, list[float]]:
+        """The chosen interval of each segment that has one: `plan`, `execution`."""
+        if "all" in self.chosen:
+            return dict.fromkeys(SEGMENT_NAMES.values(), self.chosen["all"])
+        return self.chosen
 
     def state(self) -> dict[str, Any]:
         arguments = {"widths": list(self.candidates.widths), "num_levels": self.candidates.num_levels}
         return {"args": arguments, "attributes": {"variances": self.variances, "chosen": self.chosen}}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Goes on with the intervals of the checkpoint that training is resumed from."""
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         for name, value in saved["attributes"].items():
             setattr(self, name, value)
-        self.apply(model.config)
