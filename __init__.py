@@ -11,7 +11,7 @@ _EXPORTS = {
     "HierBD3LMForBlockDiffusion": "modeling_hierbd3lm",
     "HierBD3LMGenerationConfig": "generation_hierbd3lm",
     "HierBD3LMTrainer": "trainer",
-    "HierBD3LMTrainingArguments": "trainer",
+    "HierBD3LMTrainingArguments": "training.arguments",
     "HierarchicalDataCollator": "data.collator",
     "create_hierarchical_mask": "masking_hierbd3lm",
     "load_reasoning_dataset": "data.loading",

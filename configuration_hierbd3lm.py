@@ -6,8 +6,6 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from .dit_hierbd3lm import HierBD3LMDiTConfig  # noqa: F401  (makes its `model_type` known to transformers)
-
 # role -> text of the token; the id of role `r` is `config.<r>_token_id`
 SPECIAL_TOKENS = {
     "mask": "<|mask|>",
@@ -275,6 +273,8 @@ def _resolve_backbone_config(value: dict | PreTrainedConfig | None) -> PreTraine
         )
     fields = dict(value or {})
     model_type = fields.pop("model_type", "qwen3")
+    if model_type == "hierbd3lm_dit":
+        from .dit_hierbd3lm import HierBD3LMDiTConfig  # noqa: F401  (makes its `model_type` known to transformers)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"`backbone_config` must have a `model_type` that transformers knows, but got {model_type!r}")
     return AutoConfig.for_model(model_type, **fields)

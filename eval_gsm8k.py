@@ -13,7 +13,8 @@ from transformers import HfArgumentParser
 
 from hierbd3lm.data.arguments import check_at_least
 from hierbd3lm.data.run_folder import write_json
-from hierbd3lm.evaluation import (
+from hierbd3lm.evaluation.checkpoints import CheckpointArguments, load_examples, versions
+from hierbd3lm.evaluation.runner import (
     REFERENCE_PLANS,
     SUMMARY_FILE,
     check_samples,
@@ -26,7 +27,6 @@ from hierbd3lm.evaluation import (
     summarize,
     with_given_plans,
 )
-from hierbd3lm.evaluation_data import CheckpointArguments, load_examples, versions
 from hierbd3lm.generation_hierbd3lm import segment_limits
 from hierbd3lm.settings_hierbd3lm import SETTINGS, resolve_settings, settings_of
 

@@ -16,9 +16,9 @@ from hierbd3lm.data.arguments import check_at_least
 from hierbd3lm.data.run_folder import write_json
 from hierbd3lm.data.splits import encode_split
 from hierbd3lm.diffusion_hierbd3lm import ESTIMATORS
-from hierbd3lm.evaluation import load_model
-from hierbd3lm.evaluation_data import CheckpointArguments, load_examples, versions
-from hierbd3lm.likelihood import format_likelihood, measure_likelihood
+from hierbd3lm.evaluation.checkpoints import CheckpointArguments, load_examples, versions
+from hierbd3lm.evaluation.likelihood import format_likelihood, measure_likelihood
+from hierbd3lm.evaluation.runner import load_model
 
 LIKELIHOOD_FILE = "likelihood.json"
 

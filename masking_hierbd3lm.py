@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 
 QUESTION, PLAN, EXECUTION = 0, 1, 2  # segment ids
-SEGMENT_NAMES = {PLAN: "plan", EXECUTION: "execution"}  # of those that are denoised
+SEGMENT_NAMES = {PLAN: "plan", EXECUTION: "execution"}  # of the segments that are denoised
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}  # of a backbone: those that take any mask
 PADDING = -1  # segment id and block id of padding
 CLEAN, NOISY = 0, 1  # stream ids; further noisy streams are 2, 3, ...

@@ -322,10 +322,10 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         outputs = (self._compiled_body if is_compiled else self.backbone.base_model)(**kwargs)
         hidden_states = outputs.last_hidden_state.flatten(0, 1).index_select(0, kept)  # (num_true, hidden)
         logits = self.project(hidden_states) if targets is None else None
-        nll = None if targets is None else self._nll_in_chunks(hidden_states, targets)
+        nll = None if targets is None else self.nll_in_chunks(hidden_states, targets)
         return HierBD3LMOutput(logits, nll, cache, outputs.hidden_states, outputs.attentions)
 
-    def _nll_in_chunks(self, hidden_states: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+    def nll_in_chunks(self, hidden_states: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
         """The loss of each token, `(num_tokens,)`, never with more than `LOGITS_AT_ONCE` logits in memory.
 
         Args:

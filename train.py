@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 from trl import TrlParser
 
-from hierbd3lm.adapters import AdapterArguments, HierBD3LMAdapter, add_adapter, load_checkpoint, load_tokenizer
 from hierbd3lm.configuration_hierbd3lm import (
     BLOCK_SIZES,
     HierBD3LMConfig,
@@ -22,10 +21,13 @@ from hierbd3lm.configuration_hierbd3lm import (
 )
 from hierbd3lm.data.collator import SEGMENTS, HierarchicalDataCollator
 from hierbd3lm.data.splits import SYNTHETIC, DataArguments, encode_split, load_counted_split, training_splits
-from hierbd3lm.data.synthetic import SyntheticConfig, vocabulary_texts
+from hierbd3lm.data.synthetic.problems import SyntheticConfig, vocabulary_texts
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from hierbd3lm.trainer import HierBD3LMTrainer, HierBD3LMTrainingArguments, last_complete_checkpoint
+from hierbd3lm.trainer import HierBD3LMTrainer
+from hierbd3lm.training.arguments import HierBD3LMTrainingArguments
+from hierbd3lm.training.checkpoints import last_complete_checkpoint
+from hierbd3lm.training.lora import AdapterArguments, HierBD3LMAdapter, add_adapter, load_checkpoint, load_tokenizer
 
 # of HierBD3LMConfig, where they are given
 CONFIG_FIELDS = ("block_size", "plan_block_size", "execution_block_size", "question_len", "plan_len", "execution_len")

@@ -1,237 +1,29 @@
-"""How a hierarchical block diffusion model is trained and its likelihood measured: a `Trainer` of the NELBO."""
+"""The `Trainer` of a hierarchical block diffusion model: it trains on the NELBO and measures it."""
 
 import contextlib
 import functools
-import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.liger import apply_liger_kernel
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, unwrap_peft_model
-from transformers.utils import is_liger_kernel_available, logging
+from transformers import PreTrainedModel, Trainer
 
-from .clip_search import Candidates, ClipSearch, clipped_segments, draw_losses, measure_costs
-from .diffusion_hierbd3lm import ESTIMATORS
-from .likelihood import SEGMENT_NAMES, likelihood_metrics, measure_batch, per_segment, with_predicted_tokens
+from .evaluation.likelihood import likelihood_metrics, measure_batch, per_segment, with_predicted_tokens
 from .masking_hierbd3lm import PADDING
-from .objectives import make_objective
-from .optimization import MuonAdamW, split_parameters
-
-logger = logging.get_logger(__name__)
-
-EMA_FILE = "ema.safetensors"
-LOWER_IS_BETTER = ("loss", "nll", "bpd", "ppl")
-
-
-@dataclass
-class HierBD3LMTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the settings of block diffusion, and batches grouped by length."""
-
-    estimator: str = field(
-        default="stratified",
-        metadata={"help": "Estimator of the NELBO: `stratified` mask counts or `bernoulli` (a time and coins)."},
-    )
-    muon_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Trains the backbone's matrices by Muon at this rate, all else by AdamW; > 0."},
-    )
-    noisy_copies: int = field(
-        default=1,
-        metadata={"help": "Noisy copies of each example in a training pass; they share its clean tokens; >= 1."},
-    )
-    filler_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight in the training loss of the <|end|> tokens behind a segment's first; >= 0."},
-    )
-    clip_search: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Widths in (0, 1] of the intervals of mask rates, such as 0.5: every evaluation during training "
-            "chooses that of least variance of the loss for each segment. None: the intervals stay as they are."
-        },
-    )
-    clip_search_levels: int = field(
-        default=20,
-        metadata={"help": "Mask rates that a search measures, a pass each; the intervals start and end between them."},
-    )
-    ema_decay: float = field(
-        default=0.9999,
-        metadata={"help": "Decay of the weights' average, used to evaluate and to save; in [0, 1), 0 for none."},
-    )
-    eval_noise_draws: int = field(
-        default=4, metadata={"help": "Draws of the noise for each example of an evaluation; >= 1."}
-    )
-    eval_seed: int = field(default=0, metadata={"help": "Seed of the noise of every evaluation."})
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "As in TrainingArguments; grouped by length here."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "As in TrainingArguments; the collator reads columns that the model lacks."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "As in TrainingArguments; a loss that is not finite is shown here."}
-    )
-
-    def __post_init__(self):
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LOWER_IS_BETTER):
-            self.greater_is_better = False  # TrainingArguments knows this of names in "loss" only
-        super().__post_init__()
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATORS)}, but got {self.estimator!r}")
-        if self.muon_learning_rate is not None and not self.muon_learning_rate > 0:
-            raise ValueError(f"`muon_learning_rate` must be > 0 or None, but got {self.muon_learning_rate}")
-        if self.noisy_copies < 1:
-            raise ValueError(f"`noisy_copies` must be >= 1, but got {self.noisy_copies}")
-        if not self.filler_weight >= 0:
-            raise ValueError(f"`filler_weight` must be >= 0, but got {self.filler_weight}")
-        if self.clip_search is not None:
-            Candidates(tuple(self.clip_search), self.clip_search_levels)  # raises
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must be in [0, 1), but got {self.ema_decay}")
-        if self.eval_noise_draws < 1:
-            raise ValueError(f"`eval_noise_draws` must be >= 1, but got {self.eval_noise_draws}")
-        if self.label_smoothing_factor != 0:
-            raise ValueError(f"`label_smoothing_factor` must be 0 for a NELBO, but got {self.label_smoothing_factor}")
-        if self.dataloader_drop_last:
-            raise ValueError("`dataloader_drop_last` must be False, but got True: evaluations would lose examples")
-        for name in ("fp16_full_eval", "bf16_full_eval"):
-            if getattr(self, name):
-                raise ValueError(f"`{name}` must be False, but got True: evaluations use the precision of training")
-
-
-class EMACallback(TrainerCallback):
-    """An exponential moving average of the trainable weights, in float32.
-
-    The decay warms up as min(decay, (1 + n) / (10 + n)) over the updates n, so that early weights are forgotten.
-    A checkpoint's model.safetensors holds the average; the weights that training goes on with are beside it.
-    """
-
-    def __init__(self, decay: float):
-        self.decay = decay
-        self.num_updates = 0
-        self.average: dict[str, torch.Tensor] = {}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        if state.global_step == 0:  # a resumed run has read its average already
-            self.restart(model)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        self.num_updates += 1
-        for name, parameter in _trainable(model):
-            self.average[name].lerp_(parameter.detach().float(), 1 - decay)
-
-    def restart(self, model: nn.Module) -> None:
-        """Takes the model's weights as the average, which warms up anew."""
-        self.num_updates = 0
-        self.average = {name: parameter.detach().float().clone() for name, parameter in _trainable(model)}
-
-    @contextlib.contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
-        """Within the context the model has the averaged weights, if there are any yet."""
-        if not self.average:
-            yield
-            return
-        trained = {name: parameter.detach().clone() for name, parameter in _trainable(model)}
-        _copy_into(model, self.average)
-        try:
-            yield
-        finally:
-            _copy_into(model, trained)
-
-    def save(self, model: nn.Module, folder: str, is_writer: bool = True) -> None:
-        """Writes the average and the weights it is of, for [`resume`]. Every process that has a shard must call it."""
-        weights = {f"average.{name}": tensor for name, tensor in self.average.items()}
-        weights |= {f"trained.{name}": parameter.detach() for name, parameter in _trainable(model)}
-        tensors = {}
-        for name, tensor in weights.items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if is_writer:
-                tensors[name] = whole.cpu()
-        if is_writer:
-            save_file(tensors, os.path.join(folder, EMA_FILE), metadata={"num_updates": str(self.num_updates)})
-
-    def resume(self, model: nn.Module, folder: str) -> None:
-        """Reads what [`save`] wrote.
-
-        Raises:
-            ValueError: for a checkpoint of a run without an average.
-        """
-        if not has_average(folder):
-            raise ValueError(
-                f"`ema_decay` must be 0 to resume from {folder}, which has no {EMA_FILE}; got {self.decay}"
-            )
-        with safe_open(os.path.join(folder, EMA_FILE), framework="pt") as file:
-            self.num_updates = int(file.metadata()["num_updates"])
-            for name, parameter in _trainable(model):
-                self.average[name] = _placed_like(parameter, file.get_tensor(f"average.{name}"))
-                parameter.data.copy_(_placed_like(parameter, file.get_tensor(f"trained.{name}")))
-
-
-class EpochLengthSampler(LengthGroupedSampler):
-    """Batches of like lengths, in an order that depends on seed and epoch only.
-
-    The order of its base class depends on all that torch's global generator was used for before: a resumed run would
-    repeat some examples of its epoch and miss others, and so would processes whose generators are not in step.
-
-    Args:
-        epoch: gives the number of the epoch when its iteration starts.
-    """
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]):
-        super().__init__(batch_size, lengths=lengths)
-        self.seed = seed
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator = _seeded("cpu", self.seed, self.epoch())
-        return super().__iter__()
-
-
-def apply_liger_kernel_to_backbone(model: PreTrainedModel | PeftModel, kernel_config: dict[str, bool]) -> None:
-    """Gives the backbone Liger's kernels; transformers would look for some of the whole model, and find none.
-
-    The loss is not Liger's, which takes its gradient in the forward pass, before it is known what a token weighs.
-
-    Args:
-        kernel_config: Liger's names of kernels, and whether each is used.
-
-    Raises:
-        ImportError: without `liger-kernel`.
-        ValueError: for a backbone that Liger has no kernels for, or if its fused loss is asked for.
-    """
-    backbone = unwrap_peft_model(model).backbone
-    if kernel_config.get("fused_linear_cross_entropy"):
-        raise ValueError(f"`liger_kernel_config` must be without fused_linear_cross_entropy, but got {kernel_config}")
-    if is_liger_kernel_available():
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
-
-        if backbone.config.model_type not in known:
-            raise ValueError(
-                f"`use_liger_kernel` must be False for a backbone of type {backbone.config.model_type!r}: Liger has "
-                f"kernels for {', '.join(sorted(known))}"
-            )
-    apply_liger_kernel(backbone, {"fused_linear_cross_entropy": False} | kernel_config)
+from .training.arguments import HierBD3LMTrainingArguments
+from .training.checkpoints import has_average, of_own_class
+from .training.clip_search import ClipSearch, clipped_segments, draw_losses, measure_costs
+from .training.ema import EMACallback
+from .training.length_sampler import EpochLengthSampler
+from .training.liger import apply_liger_kernel_to_backbone
+from .training.muon import MuonAdamW, split_parameters
+from .training.objectives import make_objective
+from .training.progress import TrainingProgress
+from .training.seeding import seeded_generator
 
 
 class HierBD3LMTrainer(Trainer):
@@ -247,6 +39,23 @@ class HierBD3LMTrainer(Trainer):
     (`seed` if None) and epoch only: a resumed run goes on as it would have.
 
     Evaluations measure the averaged weights and `save_model` writes them; `model` itself keeps the trained ones.
+    Clip intervals that a search has chosen are state of the trainer, saved in `trainer_state.json`; the model's
+    configuration keeps its own.
+
+    It overrides of transformers' `Trainer`:
+
+    - `create_optimizer`: Muon for the backbone's matrices where `muon_learning_rate` is given.
+    - `compute_loss`: the NELBO over noisy copies, in nats per counted token.
+    - `evaluate`: the unclipped NELBO of the averaged weights under fixed draws, in place of predictions and metrics.
+    - `_evaluate`: what an evaluation during training adds, the search for clip intervals.
+    - `get_batch_samples`: where an update starts, so that its micro-batches are numbered for their noise.
+    - `_get_train_sampler`, `_get_eval_sampler`: batches of like lengths in an order that resuming does not change.
+    - `log`: the loss of each segment and the throughput beside the loss.
+    - `save_model`: writes the averaged weights.
+    - `_save`: names the model's own class in a checkpoint of FSDP2, not the one that torch derives.
+    - `_save_optimizer_and_scheduler`: writes the trained weights and the average beside a checkpoint's model.
+    - `_load_from_checkpoint`: reads them.
+    - `_load_best_model`: starts the average anew from the best weights.
     """
 
     loss_is_scaled_for_ga = True
@@ -260,37 +69,57 @@ class HierBD3LMTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if args.use_liger_kernel:
             apply_liger_kernel_to_backbone(model, args.liger_kernel_config or {})
+        self.objective = make_objective(model.config, args.estimator)
+        self._check_parallelism()
+        self._check_adapter()
+        self._check_noise()
+        self.ema = EMACallback(args.ema_decay) if args.ema_decay > 0 else None
+        if self.ema is not None:
+            self.add_callback(self.ema)
+        if args.clip_search is not None:
+            self.add_callback(ClipSearch(args.clip_search, args.clip_search_levels))
+        self._num_micro_batches = 0  # of the update at work
+        self._progress = TrainingProgress()
+
+    def _check_parallelism(self) -> None:
         ranks_of_a_batch = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
         if ranks_of_a_batch > 1:
             raise ValueError(
                 f"`args` must be of data parallel training, but {ranks_of_a_batch} processes share a batch: each "
                 f"would draw noise of its own"
             )
-        if args.ema_decay > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled != self.accelerator.is_fsdp2):
+        ema_decay = self.args.ema_decay
+        if ema_decay > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled != self.accelerator.is_fsdp2):
             raise ValueError(
-                f"`ema_decay` must be 0 with DeepSpeed or FSDP1, whose shards cannot be averaged: {args.ema_decay}"
+                f"`ema_decay` must be 0 with DeepSpeed or FSDP1, whose shards cannot be averaged: {ema_decay}"
             )
-        if args.muon_learning_rate is not None and isinstance(model, PeftModel):
+
+    def _check_adapter(self) -> None:
+        muon_learning_rate = self.args.muon_learning_rate
+        if muon_learning_rate is not None and isinstance(self.model, PeftModel):
             raise ValueError(
                 f"`muon_learning_rate` must be None for an adapter, whose matrices are not the backbone's, but got "
-                f"{args.muon_learning_rate}"
+                f"{muon_learning_rate}"
             )
-        if self.is_fsdp_enabled and any("trainable_tokens" in name for name, _ in model.named_parameters()):
+        if self.is_fsdp_enabled and any("trainable_tokens" in name for name, _ in self.model.named_parameters()):
             raise ValueError(
                 "`args` must be without FSDP for an adapter with rows of single tokens: peft cannot shard them"
             )
-        self.ema = EMACallback(args.ema_decay) if args.ema_decay > 0 else None
-        if self.ema is not None:
-            self.add_callback(self.ema)
-        self.objective = make_objective(model.config, args.estimator)
-        if args.noisy_copies > 1 and not self.objective.has_noise:
-            raise ValueError(f"`noisy_copies` must be 1 for an objective without noise, but got {args.noisy_copies}")
-        if args.clip_search is not None:
-            if not self.objective.has_noise:
-                raise ValueError(f"`clip_search` must be None without noise, but got {args.clip_search}")
-            self.add_callback(ClipSearch(args.clip_search, args.clip_search_levels))
-        self._num_micro_batches = 0  # of the update at work
-        self._progress = TrainingProgress()
+
+    def _check_noise(self) -> None:
+        noisy_copies, clip_search = self.args.noisy_copies, self.args.clip_search
+        if self.objective.has_noise:
+            return
+        if noisy_copies > 1:
+            raise ValueError(f"`noisy_copies` must be 1 for an objective without noise, but got {noisy_copies}")
+        if clip_search is not None:
+            raise ValueError(f"`clip_search` must be None without noise, but got {clip_search}")
+
+    @property
+    def clip_search(self) -> ClipSearch | None:
+        """The state of the search for clip intervals; read anew, as a resumed run may have another object for it."""
+        searches = (callback for callback in self.callback_handler.callbacks if isinstance(callback, ClipSearch))
+        return next(searches, None)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in transformers; Muon for the matrices where `muon_learning_rate` is given."""
@@ -319,7 +148,7 @@ class HierBD3LMTrainer(Trainer):
         batch = with_predicted_tokens(self._unwrapped(), inputs)
         clip, copies = self._clip_intervals(batch["segment_ids"]), self.args.noisy_copies
         nelbo = self._training_shares(model, batch, self._training_generator(), clip, copies)
-        self._progress.add(batch, nelbo)
+        self._count_progress(batch, nelbo.detach())
         if num_items_in_batch is None:  # called by hand: the mean of this batch
             loss = nelbo.sum() / (batch["labels"] != -100).sum()
         else:
@@ -327,6 +156,11 @@ class HierBD3LMTrainer(Trainer):
             if self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes  # DDP averages gradients, the count is over all processes
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _count_progress(self, batch: dict[str, torch.Tensor], nelbo: torch.Tensor) -> None:
+        segment_ids, counted = batch["segment_ids"], batch["labels"] != -100
+        nats, num_counted = (per_segment(column, segment_ids).sum(dim=0) for column in (nelbo, counted))
+        self._progress.add(nats, num_counted, (segment_ids != PADDING).sum())
 
     def _training_shares(
         self,
@@ -382,7 +216,7 @@ class HierBD3LMTrainer(Trainer):
     def _measure(self, dataloader: torch.utils.data.DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
         """NELBOs of shape `(draws, segments)` in nats, and counted tokens of shape `(segments,)`, over all ranks."""
         self.callback_handler.eval_dataloader = dataloader
-        generator = _seeded(self.args.device, self.args.eval_seed, self.args.process_index)
+        generator = seeded_generator(self.args.device, self.args.eval_seed, self.args.process_index)
         rows = []
         for inputs in dataloader:
             batch = with_predicted_tokens(self._unwrapped(), self._prepare_inputs(inputs))
@@ -397,18 +231,17 @@ class HierBD3LMTrainer(Trainer):
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in transformers; an evaluation during training chooses the clip intervals of what follows."""
         metrics = super()._evaluate(*args, **kwargs)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ClipSearch):
-                self._search_clip(callback)
+        if self.clip_search is not None:
+            self._search_clip(self.clip_search)
         return metrics
 
     @torch.no_grad()
     def _search_clip(self, search: ClipSearch) -> None:
-        """Measures the variance of the training loss on the (first) evaluation dataset, and applies the choice."""
-        start, was_training, config = time.perf_counter(), self.model.training, self.model.config
+        """Measures the variance of the training loss on the (first) evaluation dataset, and makes the choice."""
+        start, was_training = time.perf_counter(), self.model.training
         name = next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
-        generator = _seeded(self.args.device, self.args.eval_seed, self.args.process_index)
-        segments, candidates, variances = clipped_segments(config), search.candidates, []
+        generator = seeded_generator(self.args.device, self.args.eval_seed, self.args.process_index)
+        segments, candidates, variances = clipped_segments(self.model.config), search.candidates, []
         self.model.eval()
         for inputs in self.get_eval_dataloader(name):
             batch = with_predicted_tokens(self._unwrapped(), self._prepare_inputs(inputs))
@@ -423,7 +256,6 @@ class HierBD3LMTrainer(Trainer):
         self.model.train(was_training)
         variance = self.accelerator.reduce(torch.stack(variances).mean(dim=0), reduction="mean")
         logs = search.choose(list(segments), variance)
-        search.apply(config)
         self._progress.pause(time.perf_counter() - start)
         self.log(logs)
 
@@ -431,14 +263,17 @@ class HierBD3LMTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def _clip_intervals(self, segment_ids: torch.Tensor) -> torch.Tensor:
-        config = self.model.config
-        intervals = torch.tensor([[0.0, 1.0], config.plan_clip, config.execution_clip], device=segment_ids.device)
+        """The interval of mask rates of each token in training: `(batch, length, 2)`."""
+        config, search = self.model.config, self.clip_search
+        own = {"plan": config.plan_clip, "execution": config.execution_clip}
+        clips = own if search is None else own | search.chosen_of_segments()
+        intervals = torch.tensor([[0.0, 1.0], clips["plan"], clips["execution"]], device=segment_ids.device)
         return intervals[segment_ids.clamp(min=0)]
 
     def _training_generator(self) -> torch.Generator:
         step, number = self.state.global_step, self._num_micro_batches
         self._num_micro_batches += 1
-        return _seeded(self.args.device, self.args.seed, self.args.process_index, step, number)
+        return seeded_generator(self.args.device, self.args.seed, self.args.process_index, step, number)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -490,7 +325,7 @@ class HierBD3LMTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Writes the model with the code that it is of, sharded or not."""
-        with _of_own_class(self.model):
+        with of_own_class(self.model):
             super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -515,105 +350,3 @@ class HierBD3LMTrainer(Trainer):
         super()._load_best_model()
         if self.ema is not None:
             self.ema.restart(self.model)
-
-
-class TrainingProgress:
-    """What is logged of training since the last log: each segment's loss and tokens per second."""
-
-    def __init__(self):
-        self._reset()
-
-    def add(self, batch: dict[str, torch.Tensor], nelbo: torch.Tensor) -> None:
-        """Counts a micro-batch. Nothing is read back from the device before `take`."""
-        segment_ids = batch["segment_ids"]
-        sums = torch.stack(
-            [
-                per_segment(nelbo.detach(), segment_ids).sum(dim=0),
-                per_segment(batch["labels"] != -100, segment_ids).sum(dim=0),
-            ]
-        )
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._num_tokens = self._num_tokens + (segment_ids != PADDING).sum()
-
-    def pause(self, seconds: float) -> None:
-        """Leaves time that was not spent on training out of the throughput."""
-        self._start += seconds
-
-    def take(self, accelerator: Any) -> dict[str, float]:
-        """The figures over all processes; counting starts anew."""
-        if self._sums is None:
-            return {}
-        nats, num_tokens = accelerator.reduce(self._sums).tolist()
-        logs = {
-            f"loss_{name}": n / d for name, n, d in zip(SEGMENT_NAMES.values(), nats, num_tokens, strict=True) if d
-        }
-        total = accelerator.reduce(self._num_tokens).item()
-        logs["tokens_per_second"] = total / (time.perf_counter() - self._start)
-        self._reset()
-        return logs
-
-    def _reset(self) -> None:
-        self._sums: torch.Tensor | None = None
-        self._num_tokens: torch.Tensor | int = 0
-        self._start = time.perf_counter()
-
-
-def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The checkpoint to resume from: the latest that was written to its end, or None.
-
-    The Trainer writes trainer_state.json last, so a checkpoint whose file is missing or torn is passed over.
-    """
-    folders = [
-        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
-    ]
-    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        try:
-            json.loads((folder / TRAINER_STATE_NAME).read_text())
-        except (OSError, ValueError):
-            logger.warning(f"{folder} was not written to its end: an earlier checkpoint is looked for.")
-            continue
-        return str(folder)
-    return None
-
-
-def has_average(checkpoint: str) -> bool:
-    """Whether a checkpoint is of a run with an average of the weights."""
-    return os.path.isfile(os.path.join(checkpoint, EMA_FILE))
-
-
-def _seeded(device: torch.device | str, *key: int) -> torch.Generator:
-    """Random numbers that depend on the key alone."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator(device=device).manual_seed(seed)
-
-
-def _placed_like(parameter: nn.Parameter, tensor: torch.Tensor) -> torch.Tensor:
-    """A whole tensor on the device of a parameter, or sharded as that is."""
-    tensor = tensor.to(parameter.device)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-    return tensor
-
-
-@contextlib.contextmanager
-def _of_own_class(model: nn.Module) -> Iterator[None]:
-    """Within the context a model that FSDP2 has sharded is not of the class that torch has derived from its own.
-
-    transformers writes the file of a model's class, and its name as that to load, into a checkpoint.
-    """
-    sharded = type(model)
-    model.__class__ = next(cls for cls in sharded.__mro__ if not issubclass(cls, FSDPModule))
-    try:
-        yield
-    finally:
-        model.__class__ = sharded
-
-
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def _copy_into(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in _trainable(model):
-            parameter.copy_(tensors[name])

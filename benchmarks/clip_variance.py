@@ -18,14 +18,14 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
-from hierbd3lm.clip_search import ClipSearch, clipped_segments, draw_losses, measure_costs
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.data.loading import prepare_dataset
 from hierbd3lm.data.splits import DataArguments, load_split
 from hierbd3lm.diffusion_hierbd3lm import ESTIMATORS
-from hierbd3lm.likelihood import SEGMENT_NAMES, per_segment, with_predicted_tokens
+from hierbd3lm.evaluation.likelihood import SEGMENT_NAMES, per_segment, with_predicted_tokens
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from hierbd3lm.objectives import Batch, Objective, make_objective
+from hierbd3lm.training.clip_search import ClipSearch, clipped_segments, draw_losses, measure_costs
+from hierbd3lm.training.objectives import Batch, Objective, make_objective
 
 from .measure import Measured, as_flags, bar, measure_parts
 

@@ -21,7 +21,7 @@ from transformers.utils import is_liger_kernel_available
 import hierbd3lm.modeling_hierbd3lm
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.data.collator import HierarchicalDataCollator
-from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion, nll_in_chunks
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .measure import RESULTS, describe_machine, interleaved_medians
 from .models import FIRST_CONTENT_ID, SPECIAL_IDS, text_batch
@@ -188,7 +188,7 @@ def measure_head(bench: Bench) -> dict[str, Any]:
 
     def step(limit: int) -> None:
         with mock.patch.dict(hierbd3lm.modeling_hierbd3lm.LOGITS_AT_ONCE, cpu=limit, others=limit):
-            nll_in_chunks(model.backbone, hidden_states, targets, model.config).sum().backward()
+            model.nll_in_chunks(hidden_states, targets).sum().backward()
 
     cases = {f"2^{power}": functools.partial(step, 2**power) for power in (24, 25, 26, 27, 28, 30)}
     seconds = bench.timed(cases)

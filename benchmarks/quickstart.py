@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hierbd3lm.data.splits import DataArguments, load_split
-from hierbd3lm.evaluation import load_model, summarize
+from hierbd3lm.evaluation.runner import load_model, summarize
 
 from .measure import Measured, as_flags, bar, measure_parts
 from .sampler import BATCH_SIZE, NUM_VALIDATION, try_settings

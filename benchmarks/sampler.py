@@ -15,8 +15,8 @@ from datasets import Dataset
 
 from hierbd3lm.data.run_folder import write_json
 from hierbd3lm.data.splits import DataArguments, load_split
-from hierbd3lm.evaluation import load_model, summarize
-from hierbd3lm.evaluation_data import default_device
+from hierbd3lm.evaluation.checkpoints import default_device
+from hierbd3lm.evaluation.runner import load_model, summarize
 from hierbd3lm.settings_hierbd3lm import resolve_settings
 
 from .measure import describe_machine

@@ -16,10 +16,10 @@ from hierbd3lm.attention_hierbd3lm import TiledMask
 from hierbd3lm.configuration_hierbd3lm import special_token_ids
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.diffusion_hierbd3lm import draw_mask
-from hierbd3lm.likelihood import with_predicted_tokens
+from hierbd3lm.evaluation.likelihood import with_predicted_tokens
 from hierbd3lm.masking_hierbd3lm import dense_mask, fixed_length_layout, layout_from_segments
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion, needed_columns
-from hierbd3lm.objectives import make_objective
+from hierbd3lm.training.objectives import make_objective
 
 from .measure import Measured, added_memory, bar, interleaved_medians, measure_parts
 from .models import make_model, problem_batches, text_batch

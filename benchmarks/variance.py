@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from hierbd3lm.likelihood import with_predicted_tokens
+from hierbd3lm.evaluation.likelihood import with_predicted_tokens
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from hierbd3lm.objectives import make_objective
+from hierbd3lm.training.objectives import make_objective
 
 from .measure import Measured, bar, interleaved_medians, measure_parts
 from .models import make_model, problem_batches

@@ -20,8 +20,8 @@ from .collator import (
     example_length,
     over_long_segments,
 )
-from .detokenization import detokenize
-from .gsm8k import HUB_IDS, load_gsm8k, load_gsm8k_rows
+from .gsm8k.problems import HUB_IDS, load_gsm8k, load_gsm8k_rows
+from .text.detokenization import detokenize
 
 logger = logging.get_logger(__name__)
 

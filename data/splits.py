@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
 from .arguments import check_at_least
-from .detokenization import RULES
-from .gsm8k import HUB_IDS, load_gsm8k_rows
+from .gsm8k.near_duplicates import NEAR_DUPLICATE, highest_similarities
+from .gsm8k.problems import HUB_IDS, load_gsm8k_rows
 from .loading import load_documents, load_reasoning_dataset, prepare_dataset
-from .near_duplicates import NEAR_DUPLICATE, highest_similarities
-from .synthetic import HASH_SPLITS, SyntheticConfig, generate_dataset
-from .text import TEXT, prepare_text
+from .synthetic.problems import HASH_SPLITS, SyntheticConfig, generate_dataset
+from .text.detokenization import RULES
+from .text.rows import TEXT, prepare_text
 
 SYNTHETIC = "synthetic"
 FILE_NAME = "data_config.json"  # beside a checkpoint: what it was trained on
@@ -159,7 +159,7 @@ def load_counted_split(
 
     Returns:
         the examples, and with `tested_on`, for training and validation, `num_near_test`: the problems left out as
-        they are near-duplicates of a test problem (see near_duplicates.py).
+        they are near-duplicates of a test problem (see gsm8k/near_duplicates.py).
 
     Raises:
         ValueError: for a split that there is not, for less than one example, and for synthetic problems without a

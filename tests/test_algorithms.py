@@ -10,10 +10,10 @@ from transformers import Qwen3Config
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.data.collator import HierarchicalDataCollator, example_length
 from hierbd3lm.diffusion_hierbd3lm import ESTIMATORS, SCHEDULES, draw_mask, score_entropy, token_nll
-from hierbd3lm.likelihood import measure_batch, with_predicted_tokens
+from hierbd3lm.evaluation.likelihood import measure_batch, with_predicted_tokens
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from hierbd3lm.objectives import make_objective
 from hierbd3lm.order_hierbd3lm import BlockOrder
+from hierbd3lm.training.objectives import make_objective
 
 from .tiny import FIRST_CONTENT_ID, layout_from_segments, make_config, make_model
 from .tiny_algorithms import ABLATIONS, ALGORITHMS, ALL, OWN_SIZE

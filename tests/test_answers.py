@@ -6,7 +6,7 @@ from decimal import Decimal
 import pytest
 from scipy.stats import binomtest, norm
 
-from hierbd3lm.data.answers import (
+from hierbd3lm.data.gsm8k.answers import (
     INVALID,
     count_votes,
     cut_at_stops,

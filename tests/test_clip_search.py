@@ -5,8 +5,13 @@ import json
 import pytest
 import torch
 
-import hierbd3lm.objectives
-from hierbd3lm.clip_search import (
+import hierbd3lm.training.objectives
+from hierbd3lm.data.collator import HierarchicalDataCollator
+from hierbd3lm.diffusion_hierbd3lm import draw_mask
+from hierbd3lm.evaluation.likelihood import per_segment, with_predicted_tokens
+from hierbd3lm.trainer import HierBD3LMTrainer
+from hierbd3lm.training.arguments import HierBD3LMTrainingArguments
+from hierbd3lm.training.clip_search import (
     NUM_REPLICATES,
     BlockCosts,
     Candidates,
@@ -15,11 +20,7 @@ from hierbd3lm.clip_search import (
     draw_losses,
     measure_costs,
 )
-from hierbd3lm.data.collator import HierarchicalDataCollator
-from hierbd3lm.diffusion_hierbd3lm import draw_mask
-from hierbd3lm.likelihood import per_segment, with_predicted_tokens
-from hierbd3lm.objectives import make_objective
-from hierbd3lm.trainer import HierBD3LMTrainer, HierBD3LMTrainingArguments
+from hierbd3lm.training.objectives import make_objective
 
 from .tiny import make_config, make_dataset, make_model
 from .tiny_algorithms import ABLATIONS, ALGORITHMS
@@ -157,9 +158,7 @@ def test_the_interval_of_least_variance_is_chosen_for_each_group():
     logs = search.choose(["plan", "execution"], variance)
     assert (logs["plan_clip_low"], logs["plan_clip_high"]) == (0.25, 0.75)
     assert (logs["plan_clip_variance"], logs["plan_clip_variance_unclipped"]) == (2.0, 1.0)
-    config = make_config()
-    search.apply(config)
-    assert config.plan_clip == [0.25, 0.75] and config.execution_clip == [0.0, 0.5]
+    assert search.chosen_of_segments() == {"plan": [0.25, 0.75], "execution": [0.0, 0.5]}
     whole = ClipSearch([0.5, 1.0], num_levels=4)  # [0, 1] is a choice where its width is asked for
     whole.choose(["plan", "execution"], variance)
     assert whole.chosen == {"plan": [0.0, 1.0], "execution": [0.0, 1.0]}
@@ -171,8 +170,7 @@ def test_blocks_of_both_segments_have_one_interval():
         assert clipped_segments(config) == {"all": (1, 2)}
         search = ClipSearch([0.5], num_levels=4)
         search.choose(["all"], torch.tensor([[1.0], [3.0], [2.0], [4.0]]))
-        search.apply(config)
-        assert config.plan_clip == config.execution_clip == [0.25, 0.75]
+        assert search.chosen_of_segments() == {"plan": [0.25, 0.75], "execution": [0.25, 0.75]}
     assert clipped_segments(make_config()) == {"plan": (1,), "execution": (2,)}
 
 
@@ -189,7 +187,7 @@ def clips(monkeypatch):
             record.append((clip[maskable][0].tolist(), clip[maskable][-1].tolist()))
         return draw_mask(block_ids, maskable, clip, *args)
 
-    monkeypatch.setattr(hierbd3lm.objectives, "draw_mask", recording)
+    monkeypatch.setattr(hierbd3lm.training.objectives, "draw_mask", recording)
     return record
 
 
@@ -210,7 +208,7 @@ def test_every_evaluation_of_training_chooses_what_the_next_steps_draw_from(tmp_
         assert steps[2 + 2 * number] == steps[3 + 2 * number] == chosen
         assert chosen[0][1] - chosen[0][0] == 0.5
     last = searches[-1]
-    assert trainer.model.config.plan_clip == [last["plan_clip_low"], last["plan_clip_high"]]
+    assert trainer.clip_search.chosen["plan"] == [last["plan_clip_low"], last["plan_clip_high"]]
 
 
 def test_the_reported_likelihood_is_never_clipped_nor_changed_by_a_search(tmp_path, clips):
@@ -221,13 +219,13 @@ def test_the_reported_likelihood_is_never_clipped_nor_changed_by_a_search(tmp_pa
     plain.train()
     values = [[e["eval_nll"] for e in t.state.log_history if "eval_nll" in e] for t in (searching, plain)]
     assert values[0] == values[1] and len(values[0]) == 3
-    assert plain.model.config.plan_clip == [0.0, 1.0]
+    assert plain.clip_search is None
 
 
 def test_an_evaluation_by_hand_chooses_nothing(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.evaluate()
-    assert trainer.model.config.plan_clip == [0.0, 1.0] and not searches_of(trainer)
+    assert not trainer.clip_search.chosen and not searches_of(trainer)
 
 
 @pytest.mark.parametrize("restore", [False, True])
@@ -241,18 +239,23 @@ def test_a_resumed_run_goes_on_with_the_chosen_intervals(tmp_path, restore):
     assert saved["chosen"]["plan"] == [searches_of(whole)[0]["plan_clip_low"], searches_of(whole)[0]["plan_clip_high"]]
     assert len(saved["variances"]["execution"]) == 4
     resumed = make_trainer(tmp_path, **settings)
-    assert resumed.model.config.plan_clip == [0.0, 1.0]
+    assert not resumed.clip_search.chosen
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert all(torch.equal(expected[name], parameter) for name, parameter in resumed.model.named_parameters())
     assert searches_of(resumed) == searches_of(whole)
-    assert resumed.model.config.execution_clip == whole.model.config.execution_clip
+    assert resumed.clip_search.state() == whole.clip_search.state()
 
 
-def test_a_saved_model_says_with_which_interval_it_was_trained(tmp_path):
-    trainer = make_trainer(tmp_path)
+def test_a_search_leaves_the_configuration_as_it_is(tmp_path, clips):
+    """What is not searched for, here as no evaluation has been yet, is the configuration's."""
+    model = make_model(plan_clip=[0.3, 0.9], execution_clip=[0.2, 1.0])
+    trainer = make_trainer(tmp_path, model)
     trainer.train()
-    config = json.loads((tmp_path / "checkpoint-6" / "config.json").read_text())
-    assert config["plan_clip"] == trainer.model.config.plan_clip != [0.0, 1.0]
+    torch.testing.assert_close(torch.tensor(clips[0]), torch.tensor([[0.3, 0.9], [0.2, 1.0]]))
+    for folder in ("checkpoint-3", "checkpoint-6"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert (config["plan_clip"], config["execution_clip"]) == ([0.3, 0.9], [0.2, 1.0])
+    assert trainer.model.config.plan_clip == [0.3, 0.9] != trainer.clip_search.chosen["plan"]
 
 
 def test_a_search_starts_from_a_checkpoint_that_had_none(tmp_path):

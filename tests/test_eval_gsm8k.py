@@ -14,15 +14,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config
 
-from hierbd3lm import eval_gsm8k, evaluation_data
+from hierbd3lm import eval_gsm8k
 from hierbd3lm.configuration_hierbd3lm import special_token_ids
-from hierbd3lm.data.answers import wilson_interval
+from hierbd3lm.data.gsm8k.answers import wilson_interval
 from hierbd3lm.data.splits import DataArguments, load_split
-from hierbd3lm.data.synthetic import SyntheticConfig, vocabulary_texts
+from hierbd3lm.data.synthetic.problems import SyntheticConfig, vocabulary_texts
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.eval_gsm8k import EvaluationArguments, evaluate, parse_arguments
-from hierbd3lm.evaluation import format_summary, make_batches, read_plans, read_problems, with_given_plans
-from hierbd3lm.evaluation_data import find_data
+from hierbd3lm.evaluation import checkpoints
+from hierbd3lm.evaluation.checkpoints import find_data
+from hierbd3lm.evaluation.runner import format_summary, make_batches, read_plans, read_problems, with_given_plans
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
 
@@ -323,7 +324,7 @@ def test_limit_takes_the_first_examples(args, rows, dataset_of):
 
 
 def test_all_of_a_dataset_is_taken_but_so_many_synthetic_problems(args, rows, dataset_of, script, monkeypatch):
-    monkeypatch.setattr(evaluation_data, "NUM_SYNTHETIC", 6)
+    monkeypatch.setattr(checkpoints, "NUM_SYNTHETIC", 6)
     script({row["question"]: (row["plan"], row["execution"]) for row in rows})
     assert evaluate(args(dataset=dataset_of(rows), limit=None))[1]["n"] == 10
     assert evaluate(args(limit=None, overwrite=True))[1]["n"] == 6

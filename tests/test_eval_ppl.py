@@ -12,9 +12,10 @@ from hierbd3lm import eval_ppl
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.data.loading import prepare_dataset
 from hierbd3lm.diffusion_hierbd3lm import exact_nelbo
-from hierbd3lm.likelihood import check_counts, format_likelihood, measure_likelihood
+from hierbd3lm.evaluation.likelihood import check_counts, format_likelihood, measure_likelihood
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from hierbd3lm.trainer import HierBD3LMTrainer, HierBD3LMTrainingArguments
+from hierbd3lm.trainer import HierBD3LMTrainer
+from hierbd3lm.training.arguments import HierBD3LMTrainingArguments
 
 from .tiny_algorithms import ALL, OWN_SIZE
 from .tiny_tokenizer import make_config_for, make_tokenizer

@@ -7,8 +7,9 @@ from fractions import Fraction
 
 import pytest
 
-from hierbd3lm.data.answers import match_strict
-from hierbd3lm.data.gsm8k import (
+from hierbd3lm.data.gsm8k.answers import match_strict
+from hierbd3lm.data.gsm8k.numbers import CONSTANTS
+from hierbd3lm.data.gsm8k.problems import (
     computed_values,
     load_gsm8k,
     load_gsm8k_rows,
@@ -17,7 +18,6 @@ from hierbd3lm.data.gsm8k import (
     plan_from_solution,
     steps_from_solution,
 )
-from hierbd3lm.data.plan_numbers import CONSTANTS
 
 QUESTION = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
@@ -117,7 +117,9 @@ def test_folder_argument_goes_before_the_environment(tmp_path, monkeypatch):
 def test_without_a_folder_the_rows_come_from_the_hub(monkeypatch):
     monkeypatch.delenv("GSM8K_DIR", raising=False)
     calls = []
-    monkeypatch.setattr("hierbd3lm.data.gsm8k.load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(
+        "hierbd3lm.data.gsm8k.problems.load_dataset", lambda *args, **kwargs: calls.append((args, kwargs))
+    )
     load_gsm8k_rows("test", "socratic")
     assert calls == [(("openai/gsm8k", "socratic"), {"split": "test"})]
 

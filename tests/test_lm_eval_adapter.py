@@ -20,15 +20,15 @@ from lm_eval.api.task import ConfigurableTask
 from transformers import Qwen3Config
 
 from hierbd3lm.configuration_hierbd3lm import special_token_ids
-from hierbd3lm.data.answers import extract_flexible, extract_strict
+from hierbd3lm.data.gsm8k.answers import extract_flexible, extract_strict
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.eval_gsm8k import EvaluationArguments, evaluate
-from hierbd3lm.lm_eval_adapter import GENERATION_SETTINGS, HierBD3LMHarnessModel
+from hierbd3lm.evaluation.lm_eval.adapter import GENERATION_SETTINGS, HierBD3LMHarnessModel
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .tiny import make_model
 
-ROOT = Path(__file__).parents[1]
+TASKS = Path(__file__).parents[1] / "evaluation" / "lm_eval" / "tasks"
 DIGITS = [str(digit) for digit in range(10)]
 GREEDY = {"until": ["\n\n"], "do_sample": False, "temperature": 0.0}
 
@@ -400,7 +400,7 @@ def test_task_is_scored_like_that_of_the_harness():
         pass
 
     Loader.add_constructor("!function", lambda loader, node: node.value)
-    own = yaml.load((ROOT / "tasks" / "gsm8k_hier.yaml").read_text(), Loader)
+    own = yaml.load((TASKS / "gsm8k_hier.yaml").read_text(), Loader)
     theirs = yaml.safe_load(Path(lm_eval.__file__).with_name("tasks").joinpath("gsm8k", "gsm8k.yaml").read_text())
     for name in ("filter_list", "metric_list", "generation_kwargs", "output_type", "doc_to_target", "metadata"):
         assert own[name] == theirs[name]
@@ -467,9 +467,16 @@ def test_command_line_scores_as_our_evaluation_does(tmp_path):
         answers = [reader(text) for reader, text in zip(readers, texts, strict=False)]
         _, ours = our_evaluation(["-1" if answer == "[invalid]" else answer for answer in answers])
     argv = ["--model", "hierbd3lm", "--model_args", f"pretrained={folder}", "--batch_size", "8", "--device", "cpu"]
-    argv += ["--include_path", str(ROOT / "tasks"), "--tasks", "gsm8k_hier", "--output_path", str(tmp_path / "out")]
+    argv += [
+        "--include_path",
+        str(TASKS),
+        "--tasks",
+        "gsm8k_hier",
+        "--output_path",
+        str(tmp_path / "out"),
+    ]
     subprocess.run(
-        [sys.executable, "-m", "hierbd3lm.lm_eval_adapter", *argv],
+        [sys.executable, "-m", "hierbd3lm.evaluation.lm_eval.adapter", *argv],
         env=os.environ | environment,
         stdin=subprocess.DEVNULL,
         check=True,

@@ -15,7 +15,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.models.utils import postprocess_generated_text
 
-from hierbd3lm.data.answers import (
+from hierbd3lm.data.gsm8k.answers import (
     count_votes,
     cut_at_stops,
     extract_flexible,
@@ -25,7 +25,7 @@ from hierbd3lm.data.answers import (
     normalize,
     reference_answer,
 )
-from hierbd3lm.data.gsm8k import load_gsm8k_rows
+from hierbd3lm.data.gsm8k.problems import load_gsm8k_rows
 
 from .test_answers import TABLE as ANSWERS_BY_HAND
 

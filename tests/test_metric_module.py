@@ -9,11 +9,11 @@ from pathlib import Path
 import evaluate
 import pytest
 
-from hierbd3lm.data.answers import cut_at_stops, match_numeric
+from hierbd3lm.data.gsm8k.answers import cut_at_stops, match_numeric
 
 from .test_lm_eval_metrics import ROWS, harness  # noqa: F401 a fixture
 
-FOLDER = Path(__file__).parents[1] / "metrics" / "gsm8k_exact_match"
+FOLDER = Path(__file__).parents[1] / "evaluation" / "metrics" / "gsm8k_exact_match"
 NAMES = {"exact_match_strict": "strict-match", "exact_match_flexible": "flexible-extract"}
 
 
@@ -72,6 +72,6 @@ def test_package_that_is_not_installed_is_asked_for(metric, monkeypatch):
 
 def test_rules_are_written_in_one_place(metric):
     module = importlib.import_module(type(metric).__module__)
-    answers = importlib.import_module("hierbd3lm.data.answers")
+    answers = importlib.import_module("hierbd3lm.data.gsm8k.answers")
     assert module.match_strict is answers.match_strict and module.match_flexible is answers.match_flexible
     assert Path(module.__file__).parent != FOLDER  # a copy that is alone in its folder

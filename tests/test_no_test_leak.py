@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from hierbd3lm.data import gsm8k
+from hierbd3lm.data.gsm8k import problems as gsm8k
 from hierbd3lm.data.splits import DataArguments, load_counted_split, training_splits
 
 pytestmark = pytest.mark.skipif(

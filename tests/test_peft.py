@@ -16,10 +16,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PhiConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from hierbd3lm import eval_gsm8k, train
-from hierbd3lm.adapters import AdapterArguments, add_adapter, is_adapter, load_adapter, load_checkpoint
 from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from hierbd3lm.trainer import EMA_FILE, HierBD3LMTrainer, HierBD3LMTrainingArguments
+from hierbd3lm.trainer import HierBD3LMTrainer
+from hierbd3lm.training.arguments import HierBD3LMTrainingArguments
+from hierbd3lm.training.checkpoints import EMA_FILE
+from hierbd3lm.training.lora import AdapterArguments, add_adapter, is_adapter, load_adapter, load_checkpoint
 
 from .tiny import make_batch, make_model
 

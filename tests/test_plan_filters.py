@@ -9,8 +9,9 @@ from fractions import Fraction
 import pytest
 
 from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS
-from hierbd3lm.data.gsm8k import load_gsm8k_rows, parse_main
-from hierbd3lm.data.plan_filters import (
+from hierbd3lm.data.gsm8k.numbers import plain
+from hierbd3lm.data.gsm8k.problems import load_gsm8k_rows, parse_main
+from hierbd3lm.data.plans.filters import (
     COMMON_WORDS,
     FILTERS,
     MAX_PLAN_CHARS,
@@ -19,9 +20,8 @@ from hierbd3lm.data.plan_filters import (
     score,
     shown_values,
 )
-from hierbd3lm.data.plan_numbers import plain
-from hierbd3lm.data.plan_problems import SolvedProblem
-from hierbd3lm.data.plan_prompt import EXAMPLE_PLAN, EXAMPLE_QUESTION, EXAMPLE_SOLUTION, read_steps
+from hierbd3lm.data.plans.problems import SolvedProblem
+from hierbd3lm.data.plans.prompt import EXAMPLE_PLAN, EXAMPLE_QUESTION, EXAMPLE_SOLUTION, read_steps
 
 from .test_gsm8k import WORD_VALUES, leaks, stated_numbers
 

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from hierbd3lm.data.plan_numbers import implied_values, plain, stated_values, values
+from hierbd3lm.data.gsm8k.numbers import implied_values, plain, stated_values, values
 
 ONES = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
 WORDS = ["zero", *ONES.split(), "eighteen", "nineteen"]

@@ -6,9 +6,9 @@ import os
 import datasets
 import pytest
 
-from hierbd3lm.data.gsm8k import load_gsm8k, load_gsm8k_rows
-from hierbd3lm.data.plan_problems import load_problems
-from hierbd3lm.data.synthetic import SyntheticConfig, generate_problems
+from hierbd3lm.data.gsm8k.problems import load_gsm8k, load_gsm8k_rows
+from hierbd3lm.data.plans.problems import load_problems
+from hierbd3lm.data.synthetic.problems import SyntheticConfig, generate_problems
 
 SOLUTION = "Tom has 2*3=<<2*3=6>>6 pens.\n#### 6"
 

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from hierbd3lm.data.plan_swaps import change_plan, exchange_plans
-from hierbd3lm.data.synthetic import MAX_FACTOR, SyntheticConfig, generate_dataset
+from hierbd3lm.data.synthetic.plan_swaps import change_plan, exchange_plans
+from hierbd3lm.data.synthetic.problems import MAX_FACTOR, SyntheticConfig, generate_dataset
 
 CONFIGS = [
     SyntheticConfig(),

@@ -10,8 +10,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from hierbd3lm.data.plan_prompt import plan_schema
-from hierbd3lm.data.plan_writers import PlanReply, PlanRequest, SamplingSettings, ServerWriter, VllmWriter
+from hierbd3lm.data.plans.prompt import plan_schema
+from hierbd3lm.data.plans.writers import PlanReply, PlanRequest, SamplingSettings, ServerWriter, VllmWriter
 
 from .plan_server import PlanServer
 

@@ -13,8 +13,8 @@ from itertools import combinations
 
 import pytest
 
-from hierbd3lm.data import synthetic
-from hierbd3lm.data.synthetic import (
+from hierbd3lm.data.synthetic import problems as synthetic
+from hierbd3lm.data.synthetic.problems import (
     PHRASINGS,
     SPLITS,
     SyntheticConfig,
@@ -339,7 +339,7 @@ def test_rows_of_a_seed_are_the_same_in_every_version():
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_command_line_prints_the_same_rows_whatever_the_hash_seed(hash_seed):
-    command = [sys.executable, "-m", "hierbd3lm.data.synthetic", "--split", "test", "--num-examples", "20"]
+    command = [sys.executable, "-m", "hierbd3lm.data.synthetic.problems", "--split", "test", "--num-examples", "20"]
     printed = subprocess.run(
         [*command, "--num-steps", "2", "4", "--seed", "5"],
         env=os.environ | {"PYTHONHASHSEED": hash_seed},

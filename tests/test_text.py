@@ -14,17 +14,18 @@ import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from hierbd3lm import eval_ppl, evaluation_data, train
+from hierbd3lm import eval_ppl, train
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.data.collator import HierarchicalDataCollator
-from hierbd3lm.data.detokenization import RULES, detokenize
 from hierbd3lm.data.loading import load_documents
 from hierbd3lm.data.splits import DataArguments, load_split
-from hierbd3lm.data.text import WRAPPED_TOGETHER, prepare_text
-from hierbd3lm.data.text_sets import TEXT_SETS
-from hierbd3lm.likelihood import measure_likelihood
+from hierbd3lm.data.text.detokenization import RULES, detokenize
+from hierbd3lm.data.text.rows import WRAPPED_TOGETHER, prepare_text
+from hierbd3lm.data.text.sets import TEXT_SETS
+from hierbd3lm.evaluation import checkpoints
+from hierbd3lm.evaluation.likelihood import measure_likelihood
+from hierbd3lm.evaluation.text_quality import write_from_nothing
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from hierbd3lm.sample_metrics import write_from_nothing
 from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
 
 from .tiny import make_model
@@ -501,7 +502,7 @@ def test_a_set_is_measured_by_its_name(name, tmp_path, tokenizer, monkeypatch, c
     for part, number in (("train", 2), (split, 9)):
         rows.select(range(number)).to_json(tmp_path / "hub" / f"{part}.jsonl")
     stand_in = {**settings, "dataset": str(tmp_path / "hub"), "dataset_name": None}
-    monkeypatch.setitem(evaluation_data.TEXT_SETS, name, stand_in)
+    monkeypatch.setitem(checkpoints.TEXT_SETS, name, stand_in)
     checkpoint(tmp_path / "model", tokenizer)
     result = measure(monkeypatch, tmp_path / "model", dataset=name, num_draws=1)
     assert (result["split"], result["num_documents"]) == (split, 9)

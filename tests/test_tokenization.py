@@ -11,7 +11,7 @@ from hierbd3lm.configuration_hierbd3lm import (
     add_special_tokens,
     special_token_ids,
 )
-from hierbd3lm.data.synthetic import SPLITS, SyntheticConfig, generate_problems, vocabulary_texts
+from hierbd3lm.data.synthetic.problems import SPLITS, SyntheticConfig, generate_problems, vocabulary_texts
 from hierbd3lm.data.tokenization import PAD_TOKEN, UNK_TOKEN, train_tokenizer
 
 CONFIG = SyntheticConfig()

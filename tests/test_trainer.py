@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -13,23 +14,22 @@ import transformers.integrations.liger
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import Qwen3Config, TrainerCallback
+from transformers import Qwen3Config, Trainer, TrainerCallback
 
-import hierbd3lm.objectives
 import hierbd3lm.trainer
+import hierbd3lm.training.liger
+import hierbd3lm.training.objectives
+import hierbd3lm.training.progress
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.data.loading import prepare_dataset
 from hierbd3lm.diffusion_hierbd3lm import MaskDraw, draw_mask, exact_nelbo
-from hierbd3lm.likelihood import likelihood_metrics, per_segment
+from hierbd3lm.evaluation.likelihood import likelihood_metrics, per_segment
 from hierbd3lm.masking_hierbd3lm import EXECUTION, PLAN
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from hierbd3lm.trainer import (
-    EMA_FILE,
-    EMACallback,
-    HierBD3LMTrainer,
-    HierBD3LMTrainingArguments,
-    last_complete_checkpoint,
-)
+from hierbd3lm.trainer import HierBD3LMTrainer
+from hierbd3lm.training.arguments import HierBD3LMTrainingArguments
+from hierbd3lm.training.checkpoints import EMA_FILE, last_complete_checkpoint
+from hierbd3lm.training.ema import EMACallback
 
 from .tiny import make_config, make_dataset, make_model
 from .tiny_algorithms import ALL
@@ -132,7 +132,7 @@ def draws(monkeypatch):
         record.append(SimpleNamespace(draw=one_copy, clip=clip, block_ids=block_ids, maskable=maskable, copies=draw))
         return draw
 
-    monkeypatch.setattr(hierbd3lm.objectives, "draw_mask", recording_draw_mask)
+    monkeypatch.setattr(hierbd3lm.training.objectives, "draw_mask", recording_draw_mask)
     return record
 
 
@@ -692,7 +692,8 @@ def test_throughput_is_of_all_but_padding_and_of_training_time(tmp_path, monkeyp
             self.now += 100
 
     clock = Clock()
-    monkeypatch.setattr(hierbd3lm.trainer, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    for module in (hierbd3lm.trainer, hierbd3lm.training.progress):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     settings = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "logging_steps": 2, "max_steps": 4}
     trainer = make_trainer(tmp_path, callbacks=[clock], per_device_train_batch_size=8, **settings)
     trainer.train()
@@ -711,6 +712,12 @@ def test_a_loss_that_is_not_finite_is_shown(tmp_path):
 
 
 # Settings
+
+
+def test_the_docstring_names_every_method_of_transformers_that_is_overridden():
+    named = re.findall(r"`(\w+)`", "".join(re.findall(r"^ +- (.*?):", HierBD3LMTrainer.__doc__, re.MULTILINE)))
+    own = {name for name in vars(HierBD3LMTrainer) if callable(getattr(Trainer, name, None)) and name[:2] != "__"}
+    assert set(named) == own
 
 
 @pytest.mark.parametrize(
@@ -764,7 +771,7 @@ def liger(monkeypatch):
     table.MODEL_TYPE_TO_APPLY_LIGER_FN = {"qwen3": None}
     for module in (ModuleType("liger_kernel"), package, table):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    for module in (hierbd3lm.trainer, transformers.integrations.liger):
+    for module in (hierbd3lm.training.liger, transformers.integrations.liger):
         monkeypatch.setattr(module, "is_liger_kernel_available", lambda: True)
     return calls
 
@@ -784,7 +791,7 @@ def test_liger_kernels_that_cannot_be_used_are_refused(tmp_path, liger, monkeypa
     llama = make_model(backbone_config=make_config().backbone_config.to_dict() | {"model_type": "llama"})
     with pytest.raises(ValueError, match="`use_liger_kernel` must be False for a backbone of type 'llama'"):
         make_trainer(tmp_path, llama, use_liger_kernel=True)
-    for module in (hierbd3lm.trainer, transformers.integrations.liger):
+    for module in (hierbd3lm.training.liger, transformers.integrations.liger):
         monkeypatch.setattr(module, "is_liger_kernel_available", lambda: False)
     with pytest.raises(ImportError, match="liger-kernel"):
         make_trainer(tmp_path, use_liger_kernel=True)
@@ -806,7 +813,8 @@ from pathlib import Path
 from datasets import load_from_disk
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from hierbd3lm.trainer import HierBD3LMTrainer, HierBD3LMTrainingArguments
+from hierbd3lm.trainer import HierBD3LMTrainer
+from hierbd3lm.training.arguments import HierBD3LMTrainingArguments
 
 folder = Path(sys.argv[1])
 model = HierBD3LMForBlockDiffusion.from_pretrained(folder / "model")

@@ -15,12 +15,13 @@ import datasets
 import pytest
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from hierbd3lm.data import plan_hub, run_folder, write_plans
+from hierbd3lm.data import run_folder
 from hierbd3lm.data.loading import load_reasoning_dataset, prepare_dataset
-from hierbd3lm.data.plan_filters import FILTERS, PlanDraft, score
-from hierbd3lm.data.plan_problems import load_problems
+from hierbd3lm.data.plans import hub, write_plans
+from hierbd3lm.data.plans.filters import FILTERS, PlanDraft, score
+from hierbd3lm.data.plans.problems import load_problems
+from hierbd3lm.data.plans.write_plans import MAX_REFUSALS, WritePlansArguments, choose_plans, parse_arguments
 from hierbd3lm.data.splits import DataArguments, load_split
-from hierbd3lm.data.write_plans import MAX_REFUSALS, WritePlansArguments, choose_plans, parse_arguments
 
 from .plan_server import PlanServer
 from .tiny_tokenizer import make_config_for, make_tokenizer
@@ -271,7 +272,7 @@ def die_at(number):
         replace(path, content)
 
     run_folder.Log.append = torn_append
-    run_folder.replace = plan_hub.replace = torn_replace
+    run_folder.replace = hub.replace = torn_replace
 
 
 def run_and_die(args, number):
@@ -316,7 +317,7 @@ def test_run_that_is_killed_again_and_again_ends(arguments, server, tmp_path):
 def test_command_that_is_killed_again_and_again_ends_with_the_same_plans(arguments, server, tmp_path):
     write_plans.write_plans(arguments(output_dir=str(tmp_path / "whole"), fallback="rule"))
     args = arguments()
-    command = [sys.executable, "-m", "hierbd3lm.data.write_plans", "--fallback", "rule", "--concurrency", "2"]
+    command = [sys.executable, "-m", "hierbd3lm.data.plans.write_plans", "--fallback", "rule", "--concurrency", "2"]
     for name in ("dataset", "output_dir", "model", "base_url", "num_samples"):
         command += [f"--{name}", str(getattr(args, name))]
     process, draws, num_kills = None, random.Random(0), 0
@@ -366,7 +367,7 @@ def test_other_prompt_version_or_problems_are_another_run(arguments, problems_fi
     args = arguments()
     write_plans.write_plans(args)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="prompt_hash: "):
-        patch.setattr("hierbd3lm.data.plan_prompt.INSTRUCTIONS", "Write a plan.")
+        patch.setattr("hierbd3lm.data.plans.prompt.INSTRUCTIONS", "Write a plan.")
         write_plans.write_plans(args)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="version: "):
         patch.setattr(write_plans, "__version__", "0.0")
@@ -431,7 +432,7 @@ def test_dataset_is_pushed_with_its_card_and_without_the_replies(arguments, monk
             there = {path.name for path in Path(folder_path).iterdir()}
             calls.append(("upload", there & set(allow_patterns), kwargs))
 
-    monkeypatch.setattr(plan_hub, "HfApi", FakeApi)
+    monkeypatch.setattr(hub, "HfApi", FakeApi)
     write_plans.write_plans(arguments())
     assert calls == []
     write_plans.write_plans(arguments(push_to_hub="me/plans", private=True))

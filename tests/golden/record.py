@@ -26,7 +26,7 @@ from hierbd3lm import (
     HierBD3LMTrainer,
     HierBD3LMTrainingArguments,
 )
-from hierbd3lm.likelihood import measure_likelihood
+from hierbd3lm.evaluation.likelihood import measure_likelihood
 
 FOLDER = Path(__file__).parent
 VALUES, CHECKPOINTS = FOLDER / "values.json", FOLDER / "checkpoints"

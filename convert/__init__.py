@@ -1,0 +1,1 @@
+"""Checkpoints of others as models of this package."""

@@ -1,0 +1,1 @@
+"""Plans that a language model writes for solved problems, and the filters that judge them."""

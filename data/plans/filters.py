@@ -1,0 +1,189 @@
+"""How a plan that a language model has written is judged."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+from ...configuration_hierbd3lm import SPECIAL_TOKENS
+from ..gsm8k.numbers import CONSTANTS, NUMBER_WORD, implied_values, values, with_plain_digits
+from ..steps import render_steps
+from .problems import SolvedProblem
+from .prompt import read_steps
+
+MAX_PLAN_CHARS = 1000  # about 250 tokens; the longest plan of the rule for GSM8K has 872
+RUN_LENGTH = 5  # words in a row that are copied, not met by chance
+
+_COMMON_WORDS = """
+a about across add added adding after all also altogether amount an and any apply are as at average back based be
+before between both by calculate calculated calculating change combine combined combining compare compute convert cost
+count decrease determine difference divide divided dividing do does each earned equal equation every express figure
+find finding first for fraction from get given gives giving has have he her him his how if in increase increased
+initial into is it its left less long many more most much multiple multiply multiplied multiplying need needed new not
+number obtain of off on one only or original other out over part per percent percentage plus price product quantity
+rate ratio remain remaining represent result same second set she simplify solve spent step subtract subtracted
+subtracting sum take taken taking than that the their them then there these they this those time times to together
+total twice two up use used using value was were what when where which who whole will with
+"""
+COMMON_WORDS = frozenset(_COMMON_WORDS.split())  # of English plans, whatever the problem
+REFERENCE = re.compile(
+    rf"\[[0-9]+\]|\bsteps?\s+(?:[0-9]+|{NUMBER_WORD})\b(?:(?:,|\s*-|\s+and|\s+or|\s+to)\s*(?:[0-9]+|{NUMBER_WORD})\b)*",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class PlanDraft:
+    """A reply, and what it has to be a plan for.
+
+    Args:
+        problem: the problem.
+        reply: what the language model has written.
+        is_cut_off: whether it was stopped before its end.
+        steps: the steps of the reply; None where it cannot be read as steps.
+    """
+
+    problem: SolvedProblem
+    reply: str
+    is_cut_off: bool
+    steps: list[str] | None
+
+    @classmethod
+    def read(cls, problem: SolvedProblem, reply: str, is_cut_off: bool = False) -> "PlanDraft":
+        """Reads the steps of a reply."""
+        return cls(problem, reply, is_cut_off, read_steps(reply))
+
+    @property
+    def text(self) -> str:
+        """All its steps."""
+        return render_steps(self.steps or ())
+
+    @cached_property
+    def shown(self) -> frozenset[Fraction]:
+        """The numbers that its steps show."""
+        return shown_values(self.steps or ())
+
+
+def find_rejection(draft: PlanDraft) -> str | None:
+    """The name of the first of `FILTERS` that rejects a draft; None where none does."""
+    return next((name for name, rejects in FILTERS.items() if rejects(draft)), None)
+
+
+def score(draft: PlanDraft) -> float:
+    """How well the k-th step names what the k-th step of the solution is about, in [0, 1].
+
+    It is the mean over the steps of the F1 between the words of both, common words and numbers left out: a plan that
+    leaves out what a step is about loses, and so does one with words that the solution does not have.
+    """
+    pairs = zip(draft.steps or (), draft.problem.execution_steps, strict=True)
+    scores = [_f1(_content_words(step), _content_words(execution_step)) for step, execution_step in pairs]
+    return sum(scores) / len(scores)
+
+
+def _f1(words: Counter[str], others: Counter[str]) -> float:
+    common = (words & others).total()
+    return 2 * common / (words.total() + others.total()) if common else 0.0
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text.lower())
+
+
+def _content_words(text: str) -> Counter[str]:
+    return Counter(word for word in _words(text) if word not in COMMON_WORDS)
+
+
+# The filters
+
+
+def _is_empty(draft: PlanDraft) -> bool:
+    """Nothing but white space, no step, or a step without a word or number."""
+    is_blank = not draft.reply.strip()
+    return is_blank or draft.steps == [] or not all(re.search(r"\w", step) for step in draft.steps or ())
+
+
+def _is_too_long(draft: PlanDraft) -> bool:
+    """Cut off, or more than `MAX_PLAN_CHARS` characters."""
+    return draft.is_cut_off or len(draft.text) > MAX_PLAN_CHARS
+
+
+def _is_not_steps(draft: PlanDraft) -> bool:
+    """Not readable as steps, or with a special token of the segments."""
+    return draft.steps is None or any(token in draft.text for token in SPECIAL_TOKENS.values())
+
+
+def _is_not_aligned(draft: PlanDraft) -> bool:
+    """More or fewer steps than the solution."""
+    return len(draft.steps) != len(draft.problem.execution_steps)
+
+
+def _is_in_wrong_language(draft: PlanDraft) -> bool:
+    """Most words are neither the problem's (question and solution) nor common ones of English plans."""
+    known = COMMON_WORDS.union(_words(draft.problem.question), _words(draft.problem.solution))
+    words = _words(draft.text)
+    return 2 * sum(word in known for word in words) < len(words)
+
+
+def _repeats_question(draft: PlanDraft) -> bool:
+    """Most runs of `RUN_LENGTH` words stand in the question in this order."""
+    runs, asked = _runs(draft.text), set(_runs(draft.problem.question))
+    return 2 * sum(run in asked for run in runs) > len(runs)
+
+
+def _runs(text: str) -> list[tuple[str, ...]]:
+    words = _words(text)
+    return [tuple(words[start : start + RUN_LENGTH]) for start in range(len(words) - RUN_LENGTH + 1)]
+
+
+def _leaks_final_answer(draft: PlanDraft) -> bool:
+    """The answer stands in the plan, and not in the question."""
+    problem = draft.problem
+    answers = values(problem.answer)
+    if not answers:  # an answer in words
+        return problem.answer.lower() in draft.text.lower() and problem.answer.lower() not in problem.question.lower()
+    return bool(answers & draft.shown - problem.stated)
+
+
+def _leaks_intermediate_result(draft: PlanDraft) -> bool:
+    """A number stands in the plan that the question does not state.
+
+    Numbers of general knowledge (`CONSTANTS`) may stand in it, unless the solution computes them.
+    """
+    return bool(draft.shown - draft.problem.stated - (CONSTANTS - draft.problem.computed))
+
+
+# In this order: each may rely on those before.
+FILTERS: dict[str, Callable[[PlanDraft], bool]] = {
+    "empty": _is_empty,
+    "too_long": _is_too_long,
+    "not_steps": _is_not_steps,
+    "not_aligned": _is_not_aligned,
+    "wrong_language": _is_in_wrong_language,
+    "repeats_question": _repeats_question,
+    "leaks_final_answer": _leaks_final_answer,
+    "leaks_intermediate_result": _leaks_intermediate_result,
+}
+
+
+def shown_values(steps: Sequence[str]) -> frozenset[Fraction]:
+    """The numbers that the steps of a plan show, in digits or words, by words such as `dozen` as well.
+
+    References to earlier steps (`[1]`, `steps 1 and 2`) are none, and neither is the word `one`.
+    """
+    shown: set[Fraction] = set()
+    for k, step in enumerate(map(with_plain_digits, steps), 1):
+        step = REFERENCE.sub(lambda match, k=k: _without_earlier_steps(match[0], k), step)
+        in_digits = re.sub(r"[^\W\d_]+", " ", step)
+        shown |= values(step) - {1} | values(in_digits) | implied_values(step)
+    return frozenset(shown)
+
+
+def _without_earlier_steps(reference: str, k: int) -> str:
+    return re.sub(
+        rf"[0-9]+|\b{NUMBER_WORD}\b",
+        lambda number: " " if values(number[0]) <= set(range(1, k)) else number[0],
+        reference,
+        flags=re.IGNORECASE,
+    )

@@ -1,0 +1,82 @@
+"""How written plans become a dataset on the Hub."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+
+from ..run_folder import replace
+from .filters import FILTERS, MAX_PLAN_CHARS, RUN_LENGTH, score
+
+PLANS_FILE, CARD_FILE = "plans.jsonl", "README.md"
+SHARED_FILES = (PLANS_FILE, CARD_FILE, "manifest.json", "summary.json")
+
+CARD = """\
+---
+{metadata}
+---
+
+# Plans for {dataset}
+
+A plan for {num_plans} of {num_problems} solved problems (`{dataset}`, split `{split}`), one plan step for each step of
+the solution. {num_plans_by_model} plans were written by `{model}` (seed {seed}, temperature {temperature},
+top-p {top_p}), {num_plans_by_rule} by rule; {num_without_plan} problems got none. Made with hierbd3lm {version}.
+
+```python
+from hierbd3lm import load_reasoning_dataset
+
+dataset = load_reasoning_dataset("path/or/id/of/this/dataset")
+```
+
+| column | holds |
+|---|---|
+| `question`, `plan`, `execution` | the segments; the execution ends with `#### <answer>` |
+| `answer` | the final answer |
+| `plan_steps`, `execution_steps` | the same as lists, the k-th carried out by the k-th |
+| `plan_source`, `score` | `model` or `rule`; the score that the plan was chosen for |
+| `index` | the row of the problem in its dataset |
+
+## How the plans were chosen
+
+The model wrote {num_samples} plans per problem, {num_replies} in all ({num_refused} were refused by the server). Of
+these, {num_accepted} passed the filters, and the one with the best score was kept. Each rejected plan is counted once:
+
+| filter | rejects | plans |
+|---|---|---|
+{filters}
+
+Here `MAX_PLAN_CHARS` is {max_plan_chars}, `RUN_LENGTH` is {run_length}, and `CONSTANTS` are numbers such as those of
+days in a week and minutes in an hour.
+
+The score: {score}
+"""
+
+
+def write_card(folder: Path, manifest: dict[str, Any], summary: dict[str, Any]) -> None:
+    """Writes the card of a dataset, from what `write_plans` says of the run."""
+    metadata = DatasetCardData(
+        pretty_name=f"Plans for {manifest['dataset']}",
+        tags=["math", "reasoning", "plans", "hierbd3lm"],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": PLANS_FILE}]}],
+    )
+    filters = [
+        f"| `{name}` | {' '.join(rejects.__doc__.split())} | {summary['rejected_by'][name]} |"
+        for name, rejects in FILTERS.items()
+    ]
+    explanation = " ".join(score.__doc__.split())
+    content = CARD.format(
+        **manifest | summary,
+        metadata=metadata.to_yaml(),
+        filters="\n".join(filters),
+        max_plan_chars=MAX_PLAN_CHARS,
+        run_length=RUN_LENGTH,
+        score=explanation,
+    )
+    replace(folder / CARD_FILE, str(DatasetCard(content)).encode())
+
+
+def push_plans(folder: Path, repo_id: str, private: bool) -> None:
+    """Uploads the dataset in a folder, with its card, manifest and counts."""
+    api = HfApi()
+    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    api.upload_folder(repo_id=repo_id, folder_path=folder, repo_type="dataset", allow_patterns=list(SHARED_FILES))

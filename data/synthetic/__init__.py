@@ -1,0 +1,1 @@
+"""Synthetic grade-school problems: drawn, put into words, checked step by step, with their plans changed."""

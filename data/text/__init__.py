@@ -1,0 +1,1 @@
+"""Plain text: rows of tokens, published sets, detokenization."""

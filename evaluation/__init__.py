@@ -1,0 +1,1 @@
+"""What a model is measured by: answers to problems, likelihoods, plans and texts."""

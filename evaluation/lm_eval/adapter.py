@@ -1,0 +1,324 @@
+"""How lm-evaluation-harness runs a model of this package: its model `hierbd3lm`, and its command line with that.
+
+    python -m hierbd3lm.evaluation.lm_eval.adapter --model hierbd3lm --model_args pretrained=outputs/gsm8k_small \
+        --include_path evaluation/lm_eval/tasks --tasks gsm8k_hier --batch_size 32
+
+The command line takes what `lm_eval` takes, which by itself finds no models of other packages.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ...data.collator import check_content, encode_example
+from ...diffusion_hierbd3lm import MAX_EXACT_BLOCK_SIZE, draw_mask, exact_nelbo
+from ...generation_hierbd3lm import lay_out_plan, segment_limits
+from ...masking_hierbd3lm import EXECUTION, PLAN, QUESTION
+from ...settings_hierbd3lm import SETTINGS, HierBD3LMGenerationConfig, resolve_settings
+from ..checkpoints import default_device
+from ..likelihood import with_predicted_tokens
+from ..runner import Prompt, Written, decode, encode_prompt, generate_batch, load_model, make_batches
+
+logger = logging.get_logger(__name__)
+
+LIKELIHOODS = ("monte_carlo", "exact")
+LIKELIHOOD_PLANS = ("generated", "empty")
+# Of generation; the others are the task's to set, or are set by what is asked of the model.
+OTHER_SETTINGS = ("stage", "temperature", "top_p", "seed")
+GENERATION_SETTINGS = tuple(name for name in SETTINGS if name not in OTHER_SETTINGS)
+GENERATION_KWARGS = ("until", "do_sample", "temperature", "top_p", "max_gen_toks")
+
+Question = tuple[int, ...]
+
+
+class Target(NamedTuple):
+    """An execution whose likelihood is asked for, and the question that it follows: content tokens of both."""
+
+    question_ids: Question
+    execution_ids: list[int]
+
+
+@register_model("hierbd3lm")
+class HierBD3LMHarnessModel(LM):
+    """
+    A checkpoint as lm-evaluation-harness sees it. The context of a request is the question, word for word: a task that
+    puts `Question:` or solved examples around it (as the harness's own `gsm8k` does) asks what the model was not
+    trained on; `tasks/gsm8k_hier.yaml` gives the bare question.
+
+    **`generate_until`** returns the execution up to the first stop string. The plan is written first and not returned.
+    It is greedy unless the task or `--gen_kwargs` sets a temperature. A question over `question_len` is answered with
+    an empty text, and counted in the results' `config` as `num_too_long_questions` (those that the harness had in its
+    cache are not asked again, and not counted).
+
+    **`loglikelihood`** is minus the NELBO, in nats, of the continuation as the whole execution: a lower bound on
+    log p(execution | question, plan), unclipped and unweighted. It counts every token of the execution's blocks: the
+    continuation as it is given (with the space that the harness puts before it, unless the task sets
+    `target_delimiter: ""`), the `<|end|>` behind it and those that fill its last block. A continuation of
+    `execution_len - 1` tokens is an execution that was cut at its limit, without `<|end|>`. The plan is given and not
+    counted: it is what the model writes greedily from the question, or empty. Either way it depends on the question
+    alone, so that continuations of one question compare.
+
+    `is_greedy` is answered by generation: whether the model, greedily, with its sampler, from the same question and
+    plan, writes exactly the continuation.
+
+    **`loglikelihood_rolling`** sums the same over a text cut into executions of `execution_len - 1` tokens. The
+    question of the first is empty; that of a later one is the text before it, as much of it as `question_len` takes.
+
+    Args:
+        pretrained: folder or id of a checkpoint, with its tokenizer.
+        batch_size: questions that are answered together, and noisy copies of a target in a forward pass.
+        device: such as `cpu` or `cuda:0`; a GPU if there is one. The harness itself says `cuda:0` where its user says
+            nothing: without CUDA that is the CPU, with a warning, as for the harness's own models.
+        likelihood: `monte_carlo`, an unbiased estimate of the NELBO, or `exact`, by enumeration of the masks, for
+            execution blocks of at most 8 tokens.
+        num_draws: of the noise, for `monte_carlo`; stratified over blocks and draws. They are fixed: those of a target
+            follow from `seed` and its length, whatever else is measured.
+        likelihood_plan: `generated` or `empty`.
+        seed: of the noise, and of generation at a temperature.
+        settings: `GENERATION_SETTINGS`; those of the checkpoint if omitted.
+
+    Raises:
+        ValueError: for an unknown argument or a value out of its range. When called: for a keyword of generation that
+            is not among `GENERATION_KWARGS`, a special token in a text, or a target over its length.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        likelihood: str = "monte_carlo",
+        num_draws: int = 32,
+        likelihood_plan: str = "generated",
+        seed: int = 0,
+        **settings: Any,
+    ):
+        super().__init__()
+        self.batch_size = _to_integer("batch_size", batch_size, low=1)
+        self.num_draws, self.seed = _to_integer("num_draws", num_draws, low=1), _to_integer("seed", seed, low=0)
+        _check_choice("likelihood", likelihood, LIKELIHOODS)
+        _check_choice("likelihood_plan", likelihood_plan, LIKELIHOOD_PLANS)
+        for name in settings:
+            _check_choice("model_args", name, GENERATION_SETTINGS)
+        self.likelihood, self.likelihood_plan = likelihood, likelihood_plan
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            logger.warning(f"`device` is {device}, but there is no CUDA here: the model runs on the CPU.")
+            device = None
+        self._device = torch.device(device or default_device())
+        self.model, self.tokenizer = load_model(pretrained, str(self._device))
+        self.config = self.model.config
+        if likelihood == "exact" and self.config.execution_block_size > MAX_EXACT_BLOCK_SIZE:
+            raise ValueError(
+                f"`likelihood` must be monte_carlo for execution blocks of more than {MAX_EXACT_BLOCK_SIZE} tokens, "
+                f"but got 'exact' for {self.config.execution_block_size}"
+            )
+        greedy = {"stage": "full", "temperature": 0.0, "top_p": 1.0}
+        self.settings = resolve_settings(self.model.generation_config, settings | greedy)
+        segment_limits(self.config, self.settings)
+        self.num_too_long_questions = 0
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes into the `config` of its results."""
+        settings = {name: getattr(self.settings, name) for name in GENERATION_SETTINGS}
+        names = ("likelihood", "num_draws", "likelihood_plan", "seed", "num_too_long_questions")
+        info = {name: getattr(self, name) for name in names}
+        return {"model_num_parameters": self.model.num_parameters(), "generation_settings": settings, **info}
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The execution of each request's question; see the class."""
+        texts = [""] * len(requests)
+        indices_of: dict[str, list[int]] = {}  # of the requests with the same keywords
+        for index, request in enumerate(requests):
+            indices_of.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as progress:
+            for indices in indices_of.values():
+                settings, until = self._read_keywords(requests[indices[0]].args[1])
+                prompts = [self._prompt(index, requests[index].args[0]) for index in indices]
+                progress.update(self._count_too_long(prompts))
+                for prompt, written in self._generate(prompts, settings):
+                    text = decode(written.execution_ids, self.tokenizer)
+                    texts[prompt.index] = postprocess_generated_text(text, until, None)
+                    request = requests[prompt.index]
+                    self.cache_hook.add_partial("generate_until", request.args, texts[prompt.index])
+                    progress.update()
+        return texts
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Minus the NELBO of each request's continuation, and whether it is what the model writes; see the class."""
+        targets = [self._read_pair(*request.args) for request in requests]
+        self._check_lengths(targets)
+        plans = self._write_plans(targets)
+        greedy = self._write_executions(plans)
+        results = []
+        values = tqdm(self._log_likelihoods(targets, plans), "Measuring", len(targets), disable=disable_tqdm)
+        for request, target, value in zip(requests, targets, values, strict=True):
+            results.append((value, greedy[target.question_ids] == target.execution_ids))
+            self.cache_hook.add_partial("loglikelihood", request.args, results[-1])
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Minus the NELBO of each request's text, cut into executions; see the class."""
+        windows = [self._read_text(*request.args) for request in requests]
+        targets = [target for windows_of_text in windows for target in windows_of_text]
+        self._check_lengths(targets)
+        plans = self._write_plans(targets)
+        values = iter(tqdm(self._log_likelihoods(targets, plans), "Measuring", len(targets), disable=disable_tqdm))
+        results = []
+        for request, windows_of_text in zip(requests, windows, strict=True):
+            results.append(sum(next(values) for _ in windows_of_text))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
+        return results
+
+    # What the requests hold
+
+    def _prompt(self, index: int, question: str) -> Prompt:
+        return encode_prompt(index, question, None, self.tokenizer, self.config)
+
+    def _read_keywords(self, gen_kwargs: dict[str, Any]) -> tuple[HierBD3LMGenerationConfig, list[str]]:
+        """Settings and stop strings of `gen_kwargs`, read as the harness's other models read them."""
+        block_size = self.config.execution_block_size
+        most = segment_limits(self.config, self.settings)[1]
+        keywords = normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=most)
+        for name in keywords:
+            _check_choice("gen_kwargs", name, GENERATION_KWARGS)
+        allowed = (keywords["max_gen_toks"] + 1) // block_size * block_size  # the opener is not generated
+        if allowed < 2:
+            raise ValueError(
+                f"`max_gen_toks` must be at least {max(block_size - 1, 1)}, the tokens of a block, but got "
+                f"{keywords['max_gen_toks']}"
+            )
+        settings = {name: keywords[name] for name in ("temperature", "top_p") if name in keywords}
+        return resolve_settings(self.settings, settings | {"max_execution_len": min(allowed, most)}), keywords["until"]
+
+    def _count_too_long(self, prompts: Sequence[Prompt]) -> int:
+        count = sum(bool(prompt.too_long) for prompt in prompts)
+        self.num_too_long_questions += count
+        if count:
+            logger.warning(
+                f"{count} of {len(prompts)} questions have more than question_len={self.config.question_len} tokens: "
+                f"their answer is an empty text"
+            )
+        return count
+
+    def _read_pair(self, context: str, continuation: str) -> Target:
+        ids = encode_example({"question": context, "plan": None, "execution": continuation}, self.tokenizer)
+        check_content(ids, self.config)
+        return Target(tuple(ids["question_ids"]), ids["execution_ids"])
+
+    def _read_text(self, text: str) -> list[Target]:
+        start, ids = self._read_pair("", text)  # a question may begin with a BOS token
+        room, length = self.config.question_len - len(start), self.config.execution_len - 1
+        return [
+            Target((*start, *ids[max(position - room, 0) : position]), ids[position : position + length])
+            for position in range(0, max(len(ids), 1), length)
+        ]
+
+    def _check_lengths(self, targets: Sequence[Target]) -> None:
+        limits = {"question": self.config.question_len, "execution": self.config.execution_len - 1}
+        for segment, limit in limits.items():
+            lengths = [len(getattr(target, f"{segment}_ids")) for target in targets]
+            if max(lengths) > limit:
+                raise ValueError(
+                    f"`requests` must have at most {limit} tokens of {segment}, but "
+                    f"{sum(length > limit for length in lengths)} of {len(lengths)} have more, up to {max(lengths)}"
+                )
+
+    # What the model writes
+
+    def _generate(
+        self, prompts: Sequence[Prompt], settings: HierBD3LMGenerationConfig
+    ) -> Iterator[tuple[Prompt, Written]]:
+        """What is written for each prompt that is not too long, in the order of the batches."""
+        seeds = random.Random(self.seed)
+        for batch in make_batches(prompts, self.batch_size):
+            batch_settings = resolve_settings(settings, {"seed": seeds.getrandbits(62)})
+            yield from zip(batch, generate_batch(self.model, batch, batch_settings), strict=True)
+
+    def _write_plans(self, targets: Sequence[Target]) -> dict[Question, list[int]]:
+        """The plan of each question."""
+        if self.likelihood_plan == "empty":
+            return {target.question_ids: [] for target in targets}
+        written = self._write({target.question_ids: None for target in targets}, stage="plan")
+        return {question: content.plan_ids for question, content in written.items()}
+
+    def _write_executions(self, plans: dict[Question, list[int]]) -> dict[Question, list[int]]:
+        """The greedy execution of each question with its plan, up to the model's greatest length."""
+        written = self._write(plans, stage="execution", max_execution_len=None)
+        return {question: content.execution_ids for question, content in written.items()}
+
+    def _write(self, plans: dict[Question, list[int] | None], **settings: Any) -> dict[Question, Written]:
+        questions = list(plans)
+        prompts = [Prompt(index, list(question), plans[question], []) for index, question in enumerate(questions)]
+        written = self._generate(prompts, resolve_settings(self.settings, settings))
+        return {questions[prompt.index]: content for prompt, content in written}
+
+    # Likelihood
+
+    def _log_likelihoods(self, targets: Sequence[Target], plans: dict[Question, list[int]]) -> Iterator[float]:
+        for target in targets:
+            yield -self._nelbo(*self._lay_out(target, plans[target.question_ids]))
+
+    def _lay_out(self, target: Target, plan_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and segment ids of question, plan and execution as generation leaves them: `(1, length)`."""
+        config, block_size = self.config, self.config.execution_block_size
+        question = torch.tensor([target.question_ids], dtype=torch.long)
+        plan, _ = lay_out_plan(config, self.model.order, torch.tensor([plan_ids], dtype=torch.long))
+        content = [config.execution_token_id, *target.execution_ids]
+        length = min((len(content) + block_size) // block_size * block_size, config.execution_len)
+        execution = torch.tensor([content + [config.end_token_id] * (length - len(content))])
+        segments = (
+            torch.full_like(question, QUESTION),
+            torch.full_like(plan, PLAN),
+            torch.full_like(execution, EXECUTION),
+        )
+        return torch.cat([question, plan, execution], dim=1), torch.cat(segments, dim=1)
+
+    @torch.no_grad()
+    def _nelbo(self, input_ids: torch.LongTensor, segment_ids: torch.LongTensor) -> float:
+        """NELBO in nats of the execution of one row, `(1, length)`, given its question and plan."""
+        row = with_predicted_tokens(self.model, {"input_ids": input_ids, "segment_ids": segment_ids})
+        block_ids, maskable = row["block_ids"], row.pop("maskable") & (row.pop("segment_ids") == EXECUTION)
+
+        def nll_of_masks(masked: torch.BoolTensor) -> torch.FloatTensor:
+            rows = {name: ids.expand_as(masked).to(self.device) for name, ids in row.items()}
+            return self.model.masked_nll(masked.to(self.device), **rows).cpu()
+
+        if self.likelihood == "exact":
+            return exact_nelbo(nll_of_masks, block_ids, maskable).sum().item()
+        shape = self.num_draws, -1
+        generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same draws on every device
+        draw = draw_mask(block_ids.expand(shape), maskable.expand(shape), noise=self.config.noise, generator=generator)
+        nats = 0.0
+        for masked, weights in zip(*(x.split(self.batch_size) for x in (draw.masked, draw.weights)), strict=True):
+            nats += (weights[masked].double() * nll_of_masks(masked).double()).sum().item()
+        return nats / self.num_draws
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {value!r}")
+
+
+def _to_integer(name: str, value: int | str, low: int) -> int:
+    if not str(value).isdecimal() or int(value) < low:
+        raise ValueError(f"`{name}` must be an integer >= {low}, but got {value!r}")
+    return int(value)
+
+
+def main() -> None:
+    """The harness's command line, with `--model hierbd3lm` among its models."""
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+"""How texts that a model writes from nothing are judged: `python -m hierbd3lm.evaluation.text_quality --help`.
+
+Generative perplexity is that of the texts under another, autoregressive model, the scorer. Repeating itself lowers it,
+so that the texts' entropy and their distinct n-grams stand beside it. All three count the scorer's tokens, whatever
+the tokenizer of the model is that wrote the texts.
+"""
+
+import json
+import math
+import os
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+
+from ..data import run_folder
+from ..data.arguments import check_at_least
+from ..data.collator import collate_questions, empty_question
+from ..generation_hierbd3lm import HierBD3LMGenerationOutput, segment_limits
+from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from ..settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
+from .checkpoints import default_device
+from .runner import check_samples, checksum_of_weights, decode, load_model
+
+SAMPLES_FILE, SETTINGS_FILE, METRICS_SUFFIX = "samples.jsonl", "settings.json", ".metrics.json"
+NGRAM_SIZES = (1, 2, 3)
+
+
+@dataclass
+class SampleArguments:
+    """Which texts are judged, or which model writes them first, and who scores them."""
+
+    scorer: str = field(metadata={"help": "Folder or id of the autoregressive model, such as gpt2-large."})
+    samples: str | None = field(default=None, metadata={"help": "A .jsonl file of texts; in place of `model`."})
+    model: str | None = field(
+        default=None, metadata={"help": "Folder of a checkpoint of ours, which writes texts from an empty question."}
+    )
+    num_samples: int | None = field(default=None, metadata={"help": "Texts that `model` writes."})
+    settings: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Generation settings of `model`, as JSON; those of the checkpoint where they are omitted."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of what `model` writes; each batch's seed follows from it."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of what `model` writes; `samples` in it if omitted."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Throws away the texts that `output_dir` holds."})
+    text_field: str = field(default="text", metadata={"help": "Key of the text in a line of the samples."})
+    context: int | None = field(
+        default=None, metadata={"help": "Most tokens that the scorer reads at once; what it can if omitted."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Texts that are written, or scored, together."})
+    device: str | None = field(default=None, metadata={"help": "Such as `cpu` or `cuda:0`; a GPU if there is one."})
+
+    def __post_init__(self):
+        if (self.samples is None) == (self.model is None) or (self.model is None) != (self.num_samples is None):
+            raise ValueError(
+                f"`samples`, or `model` with `num_samples`, must be given, but got samples={self.samples!r}, "
+                f"model={self.model!r}, num_samples={self.num_samples!r}"
+            )
+        for name, low in (("num_samples", 1), ("batch_size", 1), ("context", 2)):
+            check_at_least(name, getattr(self, name), low)
+        if isinstance(self.settings, str):
+            self.settings = json.loads(self.settings)
+        if self.model is not None and self.output_dir is None:
+            self.output_dir = str(Path(self.model, "samples"))
+        if self.device is None:
+            self.device = default_device()
+
+
+def parse_arguments(argv: list[str]) -> SampleArguments:
+    """Reads `--scorer DIR` with `--samples FILE` or `--model DIR --num_samples N`, and `[--setting value ...]`."""
+    return HfArgumentParser(SampleArguments).parse_args_into_dataclasses(argv)[0]
+
+
+def main() -> None:
+    """Parses, draws if a model is given, measures, prints."""
+    args = parse_arguments(sys.argv[1:])
+    path = Path(args.samples) if args.model is None else draw(args)
+    metrics = measure(args, path)
+    print(f"{path} under {args.scorer} ({metrics_path(path)})")
+    print(format_metrics(metrics))
+
+
+def measure(args: SampleArguments, path: Path) -> dict[str, Any]:
+    """Judges a file of samples; returns what is written to [`metrics_path`] (see [`judge`])."""
+    texts = read_texts(path, args.text_field)
+    scorer = AutoModelForCausalLM.from_pretrained(args.scorer).to(args.device).eval()
+    context = args.context or getattr(scorer.config, "max_position_embeddings", None)
+    tokenizer = AutoTokenizer.from_pretrained(args.scorer)
+    metrics = judge(scorer, tokenizer, texts, context, args.batch_size)
+    metrics |= {"samples": str(path), "text_field": args.text_field, "scorer": args.scorer, "context": context}
+    run_folder.write_json(metrics_path(path), metrics)
+    return metrics
+
+
+def metrics_path(samples: Path) -> Path:
+    """Where the metrics of a file of samples are written: beside it."""
+    return samples.with_suffix(METRICS_SUFFIX)
+
+
+# What samples are worth
+
+
+def judge(
+    scorer: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    context: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """All metrics of some texts.
+
+    Args:
+        scorer: a causal language model of transformers, in evaluation mode; `tokenizer` is its own.
+        context, batch_size: see [`nll_of_sequences`].
+
+    Returns:
+        - `generative_perplexity`, `nll` (nats per token) and `num_scored_tokens`, that they average over, of all texts
+          together. The first token of a text is given: it is scored only where the tokenizer puts a BOS token before
+          it. `num_unscored` texts have no token to score.
+        - `entropy`: see [`unigram_entropy`], the mean over the texts that have tokens, with its standard error over
+          them; `num_empty` texts have none.
+        - `distinct_1`, `distinct_2`, `distinct_3`: see [`distinct_ngrams`].
+        - `num_samples`, `num_tokens` (without BOS), `num_longer_than_context`.
+
+        A value is None where it averages over nothing.
+    """
+    sequences = [_encode(tokenizer, text, add_special_tokens=True) for text in texts]
+    contents = [_encode(tokenizer, text, add_special_tokens=False) for text in texts]
+    total_nll = sum(nll_of_sequences(scorer, sequences, context, batch_size))
+    num_scored = sum(max(len(ids) - 1, 0) for ids in sequences)
+    nll = total_nll / num_scored if num_scored else None
+    entropies = [unigram_entropy(ids) for ids in contents if ids]
+    mean, standard_error = _mean_and_error(entropies)
+    return {
+        "num_samples": len(texts),
+        "generative_perplexity": None if nll is None else math.exp(nll),
+        "nll": nll,
+        "num_scored_tokens": num_scored,
+        "num_unscored": sum(len(ids) < 2 for ids in sequences),
+        "num_longer_than_context": 0 if context is None else sum(len(ids) > context for ids in sequences),
+        "entropy": mean,
+        "entropy_standard_error": standard_error,
+        "num_empty": len(texts) - len(entropies),
+        **{f"distinct_{size}": distinct_ngrams(contents, size) for size in NGRAM_SIZES},
+        "num_tokens": sum(map(len, contents)),
+    }
+
+
+@torch.no_grad()
+def nll_of_sequences(
+    scorer: torch.nn.Module, sequences: Sequence[Sequence[int]], context: int | None = None, batch_size: int = 8
+) -> list[float]:
+    """-log p in nats of each sequence of tokens but its first, which is given; 0 for less than two tokens.
+
+    Args:
+        context: most tokens that the scorer reads at once, at least 2; None for no limit. A longer sequence is read in
+            windows of so many tokens, each of which starts with the last token of the one before: that one is given,
+            so that every token is scored once.
+        batch_size: windows that are read together.
+
+    Raises:
+        ValueError: for a context or a batch size out of its range.
+    """
+    check_at_least("context", context, 2)
+    check_at_least("batch_size", batch_size, 1)
+    windows = [(index, window) for index, ids in enumerate(sequences) for window in _windows(ids, context)]
+    windows.sort(key=lambda item: len(item[1]), reverse=True)  # little padding; memory runs out at once or never
+    totals = [0.0] * len(sequences)
+    for start in tqdm(range(0, len(windows), batch_size), desc="Scoring", unit="batch"):
+        indices, batch = zip(*windows[start : start + batch_size], strict=True)
+        for index, nll in zip(indices, _nll_of_batch(scorer, batch), strict=True):
+            totals[index] += nll
+    return totals
+
+
+def unigram_entropy(ids: Sequence[int]) -> float:
+    """Entropy in nats of the frequencies of a text's own tokens, as in the evaluations of MDLM and BD3-LM.
+
+    The most that n tokens can have is log n: compare texts of about the same length.
+    """
+    return sum(count / len(ids) * math.log(len(ids) / count) for count in Counter(ids).values())
+
+
+def distinct_ngrams(sequences: Iterable[Sequence[int]], size: int) -> float | None:
+    """Distinct n-grams of all texts together, as a fraction of their n-grams (Li et al. 2016, section 5.2).
+
+    No n-gram reaches from one text into another. None where there is no n-gram.
+    """
+    ngrams = [tuple(ids[start : start + size]) for ids in sequences for start in range(len(ids) - size + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else None
+
+
+def read_texts(path: str | os.PathLike, text_field: str = "text") -> list[str]:
+    """The texts of a JSON lines file.
+
+    Raises:
+        ValueError: for a line that is no JSON object with the text; the message names it. Also for no line at all.
+    """
+    with Path(path).open(encoding="utf-8") as lines:
+        texts = [
+            _read_text(line, text_field, f"line {number} of {path}") for number, line in enumerate(lines, start=1)
+        ]
+    if not texts:
+        raise ValueError(f"`samples` must hold at least one text, but {path} is empty")
+    return texts
+
+
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """The metrics as a table for people."""
+    decimals = {"generative_perplexity": 2, "nll": 4, "entropy": 4, "entropy_standard_error": 4}
+    decimals |= {f"distinct_{size}": 4 for size in NGRAM_SIZES}
+    lines = []
+    for name, value in metrics.items():
+        if name in decimals:
+            lines.append((name, "-" if value is None else f"{value:,.{decimals[name]}f}"))
+        elif name.startswith("num_"):
+            lines.append((name.removeprefix("num_"), f"{value:,}"))
+    return "\n".join(f"{name.replace('_', ' '):<26}{value:>12}" for name, value in lines)
+
+
+def _read_text(line: str, text_field: str, place: str) -> str:
+    try:
+        text = json.loads(line)[text_field]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place} must be JSON with `{text_field}`, but got {line[:80]!r}") from error
+    if not isinstance(text, str):
+        raise ValueError(f"{place} must have a text as `{text_field}`, but got {text!r}")
+    return text
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
+    return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+
+def _windows(ids: Sequence[int], context: int | None) -> Iterable[Sequence[int]]:
+    """Pieces of at most `context` tokens, of which neighbours share one; none without a token to score."""
+    stride = max(len(ids), 1) if context is None else context - 1
+    return (ids[start : start + stride + 1] for start in range(0, len(ids) - 1, stride))
+
+
+def _nll_of_batch(scorer: torch.nn.Module, batch: Sequence[Sequence[int]]) -> list[float]:
+    rows = [torch.tensor(ids, dtype=torch.long, device=scorer.device) for ids in batch]
+    input_ids = pad_sequence(rows, batch_first=True)  # with token 0, which is as good as any where nothing reads it
+    attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    logits = scorer(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].float()
+    nll = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
+    return (nll * attention_mask[:, 1:]).double().sum(dim=1).tolist()
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
+    if not values:
+        return None, None
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+# Drawing them
+
+
+def draw(args: SampleArguments) -> Path:
+    """Has a checkpoint write texts, or go on with that; returns their file (see [`draw_samples`]).
+
+    Raises:
+        ValueError: if the folder holds other texts, and as in [`draw_samples`].
+    """
+    model, tokenizer = load_model(args.model, args.device)
+    settings = resolve_settings(model.generation_config, (args.settings or {}) | {"seed": args.seed})
+    segment_limits(model.config, settings)
+    check_samples(args.num_samples, settings)
+    folder = Path(args.output_dir)
+    run = {name: getattr(args, name) for name in ("num_samples", "batch_size", "device")}
+    run |= {name: value for name, value in vars(settings).items() if name[0] != "_"}
+    run["checksum_of_weights"] = checksum_of_weights(model)
+    path = folder / SAMPLES_FILE
+    results = SAMPLES_FILE, metrics_path(path).name
+    run_folder.start_run(folder, run, SETTINGS_FILE, results, args.overwrite)
+    draw_samples(model, tokenizer, args.num_samples, settings, path, args.batch_size)
+    return path
+
+
+def draw_samples(
+    model: HierBD3LMForBlockDiffusion,
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    settings: HierBD3LMGenerationConfig,
+    path: Path,
+    batch_size: int = 8,
+) -> list[dict[str, Any]]:
+    """Has a model write texts from an empty question; those that the file holds are not written again.
+
+    Args:
+        settings: the seed is that of the run, from which each batch gets one of its own.
+        path: a JSON lines file, which grows batch by batch.
+
+    Returns:
+        its lines: `index`, `text` (all that was written, a plan first), `plan` and `execution` (its parts),
+        `finished`, `num_forward_passes`, `tokens_per_forward` (see `HierBD3LMGenerationOutput`).
+
+    Raises:
+        ValueError: for several samples at temperature 0.
+    """
+    check_samples(num_samples, settings)
+    seeds = random.Random(settings.seed)
+    starts = range(0, num_samples, batch_size)
+    with run_folder.Log(path) as log, tqdm(total=num_samples, desc="Drawing", unit="sample") as progress:
+        for start, stop in pairwise((*starts, num_samples)):
+            batch_settings = resolve_settings(settings, {"seed": seeds.getrandbits(62)})
+            # A kill may have cut a batch: it is drawn as a whole again, as its rows share their random numbers.
+            if len(log.records) < stop:
+                samples = _draw_batch(model, tokenizer, stop - start, batch_settings)
+                numbered = [{"index": start + row, **sample} for row, sample in enumerate(samples)]
+                log.append(*numbered[len(log.records) - start :])
+            progress.update(stop - start)
+        return log.records
+
+
+def _draw_batch(
+    model: HierBD3LMForBlockDiffusion,
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    settings: HierBD3LMGenerationConfig,
+) -> list[dict[str, Any]]:
+    output = write_from_nothing(model, tokenizer, num_samples, settings)
+    pad, names = model.config.pad_token_id, ("finished", "num_forward_passes", "tokens_per_forward")
+    plans, executions, *others = (getattr(output, name).tolist() for name in ("plan", "execution", *names))
+    samples = []
+    for plan, execution, *values in zip(plans, executions, *others, strict=True):
+        plan, execution = ([token for token in ids if token != pad] for ids in (plan, execution))
+        parts = {"text": plan + execution, "plan": plan, "execution": execution}
+        texts = {name: decode(ids, tokenizer) for name, ids in parts.items()}
+        samples.append(texts | dict(zip(names, values, strict=True)))
+    return samples
+
+
+@torch.no_grad()
+def write_from_nothing(
+    model: HierBD3LMForBlockDiffusion,
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    settings: HierBD3LMGenerationConfig,
+) -> HierBD3LMGenerationOutput:
+    """What a model writes after an empty question, `num_samples` times; see [`draw_samples`]."""
+    prompt = collate_questions([empty_question(tokenizer)] * num_samples, model.config.pad_token_id)
+    prompt = {name: ids.to(model.device) for name, ids in prompt.items()}
+    return model.generate(**prompt, generation_config=settings)
+
+
+if __name__ == "__main__":
+    main()

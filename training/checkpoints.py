@@ -1,0 +1,54 @@
+"""What a checkpoint's folder holds beside the files of transformers."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+EMA_FILE = "ema.safetensors"
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """The checkpoint to resume from: the latest that was written to its end, or None.
+
+    The Trainer writes trainer_state.json last, so a checkpoint whose file is missing or torn is passed over.
+    """
+    folders = [
+        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
+    ]
+    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        try:
+            json.loads((folder / TRAINER_STATE_NAME).read_text())
+        except (OSError, ValueError):
+            logger.warning(f"{folder} was not written to its end: an earlier checkpoint is looked for.")
+            continue
+        return str(folder)
+    return None
+
+
+def has_average(checkpoint: str) -> bool:
+    """Whether a checkpoint is of a run with an average of the weights."""
+    return os.path.isfile(os.path.join(checkpoint, EMA_FILE))
+
+
+@contextlib.contextmanager
+def of_own_class(model: nn.Module) -> Iterator[None]:
+    """Within the context a model that FSDP2 has sharded is not of the class that torch has derived from its own.
+
+    transformers writes the file of a model's class, and its name as that to load, into a checkpoint.
+    """
+    sharded = type(model)
+    model.__class__ = next(cls for cls in sharded.__mro__ if not issubclass(cls, FSDPModule))
+    try:
+        yield
+    finally:
+        model.__class__ = sharded

@@ -1,0 +1,189 @@
+"""Which interval of mask rates gives the training loss the least variance (BD3-LM: Arriola et al. 2025, section 5.2).
+
+The variance is over the noise, for a given batch, and its mean is taken over the batches: how much batches differ from
+each other is no matter of the interval. A block's cost is measured once in each of `num_levels` even bins of mask
+rates. From these costs any interval's training loss is drawn as often as wanted without another pass of the model: as
+in training, the levels of all blocks of a batch lie on one even grid, in random order.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ..configuration_hierbd3lm import HierBD3LMConfig
+from ..diffusion_hierbd3lm import number_blocks
+from ..masking_hierbd3lm import SEGMENT_NAMES
+from ..order_hierbd3lm import BlockOrder
+from .objectives import Batch
+
+NUM_REPLICATES = 64  # losses that are drawn of each batch
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Intervals whose ends lie between bins; the first is [0, 1], for comparison.
+
+    Args:
+        widths: of the intervals, multiples of 1 / num_levels in (0, 1].
+        num_levels: bins of mask rates.
+
+    Raises:
+        ValueError: for a width that is none, or less than one bin.
+    """
+
+    widths: tuple[float, ...]
+    num_levels: int = 20
+
+    def __post_init__(self):
+        if self.num_levels < 1:
+            raise ValueError(f"`num_levels` must be at least 1, but got {self.num_levels}")
+        for width in self.widths:
+            bins = width * self.num_levels
+            if not 0 < width <= 1 or abs(bins - round(bins)) > 1e-6:
+                raise ValueError(
+                    f"`widths` must be multiples of 1 / {self.num_levels} in (0, 1], but got {list(self.widths)}"
+                )
+
+    @property
+    def bins(self) -> list[tuple[int, int]]:
+        """First bin and number of bins of every interval."""
+        counts = [round(width * self.num_levels) for width in sorted(set(self.widths) - {1.0})]
+        return [(0, self.num_levels)] + [
+            (first, count) for count in counts for first in range(self.num_levels - count + 1)
+        ]
+
+    @property
+    def intervals(self) -> list[Interval]:
+        return [(first / self.num_levels, (first + count) / self.num_levels) for first, count in self.bins]
+
+
+def clipped_segments(config: HierBD3LMConfig) -> dict[str, tuple[int, ...]]:
+    """Segments that have an interval together: name -> segment ids; a plan that there is not has none."""
+    groups = BlockOrder.from_config(config).noise_groups
+    return {"all" if len(group) > 1 else SEGMENT_NAMES[group[0]]: group for group in groups}
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """What the blocks of a batch cost at each mask rate.
+
+    Args:
+        costs (`torch.DoubleTensor` of shape `(levels, blocks)`): nats, weighted as in the training loss.
+        groups (`torch.BoolTensor` of shape `(groups, blocks)`): blocks of the segments that share an interval.
+        num_tokens (`torch.LongTensor` of shape `(groups,)`): tokens that the groups' losses average over.
+    """
+
+    costs: torch.Tensor
+    groups: torch.Tensor
+    num_tokens: torch.Tensor
+
+
+def measure_costs(
+    shares: Callable[[torch.Tensor], torch.Tensor],
+    batch: Batch,
+    noise_blocks: torch.Tensor,
+    segments: Sequence[tuple[int, ...]],
+    num_levels: int,
+) -> BlockCosts:
+    """One pass of the model for each bin of mask rates.
+
+    Args:
+        shares: maps clip intervals of shape `(batch, length, 2)` to each token's share of the training loss in nats.
+        noise_blocks (`torch.LongTensor` of shape `(batch, length)`): see `BlockDiffusion.noise_blocks`.
+        segments: see [`clipped_segments`].
+    """
+    maskable, segment_ids = batch["maskable"], batch["segment_ids"]
+    blocks = number_blocks(noise_blocks, maskable)
+    slots, present = blocks.slot[maskable], blocks.size > 0
+    costs = torch.zeros(num_levels, len(blocks.size), dtype=torch.float64, device=slots.device)
+    for level in range(num_levels):
+        clip = costs.new_tensor([level / num_levels, (level + 1) / num_levels]).expand(*maskable.shape, 2)
+        costs[level].scatter_add_(0, slots, shares(clip)[maskable].double())
+    groups, num_tokens = [], []
+    for ids in segments:
+        inside = torch.isin(segment_ids, segment_ids.new_tensor(ids))
+        member = torch.zeros_like(present)
+        member[blocks.slot[inside & maskable]] = True
+        groups.append(member[present])
+        num_tokens.append((inside & (batch["labels"] != -100)).sum())
+    return BlockCosts(costs[:, present], torch.stack(groups), torch.stack(num_tokens))
+
+
+def draw_losses(
+    measured: BlockCosts, candidates: Candidates, noisy_copies: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Training losses of one batch in nats per token: `torch.DoubleTensor`, `(intervals, groups, NUM_REPLICATES)`.
+
+    All intervals are drawn with the same random numbers, so that they differ by nothing else.
+    """
+    costs, device = measured.costs, measured.costs.device
+    num_blocks, draws = costs.shape[1], NUM_REPLICATES
+    grid = torch.rand(draws, noisy_copies * num_blocks, generator=generator, device=device).argsort(dim=1)
+    offset = torch.rand(draws, 1, generator=generator, device=device)
+    levels = ((grid + offset) / (noisy_copies * num_blocks)).view(draws, noisy_copies, num_blocks).clamp(max=1 - 1e-7)
+    weights = measured.groups.double() / measured.num_tokens.clamp(min=1)[:, None]  # (groups, blocks)
+    losses = []
+    for first, count in candidates.bins:
+        bins = first + (levels * count).long()
+        picked = costs[bins, torch.arange(num_blocks, device=device)].mean(dim=1)  # (draws, blocks)
+        losses.append(weights @ picked.T)
+    return torch.stack(losses)
+
+
+class ClipSearch(TrainerCallback, ExportableState):
+    """The intervals that the last search chose, which training draws from; a part of the trainer's saved state.
+
+    Args:
+        widths, num_levels: see [`Candidates`].
+    """
+
+    def __init__(self, widths: Sequence[float], num_levels: int = 20):
+        self.candidates = Candidates(tuple(widths), num_levels)
+        # name of `clipped_segments` -> [[low, high, variance], ...] of the last search, and the interval of least
+        self.variances: dict[str, list[list[float]]] = {}
+        self.chosen: dict[str, list[float]] = {}
+
+    def choose(self, names: Sequence[str], variance: torch.Tensor) -> dict[str, float]:
+        """Takes the interval of least variance for each group; returns what is logged of it.
+
+        Args:
+            names: of the groups.
+            variance (`torch.DoubleTensor` of shape `(intervals, groups)`): of the loss in nats per token.
+        """
+        logs, first = {}, 0 if 1.0 in self.candidates.widths else 1  # [0, 1] may be there for comparison alone
+        for group, name in enumerate(names):
+            column = variance[:, group].tolist()
+            best = min(range(first, len(column)), key=column.__getitem__)
+            low, high = self.candidates.intervals[best]
+            self.chosen[name] = [low, high]
+            self.variances[name] = [
+                [*interval, value] for interval, value in zip(self.candidates.intervals, column, strict=True)
+            ]
+            prefix = "" if name == "all" else f"{name}_"
+            logs |= {f"{prefix}clip_low": low, f"{prefix}clip_high": high, f"{prefix}clip_variance": column[best]}
+            logs[f"{prefix}clip_variance_unclipped"] = column[0]
+        return logs
+
+    def chosen_of_segments(self) -> dict[str, list[float]]:
+        """The chosen interval of each segment that has one: `plan`, `execution`."""
+        if "all" in self.chosen:
+            return dict.fromkeys(SEGMENT_NAMES.values(), self.chosen["all"])
+        return self.chosen
+
+    def state(self) -> dict[str, Any]:
+        arguments = {"widths": list(self.candidates.widths), "num_levels": self.candidates.num_levels}
+        return {"args": arguments, "attributes": {"variances": self.variances, "chosen": self.chosen}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Goes on with the intervals of the checkpoint that training is resumed from."""
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        for name, value in saved["attributes"].items():
+            setattr(self, name, value)

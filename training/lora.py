@@ -1,0 +1,150 @@
+"""How a checkpoint becomes a model to train: whole, or frozen under a LoRA adapter, and back from such an adapter."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
+from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+
+ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the head
+
+
+@dataclass
+class AdapterArguments:
+    """Settings of a LoRA adapter, with the names and defaults of TRL's ModelConfig."""
+
+    use_peft: bool = field(
+        default=False,
+        metadata={"help": "Trains a LoRA adapter and the special tokens' embedding rows; all else is frozen."},
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter's matrices; >= 1."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter's product is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapter; in [0, 1)."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are adapted; every linear layer but the head if omitted."}
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained in full and saved with the adapter."}
+    )
+
+
+class HierBD3LMAdapter(PeftModel):
+    """A `PeftModel` of ours whose folder is complete: the model's configuration lies beside the adapter.
+
+    peft would save both embedding matrices of a vocabulary that has grown; here the trained rows are enough.
+    """
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **{"save_embedding_layers": False, **kwargs})
+        if kwargs.get("is_main_process", True):
+            model = self.get_base_model()
+            model.config.dtype = model.dtype
+            model.config.save_pretrained(save_directory)
+
+
+def add_adapter(model: HierBD3LMForBlockDiffusion, base: str, args: AdapterArguments) -> HierBD3LMAdapter:
+    """Freezes a model under a new LoRA adapter; the rows of the special tokens are trained too.
+
+    Args:
+        base: the checkpoint that the model is of, as [`load_checkpoint`] takes it; the adapter remembers it.
+
+    Raises:
+        ValueError: for a setting out of its range, and for embeddings that the rows cannot be trained of.
+    """
+    check_adapter(args)
+    rows = sorted({getattr(model.config, f"{role}_token_id") for role in SPECIAL_TOKENS})
+    embeddings = token_modules(model)
+    for name in args.lora_modules_to_save or ():
+        if any(module.endswith(name) for module in embeddings):
+            raise ValueError(f"`lora_modules_to_save` must not name the embeddings, but got {name!r}")
+    targets = args.lora_target_modules
+    lora = LoraConfig(
+        base_model_name_or_path=base,
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=ALL_LINEAR if targets in (None, [ALL_LINEAR]) else targets,
+        modules_to_save=args.lora_modules_to_save,
+        trainable_token_indices=dict.fromkeys(embeddings, rows),
+    )
+    return HierBD3LMAdapter(model, lora)
+
+
+def check_adapter(args: AdapterArguments) -> None:
+    """Raises a ValueError for a setting out of its range."""
+    for name in ("lora_r", "lora_alpha"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`{name}` must be >= 1, but got {getattr(args, name)}")
+    if not 0 <= args.lora_dropout < 1:
+        raise ValueError(f"`lora_dropout` must be in [0, 1), but got {args.lora_dropout}")
+
+
+def token_modules(model: HierBD3LMForBlockDiffusion) -> list[str]:
+    """Names of the modules that hold a row per token: the embeddings, and the head where it has rows of its own.
+
+    Raises:
+        ValueError: for a head with a bias, which peft leaves out where it trains single rows.
+    """
+    head = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(
+            f"`use_peft` must be False for a head with a bias, as that of {type(model.backbone).__name__}"
+        )
+    by_row = [model.get_input_embeddings()] + ([] if model.config.tie_word_embeddings else [head])
+    return [name for name, module in model.named_modules() if any(module is matrix for matrix in by_row)]
+
+
+def load_checkpoint(
+    path: str, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], **kwargs: Any
+) -> HierBD3LMForBlockDiffusion:
+    """A model from a checkpoint: of this model, an adapter that is merged into its base, or an autoregressive one.
+
+    Args:
+        path: folder or id.
+        tokenizer: the checkpoint's; an autoregressive one gets the special tokens that it lacks, in place.
+        fields: those of [`HierBD3LMConfig`] that replace the checkpoint's.
+        kwargs: `dtype`, `attn_implementation`, ... for `from_pretrained`.
+    """
+    if is_adapter(path):
+        return _load_merged(path, tokenizer, fields, **kwargs)
+    if is_own_checkpoint(path):
+        return HierBD3LMForBlockDiffusion.from_pretrained(path, **fields, **kwargs)
+    return HierBD3LMForBlockDiffusion.from_autoregressive(path, tokenizer, **fields, **kwargs)
+
+
+def load_adapter(path: str, device: str) -> tuple[HierBD3LMForBlockDiffusion, PreTrainedTokenizerBase]:
+    """An adapter merged into its base, on a device and in evaluation mode, with its tokenizer."""
+    tokenizer = load_tokenizer(path)
+    return load_checkpoint(path, tokenizer, {}).to(device).eval(), tokenizer
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint of any kind."""
+    # Without a configuration AutoTokenizer asks whether it may run the code that travels with ours.
+    config = HierBD3LMConfig.from_pretrained(path) if is_own_checkpoint(path) else None
+    return AutoTokenizer.from_pretrained(path, config=config)
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a folder or id holds an adapter, not a whole model."""
+    return find_adapter_config_file(path) is not None
+
+
+def is_own_checkpoint(path: str) -> bool:
+    """Whether a checkpoint is of this model, not of an autoregressive one."""
+    return HierBD3LMConfig.get_config_dict(path)[0].get("model_type") == HierBD3LMConfig.model_type
+
+
+def _load_merged(
+    path: str, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], **kwargs: Any
+) -> HierBD3LMForBlockDiffusion:
+    config = HierBD3LMConfig.from_pretrained(path, **fields)
+    fields = {name: getattr(config, name) for name in HierBD3LMConfig.__annotations__ if name != "backbone_config"}
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    model = load_checkpoint(base, tokenizer, fields, **({"dtype": config.dtype} | kwargs))
+    merged = PeftModel.from_pretrained(model, path).merge_and_unload()
+    return merged.requires_grad_(True)  # the base of an adapter is frozen

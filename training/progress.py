@@ -1,0 +1,48 @@
+"""What is logged of training: each segment's loss, and tokens per second."""
+
+import time
+from typing import Any
+
+import torch
+
+from ..masking_hierbd3lm import SEGMENT_NAMES
+
+
+class TrainingProgress:
+    """The figures since the last log."""
+
+    def __init__(self):
+        self._reset()
+
+    def add(self, nats: torch.Tensor, num_counted: torch.Tensor, num_tokens: torch.Tensor) -> None:
+        """Counts a micro-batch. Nothing is read back from the device before `take`.
+
+        Args:
+            nats, num_counted (`torch.DoubleTensor` of shape `(segments,)`): loss and counted tokens of each segment.
+            num_tokens (`torch.LongTensor` of shape `()`): all tokens but padding.
+        """
+        sums = torch.stack([nats, num_counted])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._num_tokens = self._num_tokens + num_tokens
+
+    def pause(self, seconds: float) -> None:
+        """Leaves time that was not spent on training out of the throughput."""
+        self._start += seconds
+
+    def take(self, accelerator: Any) -> dict[str, float]:
+        """The figures over all processes; counting starts anew."""
+        if self._sums is None:
+            return {}
+        nats, num_tokens = accelerator.reduce(self._sums).tolist()
+        logs = {
+            f"loss_{name}": n / d for name, n, d in zip(SEGMENT_NAMES.values(), nats, num_tokens, strict=True) if d
+        }
+        total = accelerator.reduce(self._num_tokens).item()
+        logs["tokens_per_second"] = total / (time.perf_counter() - self._start)
+        self._reset()
+        return logs
+
+    def _reset(self) -> None:
+        self._sums: torch.Tensor | None = None
+        self._num_tokens: torch.Tensor | int = 0
+        self._start = time.perf_counter()
