@@ -20,7 +20,12 @@ CHANGES = ("status", "--porcelain", "-uno", "--", ":/", ":!results")  # git's wo
 
 
 def interleaved_medians(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each case: all run once unmeasured, then in turns, so that a slow moment hits them alike."""
+    """Median seconds of each case; see [`interleaved_seconds`]."""
+    return {name: statistics.median(values) for name, values in interleaved_seconds(cases, repeats).items()}
+
+
+def interleaved_seconds(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each case: all run once unmeasured, then in turns, so that a slow moment hits them alike."""
     for run in cases.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -29,7 +34,7 @@ def interleaved_medians(cases: dict[str, Callable[[], Any]], repeats: int) -> di
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def added_memory(run: Callable[[], Any]) -> int:
