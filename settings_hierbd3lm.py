@@ -92,7 +92,7 @@ class GenerationSettings:
         self.validate()
 
     def validate(self, **unused_kwargs: Any) -> None:
-        """Checks every setting.
+        """Check every setting.
 
         Raises:
             ValueError: for a value out of its range.
@@ -149,7 +149,7 @@ class HierBD3LMGenerationConfig(GenerationSettings, GenerationConfig):
 
 
 def resolve_settings(base: GenerationConfig, overrides: dict[str, Any]) -> HierBD3LMGenerationConfig:
-    """Returns the settings of `base` with `overrides` in their place, checked.
+    """Return the settings of `base` with `overrides` in their place, checked.
 
     Raises:
         ValueError: if `base` is not a [`HierBD3LMGenerationConfig`], or for a setting that is unknown or out of range.
@@ -162,5 +162,5 @@ def resolve_settings(base: GenerationConfig, overrides: dict[str, Any]) -> HierB
 
 
 def settings_of(settings: HierBD3LMGenerationConfig) -> dict[str, Any]:
-    """Returns the generation settings alone, as JSON takes them."""
+    """Return the generation settings alone, as JSON takes them."""
     return {name: getattr(settings, name) for name in SETTINGS}
