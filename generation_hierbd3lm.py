@@ -204,7 +204,7 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 def right_justify(tokens: torch.LongTensor, keep: torch.BoolTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Move the kept tokens of each row to its right end; return them and their attention mask: `(batch, most kept)`."""
+    """Move the kept tokens of each row to its right end; return them and their mask: `(batch, most kept)`."""
     order = keep.long().argsort(dim=1, stable=True)
     width = int(keep.sum(dim=1).amax())
     start = tokens.shape[1] - width

@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
+from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig, config_fields
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the head
@@ -143,7 +143,7 @@ def _load_merged(
     path: str, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], **kwargs: Any
 ) -> HierBD3LMForBlockDiffusion:
     config = HierBD3LMConfig.from_pretrained(path, **fields)
-    fields = {name: getattr(config, name) for name in HierBD3LMConfig.__annotations__ if name != "backbone_config"}
+    fields = {name: getattr(config, name) for name in config_fields().keys() - {"backbone_config", "block_size"}}
     base = PeftConfig.from_pretrained(path).base_model_name_or_path
     model = load_checkpoint(base, tokenizer, fields, **({"dtype": config.dtype} | kwargs))
     merged = PeftModel.from_pretrained(model, path).merge_and_unload()
