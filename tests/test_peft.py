@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PhiConfig, PreTrainedTokenizerFast, Qwen
 from hierbd3lm import eval_gsm8k, train
 from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from hierbd3lm.order_hierbd3lm import BlockOrder
 from hierbd3lm.trainer import HierBD3LMTrainer
 from hierbd3lm.training.arguments import HierBD3LMTrainingArguments
 from hierbd3lm.training.checkpoints import EMA_FILE
@@ -286,6 +287,7 @@ def test_a_new_run_goes_on_from_an_adapter_in_full_or_under_another(tied_base, r
     both = load_adapter(second, "cpu")[0]
     assert both.config.plan_block_size == 8
     start.config.plan_block_size = start.config.execution_block_size = 8
+    start.order = BlockOrder.from_config(start.config)
     on_the_first = PeftModel.from_pretrained(start, second)
     torch.testing.assert_close(logits_of(both), logits_of(on_the_first), rtol=1e-4, atol=1e-5)
 
