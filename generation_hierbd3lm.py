@@ -1,7 +1,7 @@
 """Generation: `generate()`, which checks its arguments, has the answer denoised and gathers it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .denoising_hierbd3lm import Answer, BlockDenoiser, HierBD3LMGenerationOutpu
 from .masking_hierbd3lm import EXECUTION, PADDING, PLAN
 from .order_hierbd3lm import BlockOrder, CanvasSchedule, ends_part
 from .samplers_hierbd3lm import Sampler, make_sampler
-from .settings_hierbd3lm import SETTINGS, HierBD3LMGenerationConfig, resolve_settings
+from .settings_hierbd3lm import SAMPLERS_OF, SETTINGS, HierBD3LMGenerationConfig, resolve_settings
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +29,7 @@ class HierBD3LMGenerationMixin:
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | Mapping[str, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         plan_ids: torch.LongTensor | None = None,
         generation_config: HierBD3LMGenerationConfig | None = None,
@@ -42,7 +42,8 @@ class HierBD3LMGenerationMixin:
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, question_length)`):
-                Questions, padded on either side.
+                Questions, padded on either side; or the encoding that a tokenizer returns, with `input_ids` and
+                `attention_mask`. `inputs` is another name for it.
             attention_mask (`torch.Tensor` of shape `(batch, question_length)`, *optional*):
                 0 on padding; tokens other than the pad token if omitted.
             plan_ids (`torch.LongTensor` of shape `(batch, plan_length)`, *optional*):
@@ -64,8 +65,12 @@ class HierBD3LMGenerationMixin:
                 `stage="execution"` or the reverse, or a streamer for several rows.
         """
         # 1. Settings: the checkpoint's or the argument's, then the keyword arguments
+        kwargs.pop("token_type_ids", None)  # some tokenizers return them; no backbone here reads them
+        input_ids, attention_mask = read_inputs(kwargs.pop("inputs", input_ids), attention_mask)
         if isinstance(sampler, str):
             kwargs["sampler"] = sampler
+        elif sampler is not None and (unread := kwargs.keys() & SAMPLERS_OF):
+            raise ValueError(f"`{min(unread)}` has no effect with a sampler of your own: set it there")
         settings = resolve_settings(generation_config or self.generation_config, kwargs)
         chosen = sampler if isinstance(sampler, Sampler) else make_sampler(settings)
         settings = resolve_settings(settings, {"stage": check_stage(self.order, settings.stage)})
@@ -221,6 +226,26 @@ def ending(streamer: BaseStreamer | None) -> Iterator[None]:
             streamer.end()
 
 
+def read_inputs(
+    inputs: torch.LongTensor | Mapping[str, torch.Tensor] | None, attention_mask: torch.Tensor | None
+) -> tuple[torch.LongTensor, torch.Tensor | None]:
+    """Return `input_ids` and `attention_mask` of what `generate` is given.
+
+    Raises:
+        ValueError: for anything but a tensor of integers, or a mapping that holds one.
+    """
+    if isinstance(inputs, Mapping):
+        attention_mask = inputs.get("attention_mask") if attention_mask is None else attention_mask
+        inputs = inputs.get("input_ids")
+    if not isinstance(inputs, torch.Tensor) or inputs.is_floating_point() or inputs.dtype == torch.bool:
+        got = inputs.dtype if isinstance(inputs, torch.Tensor) else type(inputs).__name__
+        raise ValueError(
+            f"`input_ids` must be a tensor of token ids of shape (batch, length), as a tokenizer returns with "
+            f"`return_tensors='pt'`, but got {got}"
+        )
+    return inputs.long(), attention_mask
+
+
 def segment_limits(config: Any, settings: HierBD3LMGenerationConfig) -> tuple[int, int]:
     """Return the maximum number of tokens of plan and execution.
 
@@ -301,6 +326,8 @@ def check_prompt(
             f"`input_ids` and `attention_mask` must have one shape (batch, length), but got "
             f"{tuple(input_ids.shape)} and {tuple(attention_mask.shape)}"
         )
+    if len(input_ids) == 0:
+        raise ValueError("`input_ids` must have at least one row, but has none")
     longest = int(attention_mask.sum(dim=1).amax()) if input_ids.numel() else 0
     if longest > config.question_len:
         raise ValueError(f"`input_ids` must have at most question_len={config.question_len} tokens, but got {longest}")

@@ -7,7 +7,7 @@ import torch
 
 from hierbd3lm.samplers_hierbd3lm import SAMPLERS, Confidence, Sampler, make_sampler, rank, spread
 from hierbd3lm.settings_hierbd3lm import SAMPLERS as SAMPLER_NAMES
-from hierbd3lm.settings_hierbd3lm import SETTINGS, HierBD3LMGenerationConfig
+from hierbd3lm.settings_hierbd3lm import SAMPLERS_OF, SETTINGS, HierBD3LMGenerationConfig
 
 from .tiny import make_model
 
@@ -27,6 +27,36 @@ class TopK(Sampler):
 
 def test_table_and_settings_name_the_same_samplers():
     assert tuple(SAMPLERS) == SAMPLER_NAMES
+
+
+def test_settings_know_which_samplers_read_them():
+    read = {
+        name: tuple(sampler for sampler in SAMPLERS if name in names_of(SAMPLERS[sampler])) for name in SAMPLERS_OF
+    }
+    assert read == SAMPLERS_OF
+    assert {name for sampler in SAMPLERS.values() for name in names_of(sampler)} == set(SAMPLERS_OF)
+
+
+def names_of(sampler):
+    return [item.name for item in fields(sampler)]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "setting"),
+    [
+        ("first_hitting", {"left_to_right": True}),
+        ("confidence", {"num_steps": 4}),
+        ("confidence", {"entropy_bound": 1.0}),
+        ("ancestral", {"threshold": 0.5}),
+        ("entropy", {"threshold": 0.5}),
+    ],
+)
+def test_a_setting_without_effect_is_refused(model, sampler, setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"`{name}` has no effect with sampler='{sampler}'"):
+        model.generate(QUESTIONS, sampler=sampler, **setting)
+    with pytest.raises(ValueError, match=f"`{name}` has no effect with a sampler of your own"):
+        model.generate(QUESTIONS, sampler=TopK(), **setting)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
