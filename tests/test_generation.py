@@ -969,9 +969,9 @@ def test_keyword_arguments_override_the_config_and_change_neither():
     settings = HierBD3LMGenerationConfig(sampler="first_hitting", max_plan_len=4, max_execution_len=4)
     by_model, by_config = generate_one(model, QUESTION), generate_one(model, QUESTION, generation_config=settings)
     assert by_model.execution.shape[1] == 0 < by_config.execution.shape[1]
-    both = generate_one(model, QUESTION, generation_config=settings, stage="plan", threshold=0.5)
+    both = generate_one(model, QUESTION, generation_config=settings, stage="plan", temperature=0.5)
     assert both.sequences.shape == (1, 5 + 4)
-    assert (settings.stage, settings.threshold, model.generation_config.sampler) == ("full", 0.9, "confidence")
+    assert (settings.stage, settings.temperature, model.generation_config.sampler) == ("full", 0.0, "confidence")
 
 
 # Every output
