@@ -45,7 +45,7 @@ def seeded_model(**overrides):
 
 
 def make_trainer(folder, model=None, num_examples=8, callbacks=None, **settings):
-    """A trainer on the CPU that trains on and evaluates random examples, from the same weights each time."""
+    """A trainer on the CPU with random examples, and the same initial weights each time."""
     model = seeded_model() if model is None else model
     dataset = settings.pop("train_dataset", None) or make_dataset(num_examples, model.config)
     eval_dataset = settings.pop("eval_dataset", dataset)
@@ -93,7 +93,7 @@ def counted_tokens(dataset):
 
 
 def nelbo_by_hand(model, batch, masked, weights):
-    """Token by token, from the logits of every position."""
+    """Compute the NELBO token by token, from the logits of every position."""
     xt = batch["input_ids"].masked_fill(masked, model.config.mask_token_id)
     logits = model(input_ids=batch["input_ids"], noisy_input_ids=xt, segment_ids=batch["segment_ids"]).logits
     total = 0.0
@@ -112,7 +112,7 @@ def fully_masked_nats(model, batch):
 
 
 class Recorder(TrainerCallback):
-    """Keeps the trained weights after every step."""
+    """Record the trained weights after each step."""
 
     def __init__(self):
         self.weights = []
@@ -123,7 +123,7 @@ class Recorder(TrainerCallback):
 
 @pytest.fixture
 def draws(monkeypatch):
-    """Every draw of the noise, in order, each with the clip interval that it was asked for."""
+    """Record all noise draws, in order, with their clip intervals."""
     record = []
 
     def recording_draw_mask(block_ids, maskable, clip, *args):
@@ -137,7 +137,7 @@ def draws(monkeypatch):
 
 
 def mask_counts(record):
-    """Masked tokens of every whole block of four."""
+    """Number of masked tokens of each complete block of four."""
     counts = []
     for row in range(len(record.block_ids)):
         for block in record.block_ids[row][record.maskable[row]].unique():
@@ -147,7 +147,7 @@ def mask_counts(record):
     return counts
 
 
-# The training loss
+# Training loss
 
 
 @pytest.mark.parametrize("estimator", ["stratified", "bernoulli"])
@@ -196,7 +196,7 @@ def test_every_algorithm_learns_and_is_measured_on_the_same_tokens(tmp_path, nam
     assert {segment: after[f"eval_{segment}_num_tokens"] for segment in SEGMENTS} == counts
 
 
-def test_filler_weight_is_not_of_the_opener_that_a_flat_model_predicts(tmp_path):
+def test_filler_weight_does_not_apply_to_the_opener_that_a_flat_model_predicts(tmp_path):
     losses = {}
     for weight in (0.0, 1.0):
         trainer = make_trainer(tmp_path, seeded_model(algorithm="bd3lm", block_size=1), filler_weight=weight)
@@ -216,7 +216,7 @@ def test_only_masked_positions_reach_the_head(tmp_path, draws):
 
 def test_gradient_of_accumulated_micro_batches_is_that_of_one_large_batch(tmp_path):
     def step(**sizes):
-        model = seeded_model(block_size=1)  # every token is masked, with weight 1, whatever the draw
+        model = seeded_model(block_size=1)  # every draw masks all tokens, with weight 1
         trainer = make_trainer(tmp_path, model, max_steps=1, **SGD, **sizes)
         trainer.train()
         return trainer, weights_of(model)
@@ -251,7 +251,7 @@ def test_an_update_counts_every_content_and_first_end_token_of_its_micro_batches
     assert counts == [sum(counted_tokens(trainer.train_dataset).values())] * 4
 
 
-def test_clip_intervals_are_of_the_training_loss_alone(tmp_path, draws):
+def test_clip_intervals_apply_only_to_the_training_loss(tmp_path, draws):
     model = make_model(plan_clip=[0.3, 0.5], execution_clip=[0.8, 1.0])
     trainer = make_trainer(tmp_path, model, num_examples=24)
     batch = whole_batch(trainer)
@@ -285,12 +285,12 @@ def test_noise_differs_between_steps_micro_batches_and_draws(tmp_path, draws):
 def exact_nats(model, batch):
     """NELBO of each segment in nats, by enumeration of the masks."""
     maskable = model.order.predicted(batch["input_ids"], batch["segment_ids"])
-    share = exact_nelbo(
+    nelbo = exact_nelbo(
         lambda masked: model.masked_nll(masked, batch["input_ids"], segment_ids=batch["segment_ids"]),
         batch["block_ids"],
         maskable,
     )
-    return {name: share[batch["segment_ids"] == segment].sum().item() for name, segment in SEGMENTS.items()}
+    return {name: nelbo[batch["segment_ids"] == segment].sum().item() for name, segment in SEGMENTS.items()}
 
 
 @pytest.mark.parametrize("estimator, largest_error", [("stratified", 0.03), ("bernoulli", 0.08)])
@@ -329,7 +329,7 @@ def test_evaluation_counts_the_tokens_that_it_averages_over(tmp_path):
     assert metrics["eval_num_tokens"] == sum(counts.values())
 
 
-def test_evaluation_repeats_itself_and_another_seed_is_another_number(tmp_path):
+def test_evaluation_depends_only_on_its_seed(tmp_path):
     trainer = make_trainer(tmp_path)
     first = trainer.evaluate()
     torch.manual_seed(1)
@@ -349,12 +349,12 @@ def test_evaluation_does_not_depend_on_the_batch_size(tmp_path, batch_size):
     assert metrics["eval_nll_stderr"] == pytest.approx(0, abs=1e-6)
 
 
-def test_filler_weight_changes_no_evaluation(tmp_path):
+def test_filler_weight_does_not_change_evaluations(tmp_path):
     nlls = {make_trainer(tmp_path, filler_weight=weight).evaluate()["eval_nll"] for weight in (0.0, 1.0)}
     assert len(nlls) == 1
 
 
-def test_each_of_several_datasets_is_evaluated_with_workers_that_stay(tmp_path):
+def test_several_datasets_are_evaluated_with_persistent_workers(tmp_path):
     config = make_config()
     datasets = {"few": make_dataset(2, config, seed=1), "many": make_dataset(5, config, seed=2)}
     workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
@@ -373,7 +373,7 @@ def test_evaluation_before_training_has_the_precision_of_training(tmp_path):
     assert before != make_trainer(tmp_path).evaluate()["eval_nll"]
 
 
-def test_evaluation_leaves_the_mode_of_the_model(tmp_path):
+def test_evaluation_restores_the_mode_of_the_model(tmp_path):
     trainer = make_trainer(tmp_path)
     for training in (True, False):
         trainer.model.train(training)
@@ -393,7 +393,7 @@ def test_likelihood_metrics_of_a_small_table():
     assert metrics["ppl"] == pytest.approx(math.exp(1.5))
 
 
-def test_per_segment_keeps_what_is_not_finite_in_its_segment():
+def test_per_segment_confines_non_finite_values_to_their_segment():
     values = torch.tensor([[1.0, 2.0, math.nan, 4.0, math.inf]])
     segments = torch.tensor([[0, 1, 2, 1, -1]])
     plan, execution = per_segment(values, segments)[0].tolist()
@@ -401,7 +401,7 @@ def test_per_segment_keeps_what_is_not_finite_in_its_segment():
     assert math.isnan(execution)
 
 
-# The average of the weights
+# Average of the weights
 
 
 def test_average_is_the_recurrence_over_the_weights_of_every_step(tmp_path):
@@ -453,7 +453,7 @@ def test_average_of_low_precision_weights_is_kept_in_float32():
     assert ema.average["weight"].item() == pytest.approx(1.0001, rel=1e-6)  # 1 in bfloat16
 
 
-def test_trained_weights_come_back_when_an_evaluation_fails(tmp_path):
+def test_trained_weights_are_restored_when_an_evaluation_fails(tmp_path):
     trainer = make_trainer(tmp_path, ema_decay=0.5)
     trainer.train()
     trained = weights_of(trainer.model)
@@ -489,7 +489,7 @@ RUN = {
 
 
 def make_dropout_model():
-    """Dropout makes every forward pass depend on torch's global generator."""
+    """A model with dropout, so that each forward pass depends on torch's global generator."""
     backbone = Qwen3Config(
         vocab_size=40,
         hidden_size=32,
@@ -513,11 +513,11 @@ def final_state(trainer):
 
 
 @pytest.mark.parametrize("sampling", ["group_by_length", "random"])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, draws, sampling):
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, draws, sampling):
     whole = make_trainer(tmp_path, make_dropout_model(), train_sampling_strategy=sampling, **RUN)
     whole.train()
     expected, masks = final_state(whole), [record.draw.masked for record in draws]
-    for step in (2, 3, 5):  # within an epoch, at its end, within the second
+    for step in (2, 3, 5):  # within the first epoch, at its end, within the second
         draws.clear()
         torch.manual_seed(step)
         resumed = make_trainer(tmp_path, make_dropout_model(), train_sampling_strategy=sampling, **RUN)
@@ -530,7 +530,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, draws, sam
         assert losses_of(resumed, "eval_nll") == losses_of(whole, "eval_nll")
 
 
-def test_a_resumed_run_with_muon_is_the_uninterrupted_one(tmp_path):
+def test_a_resumed_run_with_muon_equals_an_uninterrupted_one(tmp_path):
     settings = RUN | {"muon_learning_rate": 0.02, "lr_scheduler_type": "cosine"}
     whole = make_trainer(tmp_path, make_dropout_model(), **settings)
     whole.train()
@@ -544,7 +544,7 @@ def test_a_resumed_run_with_muon_is_the_uninterrupted_one(tmp_path):
     )
 
 
-def test_two_runs_with_one_seed_are_bit_equal_and_with_another_not(tmp_path):
+def test_runs_are_bit_equal_only_with_the_same_seed(tmp_path):
     def run(seed):
         trainer = make_trainer(tmp_path, make_dropout_model(), seed=seed, **(RUN | {"save_strategy": "no"}))
         torch.rand(seed)
@@ -563,7 +563,7 @@ def test_a_checkpoint_holds_the_average_as_its_model(tmp_path):
     assert_bit_equal(weights_of(model), trainer.ema.average)
 
 
-def test_what_is_pushed_is_the_averaged_model_alone(tmp_path):
+def test_only_the_averaged_model_is_pushed(tmp_path):
     trainer = make_trainer(tmp_path, ema_decay=0.5)
     trainer.train()
     trainer.save_model(_internal_call=True)  # as `push_to_hub` calls it
@@ -571,7 +571,7 @@ def test_what_is_pushed_is_the_averaged_model_alone(tmp_path):
     assert not (tmp_path / EMA_FILE).exists()
 
 
-def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path):
+def test_resuming_with_and_without_an_average_cannot_be_mixed(tmp_path):
     for folder, decay in (("with", 0.5), ("without", 0.0)):
         make_trainer(tmp_path / folder, ema_decay=decay, save_strategy="steps", save_steps=2).train()
     with pytest.raises(ValueError, match="`ema_decay` must be > 0"):
@@ -580,7 +580,7 @@ def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path):
         make_trainer(tmp_path, ema_decay=0.5).train(resume_from_checkpoint=str(tmp_path / "without" / "checkpoint-2"))
 
 
-def test_last_complete_checkpoint_passes_over_torn_ones(tmp_path):
+def test_last_complete_checkpoint_skips_incomplete_ones(tmp_path):
     assert last_complete_checkpoint(str(tmp_path)) is None
     assert last_complete_checkpoint(str(tmp_path / "missing")) is None
     make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=10).train()
@@ -627,7 +627,7 @@ def test_best_model_is_the_one_with_the_lowest_likelihood_bound(tmp_path, metric
 # Batches and logs
 
 
-def test_batches_are_of_like_lengths_and_hold_every_example_once_per_epoch(tmp_path):
+def test_batches_are_grouped_by_length_with_every_example_once_per_epoch(tmp_path):
     tokenizer = make_tokenizer()
     config = make_config_for(tokenizer, question_len=64)
     lengths = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()
@@ -678,7 +678,7 @@ def test_logs_show_the_loss_of_each_segment(tmp_path):
     assert logs["loss"] == pytest.approx(together, rel=1e-5)
 
 
-def test_throughput_is_of_all_but_padding_and_of_training_time(tmp_path, monkeypatch):
+def test_throughput_excludes_padding_and_evaluation_time(tmp_path, monkeypatch):
     class Clock(TrainerCallback):
         now = 0.0
 
@@ -701,7 +701,7 @@ def test_throughput_is_of_all_but_padding_and_of_training_time(tmp_path, monkeyp
     assert losses_of(trainer, "tokens_per_second") == pytest.approx([2 * num_tokens / 4] * 2)
 
 
-def test_a_loss_that_is_not_finite_is_shown(tmp_path):
+def test_a_non_finite_loss_is_logged(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)
     with torch.no_grad():
         trainer.model.get_output_embeddings().weight[7] = math.nan
@@ -741,12 +741,12 @@ def test_settings_out_of_range_are_refused(setting, message):
         HierBD3LMTrainingArguments(output_dir="x", use_cpu=True, **setting)
 
 
-def test_noisy_copies_of_what_has_no_noise_are_refused(tmp_path):
+def test_noisy_copies_of_an_objective_without_noise_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`noisy_copies` must be 1 for an objective without noise, but got 2"):
         make_trainer(tmp_path, make_model(algorithm="ar", block_size=None), noisy_copies=2)
 
 
-def test_metrics_of_ones_own_are_refused(tmp_path):
+def test_custom_metrics_are_refused(tmp_path):
     arguments = HierBD3LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match="`compute_metrics` must be None"):
         HierBD3LMTrainer(make_model(), arguments, compute_metrics=lambda prediction: {})
@@ -758,12 +758,12 @@ def test_processes_that_share_a_batch_are_refused(tmp_path, monkeypatch):
         make_trainer(tmp_path)
 
 
-# liger-kernel is stood in for: it needs a GPU. With Triton's interpreter its kernels gave the same loss and gradient.
+# liger-kernel is mocked, as it requires a GPU. With Triton's interpreter its kernels gave the same loss and gradient.
 
 
 @pytest.fixture
 def liger(monkeypatch):
-    """Records what Liger's own function is called with."""
+    """Record the calls of Liger's function."""
     calls = []
     package = ModuleType("liger_kernel.transformers")
     package._apply_liger_kernel_to_instance = lambda model, **kwargs: calls.append((model, kwargs))
@@ -776,7 +776,7 @@ def liger(monkeypatch):
     return calls
 
 
-def test_liger_kernels_are_the_backbones_and_leave_the_loss_alone(tmp_path, liger):
+def test_liger_kernels_are_applied_to_the_backbone_without_the_fused_loss(tmp_path, liger):
     model = make_model()
     make_trainer(tmp_path, model, use_liger_kernel=True, liger_kernel_config={"rope": False})
     assert liger == [(model.backbone, {"fused_linear_cross_entropy": False, "rope": False})]
@@ -785,7 +785,7 @@ def test_liger_kernels_are_the_backbones_and_leave_the_loss_alone(tmp_path, lige
     assert liger[1] == (adapted.base_model.model.backbone, {"fused_linear_cross_entropy": False})
 
 
-def test_liger_kernels_that_cannot_be_used_are_refused(tmp_path, liger, monkeypatch):
+def test_unsupported_liger_kernels_are_refused(tmp_path, liger, monkeypatch):
     with pytest.raises(ValueError, match="`liger_kernel_config` must be without fused_linear_cross_entropy"):
         make_trainer(tmp_path, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
     llama = make_model(backbone_config=make_config().backbone_config.to_dict() | {"model_type": "llama"})
@@ -799,7 +799,7 @@ def test_liger_kernels_that_cannot_be_used_are_refused(tmp_path, liger, monkeypa
 
 
 @pytest.mark.parametrize("metric, greater", [("eval_plan_bpd", False), ("ppl", False), ("accuracy", True)])
-def test_a_metric_that_is_a_bound_is_better_when_lower(metric, greater):
+def test_lower_is_better_for_metrics_of_the_bound(metric, greater):
     settings = {"metric_for_best_model": metric, "use_cpu": True, "output_dir": "x"}
     assert HierBD3LMTrainingArguments(**settings).greater_is_better is greater
     assert HierBD3LMTrainingArguments(**settings, greater_is_better=True).greater_is_better is True
@@ -836,7 +836,7 @@ trainer.accelerator.end_training()
 
 
 def launch_two_processes(folder, settings):
-    """On the CPU, with gloo: `accelerate launch --cpu` starts a single process."""
+    """Launch two processes on the CPU with gloo. `accelerate launch --cpu` would start a single process."""
     script = folder / "script.py"
     script.write_text(DISTRIBUTED_SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -851,9 +851,9 @@ def launch_two_processes(folder, settings):
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_measure_as_one_with_twice_the_batch(tmp_path):
+def test_two_processes_equal_one_with_twice_the_batch_size(tmp_path):
     model = seeded_model(block_size=1)
-    # one length for all, so that one process and two see the examples in the same order
+    # the same length for all, so that one and two processes see the examples in the same order
     train = make_dataset(12, model.config).map(lambda row: {"length": 1})
     held_out = make_dataset(7, model.config, seed=1)  # the last batch is not full
     model.save_pretrained(tmp_path / "model")
