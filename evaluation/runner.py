@@ -183,43 +183,40 @@ def with_given_plans(dataset: Dataset, source: str, num_samples: int = 1) -> Dat
             raise ValueError(f"`dataset` must have the column plan, but has {', '.join(dataset.column_names)}")
         plans = [[plan] if plan else [] for plan in dataset["plan"]]
     else:
-        plans_of = read_plans(Path(source))
+        plans_of: dict[str, list[str]] = {}
+        for question, plan in read_texts(Path(source), "question", "plan"):
+            plans_of.setdefault(question, []).append(plan)
         plans = [plans_of.get(question, []) for question in dataset["question"]]
     for row, given in enumerate(plans):
         if len(given) not in (1, num_samples):
             accepted = "1" if num_samples == 1 else f"1 or num_samples={num_samples}"
             raise ValueError(
-                f"row {row}: `given_plan` must have {accepted} plans for the question, but {source!r} has {len(given)}"
+                f"row {row}: `given_plan` must have {accepted} plan(s) per question, but {source!r} has {len(given)}"
             )
     return dataset.add_column("given_plans", plans)
 
 
-def read_plans(path: Path) -> dict[str, list[str]]:
-    """Read a JSON lines file and return the plans of each question, in the order of the file.
+def read_texts(path: Path, *names: str) -> list[tuple[str, ...]]:
+    """Read the texts with the given names from each line of a JSON lines file.
 
     Raises:
-        ValueError: for a line that is not a JSON object with the texts `question` and `plan`; the message has the
-            line number.
+        ValueError: for a line that is not a JSON object with these texts; the message has the line number.
     """
-    plans: dict[str, list[str]] = {}
+    rows = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                question, plan = _read_plan(line)
+                fields = json.loads(line)
+                texts = tuple(fields[name] for name in names)
+                if not all(isinstance(text, str) for text in texts):
+                    raise TypeError(f"{names} must be texts, but got {texts}")
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"line {number} of {path} must be JSON with the texts `question` and `plan`, but got {line[:80]!r}"
+                    f"line {number} of {path} must be JSON with `{'` and `'.join(names)}` as text, but got "
+                    f"{line[:80]!r}"
                 ) from error
-            plans.setdefault(question, []).append(plan)
-    return plans
-
-
-def _read_plan(line: str) -> tuple[str, str]:
-    row = json.loads(line)
-    question, plan = row["question"], row["plan"]
-    if not isinstance(question, str) or not isinstance(plan, str):
-        raise TypeError(f"`question` and `plan` must be texts, but got {question!r} and {plan!r}")
-    return question, plan
+            rows.append(texts)
+    return rows
 
 
 def read_problems(

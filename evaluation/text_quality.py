@@ -7,7 +7,6 @@ tokenizer the sampled model has.
 
 import json
 import math
-import os
 import random
 import sys
 from collections import Counter
@@ -25,12 +24,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from ..data import run_folder
 from ..data.arguments import check_at_least
-from ..data.collator import collate_questions, empty_question
-from ..generation_hierbd3lm import HierBD3LMGenerationOutput, segment_limits
+from ..data.collator import empty_question
+from ..generation_hierbd3lm import segment_limits
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
 from .checkpoints import default_device
-from .runner import check_samples, checksum_of_weights, decode, load_model
+from .runner import (
+    Prompt,
+    Written,
+    check_samples,
+    checksum_of_weights,
+    decode,
+    generate_batch,
+    load_model,
+    read_texts,
+)
 
 SAMPLES_FILE, SETTINGS_FILE, METRICS_SUFFIX = "samples.jsonl", "settings.json", ".metrics.json"
 NGRAM_SIZES = (1, 2, 3)
@@ -41,12 +49,9 @@ class SampleArguments:
     """Arguments for the samples, or the model to sample from, and the scorer."""
 
     scorer: str = field(metadata={"help": "Folder or Hub id of an autoregressive model, such as gpt2-large."})
-    samples: str | None = field(
-        default=None, metadata={"help": "A .jsonl file of samples, to evaluate in place of samples of `model`."}
-    )
+    samples: str | None = field(default=None, metadata={"help": "A .jsonl file of samples, instead of `model`."})
     model: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of a hierbd3lm checkpoint to sample from, with an empty question."},
+        default=None, metadata={"help": "Folder of a hierbd3lm checkpoint to sample from, with an empty question."}
     )
     num_samples: int | None = field(default=None, metadata={"help": "Number of samples to draw from `model`."})
     settings: dict[str, Any] | str | None = field(
@@ -55,18 +60,15 @@ class SampleArguments:
     )
     seed: int = field(default=0, metadata={"help": "Random seed of sampling; the seed of each batch derives from it."})
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the samples of `model`. If omitted, `samples` in `model`."}
+        default=None, metadata={"help": "Folder of the samples of `model`; defaults to `samples` in `model`."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Overwrite existing samples in `output_dir`."})
     text_field: str = field(default="text", metadata={"help": "Key of the text in a line of the samples."})
     context: int | None = field(
-        default=None,
-        metadata={"help": "Maximum number of tokens that the scorer reads at once. If omitted, the scorer's maximum."},
+        default=None, metadata={"help": "Maximum number of tokens that the scorer reads at once; default: its limit."}
     )
     batch_size: int = field(default=8, metadata={"help": "Batch size of sampling and of scoring."})
-    device: str | None = field(
-        default=None, metadata={"help": "Device, such as `cpu` or `cuda:0`. If omitted, a GPU if one is available."}
-    )
+    device: str | None = field(default=None, metadata={"help": "Device, such as `cuda:0`; defaults to a GPU, if any."})
 
     def __post_init__(self):
         if (self.samples is None) == (self.model is None) or (self.model is None) != (self.num_samples is None):
@@ -100,7 +102,9 @@ def main() -> None:
 
 def evaluate_samples(args: SampleArguments, path: Path) -> dict[str, Any]:
     """Compute the metrics of a file of samples (see [`text_metrics`]), and write them to [`metrics_path`]."""
-    texts = read_texts(path, args.text_field)
+    texts = [text for (text,) in read_texts(path, args.text_field)]
+    if not texts:
+        raise ValueError(f"`samples` must hold at least one text, but {path} is empty")
     scorer = AutoModelForCausalLM.from_pretrained(args.scorer).to(args.device).eval()
     context = args.context or getattr(scorer.config, "max_position_embeddings", None)
     tokenizer = AutoTokenizer.from_pretrained(args.scorer)
@@ -209,21 +213,6 @@ def distinct_ngrams(sequences: Iterable[Sequence[int]], size: int) -> float | No
     return len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
-def read_texts(path: str | os.PathLike, text_field: str = "text") -> list[str]:
-    """Read the texts of a JSON lines file.
-
-    Raises:
-        ValueError: if the file is empty, or a line is not a JSON object with a text; the message has the line number.
-    """
-    with Path(path).open(encoding="utf-8") as lines:
-        texts = [
-            _read_text(line, text_field, f"line {number} of {path}") for number, line in enumerate(lines, start=1)
-        ]
-    if not texts:
-        raise ValueError(f"`samples` must hold at least one text, but {path} is empty")
-    return texts
-
-
 def format_metrics(metrics: dict[str, Any]) -> str:
     """Format the metrics as a table."""
     decimals = {"generative_perplexity": 2, "nll": 4, "entropy": 4, "entropy_standard_error": 4}
@@ -235,16 +224,6 @@ def format_metrics(metrics: dict[str, Any]) -> str:
         elif name.startswith("num_"):
             lines.append((name.removeprefix("num_"), f"{value:,}"))
     return "\n".join(f"{name.replace('_', ' '):<26}{value:>12}" for name, value in lines)
-
-
-def _read_text(line: str, text_field: str, place: str) -> str:
-    try:
-        text = json.loads(line)[text_field]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{place} must be JSON with `{text_field}`, but got {line[:80]!r}") from error
-    if not isinstance(text, str):
-        raise ValueError(f"{place} must have a text as `{text_field}`, but got {text!r}")
-    return text
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
@@ -329,42 +308,30 @@ def draw_samples(
             batch_settings = resolve_settings(settings, {"seed": seeds.getrandbits(62)})
             # An incomplete batch is drawn again as a whole, as its rows depend on the same random generator.
             if len(log.records) < stop:
-                samples = _draw_batch(model, tokenizer, stop - start, batch_settings)
-                numbered = [{"index": start + row, **sample} for row, sample in enumerate(samples)]
-                log.append(*numbered[len(log.records) - start :])
+                samples = generate_unconditional(model, tokenizer, stop - start, batch_settings)
+                lines = [_sample_line(index, written, tokenizer) for index, written in enumerate(samples, start)]
+                log.append(*lines[len(log.records) - start :])
             progress.update(stop - start)
         return log.records
 
 
-def _draw_batch(
-    model: HierBD3LMForBlockDiffusion,
-    tokenizer: PreTrainedTokenizerBase,
-    num_samples: int,
-    settings: HierBD3LMGenerationConfig,
-) -> list[dict[str, Any]]:
-    output = generate_unconditional(model, tokenizer, num_samples, settings)
-    pad, names = model.config.pad_token_id, ("finished", "num_forward_passes", "tokens_per_forward")
-    plans, executions, *others = (getattr(output, name).tolist() for name in ("plan", "execution", *names))
-    samples = []
-    for plan, execution, *values in zip(plans, executions, *others, strict=True):
-        plan, execution = ([token for token in ids if token != pad] for ids in (plan, execution))
-        parts = {"text": plan + execution, "plan": plan, "execution": execution}
-        texts = {name: decode(ids, tokenizer) for name, ids in parts.items()}
-        samples.append(texts | dict(zip(names, values, strict=True)))
-    return samples
-
-
-@torch.no_grad()
 def generate_unconditional(
     model: HierBD3LMForBlockDiffusion,
     tokenizer: PreTrainedTokenizerBase,
     num_samples: int,
     settings: HierBD3LMGenerationConfig,
-) -> HierBD3LMGenerationOutput:
+) -> list[Written]:
     """Generate `num_samples` texts from an empty question."""
-    prompt = collate_questions([empty_question(tokenizer)] * num_samples, model.config.pad_token_id)
-    prompt = {name: ids.to(model.device) for name, ids in prompt.items()}
-    return model.generate(**prompt, generation_config=settings)
+    question = empty_question(tokenizer)
+    return generate_batch(model, [Prompt(index, question, None, []) for index in range(num_samples)], settings)
+
+
+def _sample_line(index: int, written: Written, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    parts = {"text": written.plan_ids + written.execution_ids}
+    parts |= {"plan": written.plan_ids, "execution": written.execution_ids}
+    texts = {name: decode(ids, tokenizer) for name, ids in parts.items()}
+    costs = ("finished", "num_forward_passes", "tokens_per_forward")
+    return {"index": index, **texts, **{name: getattr(written, name) for name in costs}}
 
 
 if __name__ == "__main__":

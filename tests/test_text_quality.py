@@ -10,18 +10,18 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hierbd3lm.evaluation import text_quality
+from hierbd3lm.evaluation.runner import Written, read_texts
 from hierbd3lm.evaluation.text_quality import (
     SampleArguments,
     distinct_ngrams,
     draw_samples,
+    evaluate_samples,
     generate_unconditional,
     nll_of_sequences,
-    read_texts,
     sample_checkpoint,
     text_metrics,
     unigram_entropy,
 )
-from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationOutput
 from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
 
 from .tiny import make_model
@@ -156,15 +156,16 @@ def test_empty_texts_have_no_metrics(scorer):
 
 def test_texts_with_line_separators_are_read_as_one_line(tmp_path):
     texts = ["one\ntwo", "\u2028\x85", ""]
-    assert read_texts(write_lines(tmp_path / "samples.jsonl", [{"text": text} for text in texts])) == texts
-    assert read_texts(write_lines(tmp_path / "other.jsonl", [{"execution": "a", "text": "b"}]), "execution") == ["a"]
+    path = write_lines(tmp_path / "samples.jsonl", [{"text": text, "execution": "a"} for text in texts])
+    assert read_texts(path, "text") == [(text,) for text in texts]
+    assert read_texts(path, "execution", "text") == [("a", text) for text in texts]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a"}\n{"txt": "b"}\n', "line 2 of .* must be JSON with `text`"),
-        ('{"text": 3}\n', "line 1 of .* must have a text as `text`, but got 3"),
+        ('{"text": "a"}\n{"txt": "b"}\n', "line 2 of .* must be JSON with `text` as text, but got"),
+        ('{"text": 3}\n', 'line 1 of .* must be JSON with `text` as text, but got \'{"text": 3}'),
         ("plain\n", "line 1 of .* must be JSON"),
         ("", "must hold at least one text"),
     ],
@@ -173,7 +174,7 @@ def test_an_invalid_file_of_samples_is_refused(tmp_path, content, message):
     path = tmp_path / "samples.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_texts(path)
+        evaluate_samples(SampleArguments(scorer="none", samples=str(path)), path)
 
 
 @pytest.mark.parametrize(
@@ -253,16 +254,9 @@ def test_the_given_number_of_samples_is_drawn(arguments):
 
 
 def test_the_text_of_a_sample_is_its_plan_and_execution(model, tmp_path, monkeypatch):
-    tokenizer, pad = make_tokenizer(), [model.config.pad_token_id]
-    plans, executions = [["ab", "c"], ["xyz", "defg"]]
-    ids = [[tokenizer(text)["input_ids"] for text in texts] for texts in (plans, executions)]
-    written = HierBD3LMGenerationOutput(
-        plan=torch.tensor([ids[0][0], ids[0][1] + pad]),
-        execution=torch.tensor([ids[1][0] + pad, ids[1][1]]),
-        finished=torch.tensor([True, False]),
-        num_forward_passes=torch.tensor([3, 4]),
-        tokens_per_forward=torch.tensor([2.0, 1.5]),
-    )
+    tokenizer = make_tokenizer()
+    ids = [tokenizer(text)["input_ids"] for text in ("ab", "xyz", "c", "defg")]
+    written = [Written(ids[0], ids[1], True, 3, 2.0), Written(ids[2], ids[3], False, 4, 1.5)]
     monkeypatch.setattr(text_quality, "generate_unconditional", lambda *args: written)
     settings = HierBD3LMGenerationConfig(temperature=1.0, seed=0)
     assert draw_samples(model, tokenizer, 2, settings, tmp_path / "samples.jsonl") == [
@@ -313,7 +307,7 @@ def test_a_model_without_a_plan_generates_none(algorithm):
     sizes = {} if algorithm in ("hier", "bd3lm") else {"block_size": None}
     model = make_model(algorithm=algorithm, plan_len=0, **sizes)
     settings = HierBD3LMGenerationConfig(sampler="first_hitting", temperature=1.0, seed=0)
-    output = generate_unconditional(model, make_tokenizer(), 24, settings)
+    output = model.generate(torch.zeros(24, 0, dtype=torch.long), generation_config=settings)
     assert torch.equal(output.finished, (output.sequences == model.config.end_token_id).any(dim=1))
     assert output.finished.any() and not output.finished.all()
     assert (output.sequences[:, 0] == model.config.execution_token_id).all()
@@ -322,10 +316,12 @@ def test_a_model_without_a_plan_generates_none(algorithm):
 
 
 def test_unconditional_samples_are_those_of_generate(model):
-    settings = HierBD3LMGenerationConfig(temperature=1.0, seed=0)
-    output = generate_unconditional(model, make_tokenizer(), 2, settings)
+    settings, pad = HierBD3LMGenerationConfig(temperature=1.0, seed=0), model.config.pad_token_id
     expected = model.generate(torch.zeros(2, 0, dtype=torch.long), generation_config=settings)
-    assert torch.equal(output.sequences, expected.sequences)
+    for row, written in enumerate(generate_unconditional(model, make_tokenizer(), 2, settings)):
+        for segment in ("plan", "execution"):
+            tokens = getattr(expected, segment)[row]
+            assert getattr(written, f"{segment}_ids") == tokens[tokens != pad].tolist()
 
 
 def test_the_command_samples_and_evaluates(scorer, checkpoint, tmp_path, monkeypatch, capsys):
