@@ -21,7 +21,8 @@ from hierbd3lm.configuration_hierbd3lm import (
 )
 from hierbd3lm.data.collator import SEGMENTS, HierarchicalDataCollator
 from hierbd3lm.data.splits import SYNTHETIC, DataArguments, encode_split, load_counted_split, training_splits
-from hierbd3lm.data.synthetic.problems import SyntheticConfig, vocabulary_texts
+from hierbd3lm.data.synthetic.config import SyntheticConfig
+from hierbd3lm.data.synthetic.wording import vocabulary_texts
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.trainer import HierBD3LMTrainer

@@ -13,7 +13,8 @@ from .arguments import check_at_least
 from .gsm8k.near_duplicates import NEAR_DUPLICATE, highest_similarities
 from .gsm8k.problems import HUB_IDS, load_gsm8k_rows
 from .loading import load_documents, load_reasoning_dataset, prepare_dataset
-from .synthetic.problems import HASH_SPLITS, SyntheticConfig, generate_dataset
+from .synthetic.config import HASH_SPLITS, SyntheticConfig
+from .synthetic.problems import generate_dataset
 from .text.detokenization import RULES
 from .text.rows import TEXT, prepare_text
 

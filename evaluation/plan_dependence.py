@@ -24,8 +24,8 @@ from ..data.gsm8k.answers import cut_at_stops, match_strict
 from ..data.loading import prepare_dataset
 from ..data.steps import read_steps
 from ..data.synthetic.checks import FOLLOWED, check_execution
+from ..data.synthetic.config import SyntheticConfig
 from ..data.synthetic.plan_swaps import ChangedPlan, change_plan, exchange_plans
-from ..data.synthetic.problems import SyntheticConfig
 from ..generation_hierbd3lm import resolve_settings
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from .checkpoints import CheckpointArguments, load_examples, versions

@@ -18,7 +18,8 @@ from hierbd3lm import eval_gsm8k
 from hierbd3lm.configuration_hierbd3lm import special_token_ids
 from hierbd3lm.data.gsm8k.answers import wilson_interval
 from hierbd3lm.data.splits import DataArguments, load_split
-from hierbd3lm.data.synthetic.problems import SyntheticConfig, vocabulary_texts
+from hierbd3lm.data.synthetic.config import SyntheticConfig
+from hierbd3lm.data.synthetic.wording import vocabulary_texts
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.eval_gsm8k import EvaluationArguments, evaluate, parse_arguments
 from hierbd3lm.evaluation import checkpoints

@@ -18,7 +18,7 @@ from transformers import AutoModel, Qwen2Config, Qwen3Config
 from hierbd3lm import eval_gsm8k, train
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.data.splits import DataArguments
-from hierbd3lm.data.synthetic.problems import SyntheticConfig
+from hierbd3lm.data.synthetic.config import SyntheticConfig
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.training.lora import check_adapter
 

@@ -14,7 +14,7 @@ from itertools import zip_longest
 from operator import add, mul, sub
 
 from ..steps import read_steps
-from .problems import PHRASINGS
+from .vocabulary import PHRASINGS
 
 OPERATIONS = {"+": add, "-": sub, "*": mul}
 COMMUTATIVE = ("+", "*")
