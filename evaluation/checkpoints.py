@@ -1,58 +1,33 @@
-"""Which checkpoint is evaluated on which examples: what every command line of evaluation asks for."""
+"""The checkpoint that is evaluated, its examples, and what describes a run over both."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .. import __version__
-from ..data.arguments import check_at_least
-from ..data.splits import FILE_NAME, SYNTHETIC, DataArguments, load_split
+from ..data import run_folder
+from ..data.arguments import FILE_NAME, SYNTHETIC, DataArguments
+from ..data.splits import load_split
 from ..data.text.sets import TEXT_SETS
+from ..generation_hierbd3lm import HierBD3LMGenerationConfig
+from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from ..training.lora import is_adapter, load_adapter, load_tokenizer
+from .arguments import NUM_SYNTHETIC, CheckpointArguments
 
 logger = logging.get_logger(__name__)
 
-NUM_SYNTHETIC = 300  # problems, unless `--limit` says otherwise
 
-
-@dataclass
-class CheckpointArguments:
-    """What is evaluated, on what and where."""
-
-    model: str = field(metadata={"help": "Folder or id of a checkpoint or an adapter, with its tokenizer."})
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "`synthetic`, `gsm8k`, a .json, .jsonl or .txt file, a folder, a dataset on the Hub, or a set of "
-            f"plain text: {', '.join(TEXT_SETS)}; what the checkpoint was trained on if omitted."
-        },
-    )
-    split: str = field(
-        default="test",
-        metadata={
-            "help": "train, validation or test; ood_longer and ood_wider too for `synthetic`. A file is `test`."
-        },
-    )
-    limit: int | None = field(
-        default=None,
-        metadata={"help": f"The first so many examples; if omitted, all, or {NUM_SYNTHETIC} for `synthetic`."},
-    )
-    batch_size: int = field(default=32, metadata={"help": "Examples that go through the model together."})
-    device: str | None = field(default=None, metadata={"help": "Such as `cpu` or `cuda:0`; a GPU if there is one."})
-
-    def __post_init__(self):
-        for name in ("limit", "batch_size"):
-            check_at_least(name, getattr(self, name), 1)
-        if self.device is None:
-            self.device = default_device()
-
-
-def default_device() -> str:
-    """A GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def load_model(path: str, device: str) -> tuple[HierBD3LMForBlockDiffusion, PreTrainedTokenizerBase]:
+    """A checkpoint, or an adapter merged into its base, on its device, with its tokenizer."""
+    if is_adapter(path):
+        return load_adapter(path, device)
+    return HierBD3LMForBlockDiffusion.from_pretrained(path).to(device).eval(), load_tokenizer(path)
 
 
 def load_examples(args: CheckpointArguments, text_column: str | None = None) -> tuple[DataArguments, Dataset]:
@@ -95,3 +70,36 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
+
+
+def checksum_of_weights(model: torch.nn.Module) -> int:
+    """Sum of all bytes of the weights: another checkpoint in the same folder is another run."""
+    tensors = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in model.state_dict().values()]
+    return sum(int(tensor.sum(dtype=torch.int64)) for tensor in tensors)
+
+
+def describe_run(
+    args: CheckpointArguments, data_args: DataArguments, dataset: Dataset, model: HierBD3LMForBlockDiffusion
+) -> dict[str, Any]:
+    """What decides on a run over a checkpoint's answers, beside the settings that a command has of its own."""
+    return {
+        "data": asdict(data_args),
+        "split": args.split,
+        "num_examples": len(dataset),
+        "hash_of_data": hash_of_data(dataset),
+        "checksum_of_weights": checksum_of_weights(model),
+        "batch_size": args.batch_size,
+        "device": str(model.device),
+    }
+
+
+def settings_of(settings: HierBD3LMGenerationConfig) -> dict[str, Any]:
+    """The generation settings alone, as JSON takes them."""
+    return {
+        name: value for name, value in settings.to_dict().items() if name[0] != "_" and name != "transformers_version"
+    }
+
+
+def hash_of_data(dataset: Dataset) -> str:
+    """Hash of all that a dataset's columns hold: another file in the same place is another run."""
+    return run_folder.hash_of(dataset.to_dict())

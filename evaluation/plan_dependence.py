@@ -1,4 +1,4 @@
-"""Whether the execution depends on the plan: `python -m hierbd3lm.evaluation.plan_dependence --model DIR`.
+"""Measurement of how much the execution depends on the plan.
 
 The same problems are executed under plans of several sources. A folder is written: a subfolder per source (see
 runner.py), `swaps.jsonl` with a line per changed plan, `analysis.json`, `analysis.md` and `analysis.png`.
@@ -6,20 +6,18 @@ runner.py), `swaps.jsonl` with a line per changed plan, `analysis.json`, `analys
 
 import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data import run_folder
-from ..data.arguments import check_at_least
 from ..data.gsm8k.answers import cut_at_stops, match_strict
 from ..data.loading import prepare_dataset
 from ..data.steps import read_steps
@@ -28,56 +26,59 @@ from ..data.synthetic.config import SyntheticConfig
 from ..data.synthetic.plan_swaps import ChangedPlan, change_plan, exchange_plans
 from ..generation_hierbd3lm import resolve_settings
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from .checkpoints import CheckpointArguments, load_examples, versions
+from .arguments import AnalysisArguments
+from .checkpoints import describe_run, load_examples, load_model, settings_of, versions
 from .likelihood import measure_likelihood
-from .runner import (
-    PREDICTIONS_FILE,
-    SETTINGS_FILE,
-    describe_run,
-    load_model,
-    predict,
-    rate,
-    settings_of,
+from .plan_dependence_report import (
+    CHANGED,
+    EMPTY,
+    FIGURE_FILE,
+    ORACLE,
+    OTHER,
+    OWN,
+    SOURCES,
+    SWAP_OUTCOMES,
+    draw,
+    figure_class,
+    format_page,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from .runner import PREDICTIONS_FILE, SETTINGS_FILE, predict
+from .scoring import rate
 
 logger = logging.get_logger(__name__)
 
-OWN, ORACLE, OTHER, EMPTY, CHANGED = "own", "oracle", "other", "empty", "changed"
-SOURCES = {
-    OWN: "the model's own plan",
-    ORACLE: "the reference plan",
-    OTHER: "another problem's plan",
-    EMPTY: "a plan of no steps",
-    CHANGED: "the reference plan, one step changed",
-}
 CHECKED = (OWN, ORACLE, CHANGED)  # another problem's plan names people that this one does not know
 MEASURED = (ORACLE, OTHER, EMPTY)  # plans under which the likelihood of the reference execution is measured
-SWAP_OUTCOMES = {
-    "swap_follows_step": "carries out the changed step",
-    "swap_reaches_answer": "gives the changed plan's answer",
-    "swap_ignores_change": "gives the original answer",
-}
-ANALYSIS_FILE, TABLE_FILE, FIGURE_FILE, SWAPS_FILE = "analysis.json", "analysis.md", "analysis.png", "swaps.jsonl"
-INK, COLOUR, SWAP_COLOUR = "#22303c", "#2b5f94", "#e9853b"
+ANALYSIS_FILE, TABLE_FILE, SWAPS_FILE = "analysis.json", "analysis.md", "swaps.jsonl"
 
 
-@dataclass
-class AnalysisArguments(CheckpointArguments):
-    """What is analysed, and how. Generation settings are the checkpoint's."""
-
-    output_dir: str | None = field(default=None, metadata={"help": "Folder of the results; `analysis` in `model`."})
-    overwrite: bool = field(default=False, metadata={"help": "Throws away the results that `output_dir` holds."})
-    num_draws: int = field(default=8, metadata={"help": "Draws of the noise that a likelihood averages over; >= 1."})
-    seed: int = field(default=0, metadata={"help": "Of exchanged and changed plans, generation and noise."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_at_least("num_draws", self.num_draws, 1)
-        if self.output_dir is None:
-            self.output_dir = str(Path(self.model, "analysis"))
+def analyse_checkpoint(args: AnalysisArguments) -> dict[str, Any]:
+    """Analyses a checkpoint, or goes on with that; returns what `analysis.json` has."""
+    figure_class()  # missed now, not after the work
+    model, tokenizer = load_model(args.model, args.device)
+    data_args, dataset = load_examples(args)
+    settings = describe_run(args, data_args, dataset, model) | {
+        "num_draws": args.num_draws,
+        "seed": args.seed,
+        "settings": settings_of(model.generation_config),
+    }
+    files = [
+        *(f"{source}/{PREDICTIONS_FILE}" for source in SOURCES),
+        ANALYSIS_FILE,
+        TABLE_FILE,
+        FIGURE_FILE,
+        SWAPS_FILE,
+    ]
+    folder = Path(args.output_dir)
+    run_folder.start_run(folder, settings, SETTINGS_FILE, files, args.overwrite)
+    max_value = SyntheticConfig(**data_args.synthetic).max_value
+    metrics = analyse(model, tokenizer, dataset, folder, max_value, args.batch_size, args.num_draws, args.seed)
+    result = metrics | {"model": args.model, "dataset": data_args.dataset, "split": args.split, **settings}
+    result |= {"algorithm": model.config.algorithm, "versions": versions()}
+    run_folder.write_json(folder / ANALYSIS_FILE, result)
+    run_folder.replace(folder / TABLE_FILE, format_page(result).encode())
+    draw(result, folder / FIGURE_FILE)
+    return result
 
 
 def analyse(
@@ -290,134 +291,3 @@ def _rate_outcomes(swaps: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for name in SWAP_OUTCOMES if swaps else ():
         metrics |= rate(name, [swap[name.removeprefix("swap_")] for swap in swaps])
     return metrics
-
-
-# What people read
-
-
-def format_tables(metrics: dict[str, Any]) -> str:
-    """The metrics as Markdown: what the executions under each source's plans are like, and what a change does."""
-    lines = ["| plan | exact match | agreement | steps carried out | execution NLL |", "|---" * 5 + "|"]
-    for source, meaning in SOURCES.items():
-        if f"{source}_n" in metrics:
-            names = ("exact_match", "agreement", "step_agreement")
-            cells = [format_rate(metrics, f"{source}_{name}") for name in names]
-            nll = metrics.get(f"{source}_execution_nll")
-            lines.append(f"| {meaning} | {' | '.join(cells)} | {'' if nll is None else f'{nll:.4f}'} |")
-    if "swap_n" in metrics:
-        columns = {"all": metrics, **metrics["swap_kinds"]}
-        heads = [f"{kind} ({rates['swap_n']})" for kind, rates in columns.items()]
-        lines += ["", f"| what was changed (problems): | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-        for name, meaning in SWAP_OUTCOMES.items():
-            cells = [format_rate(rates, name) for rates in columns.values()]
-            lines.append(f"| the execution {meaning} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def format_rate(metrics: dict[str, Any], name: str) -> str:
-    """A rate in per cent with its interval; nothing where it was not measured."""
-    if name not in metrics:
-        return ""
-    low, high = metrics[f"{name}_interval"]
-    return f"{100 * metrics[name]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def format_page(result: dict[str, Any]) -> str:
-    """`analysis.md`."""
-    notes = [
-        f"{result['own_n']} problems of {result['dataset']}, {result['split']}; seed {result['seed']}; brackets are "
-        f"95 % intervals. The NLL is of the reference execution, in nats per token; for all but `ar` it is a bound.",
-    ]
-    if "swap_n" in result:
-        notes.append(
-            f"Under the changed plan, exact match is of the answer that this plan has; no change of "
-            f"{result['num_without_change']} problems has another answer in the range of values. The second table is "
-            f"of the problems that are right under the reference plan."
-        )
-    figure = f"![Exact match under each plan, and what a changed plan does]({FIGURE_FILE})"
-    return "\n\n".join([f"# {result['model']}: does the plan matter?", *notes, format_tables(result), figure]) + "\n"
-
-
-def draw(metrics: dict[str, Any], path: Path) -> None:
-    """Bars of the rates with their intervals, into an image file."""
-    figure = figure_class()(figsize=(9, 3.4), facecolor="white", layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[len(SOURCES), len(SWAP_OUTCOMES)], sharey=True)
-    exact_match = {source: f"{source}_exact_match" for source in SOURCES if f"{source}_n" in metrics}
-    draw_rates(left, metrics, {f"{source} plan": name for source, name in exact_match.items()}, COLOUR)
-    left.set_title("exact match (changed plan: with its own answer)", fontsize=11, color=INK)
-    outcomes = {name.removeprefix("swap_").replace("_", "\n"): name for name in SWAP_OUTCOMES if name in metrics}
-    draw_rates(right, metrics, outcomes, SWAP_COLOUR)
-    right.set_title("under the changed plan", fontsize=11, color=INK)
-    figure.savefig(path, dpi=150)
-
-
-def draw_rates(axes: "Axes", metrics: dict[str, Any], names: dict[str, str], colour: str) -> None:
-    """A bar for each named rate with its interval, as a percentage; `names` are by what stands below the bar."""
-    values = [100 * metrics[name] for name in names.values()]
-    intervals = [[100 * end for end in metrics[f"{name}_interval"]] for name in names.values()]
-    # At a rate of 0 or 1 the interval may miss the rate by a rounding, and matplotlib takes no negative lengths.
-    below = [max(0.0, value - low) for value, (low, _) in zip(values, intervals, strict=True)]
-    above = [max(0.0, high - value) for value, (_, high) in zip(values, intervals, strict=True)]
-    labels = [label.replace(" ", "\n") for label in names]
-    axes.bar(labels, values, yerr=[below, above], color=colour, ecolor=INK, capsize=3, width=0.65)
-    axes.set_ylim(0, 105)
-    axes.yaxis.set_major_formatter("{x:.0f} %")
-    axes.tick_params(length=0, labelsize=10, labelcolor=INK)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-
-
-def figure_class() -> type:
-    """matplotlib's `Figure`.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing the analysis needs matplotlib: run `pip install 'hierbd3lm[dev]'`") from error
-    return Figure
-
-
-# The command line
-
-
-def main() -> None:
-    """Parses, analyses, prints."""
-    args = HfArgumentParser(AnalysisArguments).parse_args_into_dataclasses(sys.argv[1:])[0]
-    result = run(args)
-    print(f"{args.model} on {result['dataset']}, {args.split} ({args.output_dir}/{ANALYSIS_FILE})")
-    print(format_tables(result))
-
-
-def run(args: AnalysisArguments) -> dict[str, Any]:
-    """Analyses a checkpoint, or goes on with that; returns what `analysis.json` has."""
-    figure_class()  # missed now, not after the work
-    model, tokenizer = load_model(args.model, args.device)
-    data_args, dataset = load_examples(args)
-    settings = describe_run(args, data_args, dataset, model) | {
-        "num_draws": args.num_draws,
-        "seed": args.seed,
-        "settings": settings_of(model.generation_config),
-    }
-    files = [
-        *(f"{source}/{PREDICTIONS_FILE}" for source in SOURCES),
-        ANALYSIS_FILE,
-        TABLE_FILE,
-        FIGURE_FILE,
-        SWAPS_FILE,
-    ]
-    folder = Path(args.output_dir)
-    run_folder.start_run(folder, settings, SETTINGS_FILE, files, args.overwrite)
-    max_value = SyntheticConfig(**data_args.synthetic).max_value
-    metrics = analyse(model, tokenizer, dataset, folder, max_value, args.batch_size, args.num_draws, args.seed)
-    result = metrics | {"model": args.model, "dataset": data_args.dataset, "split": args.split, **settings}
-    result |= {"algorithm": model.config.algorithm, "versions": versions()}
-    run_folder.write_json(folder / ANALYSIS_FILE, result)
-    run_folder.replace(folder / TABLE_FILE, format_page(result).encode())
-    draw(result, folder / FIGURE_FILE)
-    return result
-
-
-if __name__ == "__main__":
-    main()

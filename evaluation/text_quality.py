@@ -1,4 +1,4 @@
-"""How texts that a model writes from nothing are judged: `python -m hierbd3lm.evaluation.text_quality --help`.
+"""The quality of texts that a model writes from nothing.
 
 Generative perplexity is that of the texts under another, autoregressive model, the scorer. Repeating itself lowers it,
 so that the texts' entropy and their distinct n-grams stand beside it. All three count the scorer's tokens, whatever
@@ -9,10 +9,8 @@ import json
 import math
 import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data import run_folder
 from ..data.arguments import check_at_least
@@ -33,67 +31,12 @@ from ..generation_hierbd3lm import (
     segment_limits,
 )
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from .checkpoints import default_device
-from .runner import check_samples, checksum_of_weights, decode, load_model
+from .arguments import SampleArguments
+from .checkpoints import checksum_of_weights, load_model
+from .runner import check_samples, decode
 
 SAMPLES_FILE, SETTINGS_FILE, METRICS_SUFFIX = "samples.jsonl", "settings.json", ".metrics.json"
 NGRAM_SIZES = (1, 2, 3)
-
-
-@dataclass
-class SampleArguments:
-    """Which texts are judged, or which model writes them first, and who scores them."""
-
-    scorer: str = field(metadata={"help": "Folder or id of the autoregressive model, such as gpt2-large."})
-    samples: str | None = field(default=None, metadata={"help": "A .jsonl file of texts; in place of `model`."})
-    model: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint of ours, which writes texts from an empty question."}
-    )
-    num_samples: int | None = field(default=None, metadata={"help": "Texts that `model` writes."})
-    settings: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Generation settings of `model`, as JSON; those of the checkpoint where they are omitted."},
-    )
-    seed: int = field(default=0, metadata={"help": "Of what `model` writes; each batch's seed follows from it."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of what `model` writes; `samples` in it if omitted."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Throws away the texts that `output_dir` holds."})
-    text_field: str = field(default="text", metadata={"help": "Key of the text in a line of the samples."})
-    context: int | None = field(
-        default=None, metadata={"help": "Most tokens that the scorer reads at once; what it can if omitted."}
-    )
-    batch_size: int = field(default=8, metadata={"help": "Texts that are written, or scored, together."})
-    device: str | None = field(default=None, metadata={"help": "Such as `cpu` or `cuda:0`; a GPU if there is one."})
-
-    def __post_init__(self):
-        if (self.samples is None) == (self.model is None) or (self.model is None) != (self.num_samples is None):
-            raise ValueError(
-                f"`samples`, or `model` with `num_samples`, must be given, but got samples={self.samples!r}, "
-                f"model={self.model!r}, num_samples={self.num_samples!r}"
-            )
-        for name, low in (("num_samples", 1), ("batch_size", 1), ("context", 2)):
-            check_at_least(name, getattr(self, name), low)
-        if isinstance(self.settings, str):
-            self.settings = json.loads(self.settings)
-        if self.model is not None and self.output_dir is None:
-            self.output_dir = str(Path(self.model, "samples"))
-        if self.device is None:
-            self.device = default_device()
-
-
-def parse_arguments(argv: list[str]) -> SampleArguments:
-    """Reads `--scorer DIR` with `--samples FILE` or `--model DIR --num_samples N`, and `[--setting value ...]`."""
-    return HfArgumentParser(SampleArguments).parse_args_into_dataclasses(argv)[0]
-
-
-def main() -> None:
-    """Parses, draws if a model is given, measures, prints."""
-    args = parse_arguments(sys.argv[1:])
-    path = Path(args.samples) if args.model is None else draw(args)
-    metrics = measure(args, path)
-    print(f"{path} under {args.scorer} ({metrics_path(path)})")
-    print(format_metrics(metrics))
 
 
 def measure(args: SampleArguments, path: Path) -> dict[str, Any]:
@@ -111,9 +54,6 @@ def measure(args: SampleArguments, path: Path) -> dict[str, Any]:
 def metrics_path(samples: Path) -> Path:
     """Where the metrics of a file of samples are written: beside it."""
     return samples.with_suffix(METRICS_SUFFIX)
-
-
-# What samples are worth
 
 
 def judge(
@@ -362,7 +302,3 @@ def write_from_nothing(
     prompt = collate_questions([empty_question(tokenizer)] * num_samples, model.config.pad_token_id)
     prompt = {name: ids.to(model.device) for name, ids in prompt.items()}
     return model.generate(**prompt, generation_config=settings)
-
-
-if __name__ == "__main__":
-    main()

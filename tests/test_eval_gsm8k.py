@@ -16,15 +16,20 @@ from transformers import AutoTokenizer, Qwen3Config
 
 from hierbd3lm import eval_gsm8k
 from hierbd3lm.configuration_hierbd3lm import special_token_ids
+from hierbd3lm.data.arguments import DataArguments
 from hierbd3lm.data.gsm8k.answers import wilson_interval
-from hierbd3lm.data.splits import DataArguments, load_split
+from hierbd3lm.data.splits import load_split
 from hierbd3lm.data.synthetic.config import SyntheticConfig
 from hierbd3lm.data.synthetic.wording import vocabulary_texts
 from hierbd3lm.data.tokenization import train_tokenizer
-from hierbd3lm.eval_gsm8k import EvaluationArguments, evaluate, parse_arguments
-from hierbd3lm.evaluation import checkpoints
+from hierbd3lm.eval_gsm8k import parse_arguments
+from hierbd3lm.evaluation import checkpoints, runner
+from hierbd3lm.evaluation.arguments import EvaluationArguments
 from hierbd3lm.evaluation.checkpoints import find_data
-from hierbd3lm.evaluation.runner import format_summary, make_batches, read_plans, read_problems, with_given_plans
+from hierbd3lm.evaluation.given_plans import read_plans, with_given_plans
+from hierbd3lm.evaluation.prompts import make_batches, read_problems
+from hierbd3lm.evaluation.runner import evaluate
+from hierbd3lm.evaluation.scoring import format_summary
 from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationConfig
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
@@ -569,7 +574,7 @@ def test_refusal_names_what_differs(args):
 
 def test_other_weights_and_other_rows_in_the_same_place_are_refused(args, rows, dataset_of, monkeypatch):
     evaluate(args(dataset=dataset_of(rows)))
-    load_model = eval_gsm8k.load_model
+    load_model = runner.load_model
 
     def retrained(path, device):
         model, tokenizer = load_model(path, device)
@@ -578,7 +583,7 @@ def test_other_weights_and_other_rows_in_the_same_place_are_refused(args, rows, 
         return model, tokenizer
 
     with monkeypatch.context() as patch:
-        patch.setattr(eval_gsm8k, "load_model", retrained)
+        patch.setattr(runner, "load_model", retrained)
         with pytest.raises(ValueError, match="checksum_of_weights"):
             evaluate(args(dataset=dataset_of(rows)))
     rows[0]["execution"] = "#### 1"

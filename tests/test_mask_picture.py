@@ -157,7 +157,7 @@ def test_text_needs_no_matplotlib_and_an_image_says_what_to_install(tmp_path, mo
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     main(SMALL_ARGUMENTS)
     assert capsys.readouterr().out.startswith(SMALL_DIAGRAM)
-    with pytest.raises(ImportError, match=r"needs matplotlib: run `pip install 'hierbd3lm\[dev\]'`"):
+    with pytest.raises(ImportError, match=r'needs matplotlib: run `pip install -e "\.\[plots\]"`'):
         draw_mask(picture_mask(**SMALL), tmp_path / "mask.png")
     with pytest.raises(SystemExit, match=r"error: .* needs matplotlib"):
         main(["-o", str(tmp_path / "mask.png")])

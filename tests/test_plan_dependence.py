@@ -12,25 +12,17 @@ import torch
 from transformers import AutoTokenizer, Qwen3Config
 
 from hierbd3lm.configuration_hierbd3lm import special_token_ids
+from hierbd3lm.data.arguments import DataArguments
 from hierbd3lm.data.gsm8k.answers import wilson_interval
-from hierbd3lm.data.splits import DataArguments, load_split
+from hierbd3lm.data.splits import load_split
 from hierbd3lm.data.synthetic.config import SyntheticConfig
 from hierbd3lm.data.synthetic.wording import vocabulary_texts
 from hierbd3lm.data.tokenization import train_tokenizer
-from hierbd3lm.evaluation import plan_dependence
-from hierbd3lm.evaluation.plan_dependence import (
-    FIGURE_FILE,
-    SOURCES,
-    SWAP_OUTCOMES,
-    SWAPS_FILE,
-    TABLE_FILE,
-    AnalysisArguments,
-    analyse,
-    draw,
-    format_tables,
-    run,
-)
-from hierbd3lm.evaluation.runner import rate
+from hierbd3lm.evaluation import analyze
+from hierbd3lm.evaluation.arguments import AnalysisArguments
+from hierbd3lm.evaluation.plan_dependence import SWAPS_FILE, TABLE_FILE, analyse, analyse_checkpoint
+from hierbd3lm.evaluation.plan_dependence_report import FIGURE_FILE, SOURCES, SWAP_OUTCOMES, draw, format_tables
+from hierbd3lm.evaluation.scoring import rate
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .tiny import make_model
@@ -167,7 +159,7 @@ def without_time(value):
 
 def test_a_model_that_follows_plans_has_sensitivity_one(args, write):
     write(follow)
-    result = run(args())
+    result = analyse_checkpoint(args())
     assert swap_rates(result) == (1, 1, 0)
     assert result["swap_n"] == NUM_PROBLEMS - result["num_without_change"] > NUM_PROBLEMS // 2
     for source in ("own", "oracle", "changed"):
@@ -184,7 +176,7 @@ def test_a_model_that_follows_plans_has_sensitivity_one(args, write):
 
 def test_a_model_that_ignores_plans_has_sensitivity_zero(args, write):
     write(ignore)
-    result = run(args())
+    result = analyse_checkpoint(args())
     assert swap_rates(result) == (0, 0, 1)
     assert result["swap_n"] == NUM_PROBLEMS - result["num_without_change"]
     for source in ("own", "oracle", "other", "empty"):
@@ -197,7 +189,7 @@ def test_a_model_that_copies_the_changed_step_and_answers_as_before_is_told_apar
         return follow(row, plan).rpartition(" ")[0] + " " + row["answer"]
 
     write(half_hearted)
-    result = run(args())
+    result = analyse_checkpoint(args())
     assert swap_rates(result) == (1, 0, 1)
     assert (result["changed_step_agreement"], result["changed_agreement"], result["changed_exact_match"]) == (1, 0, 0)
 
@@ -211,7 +203,7 @@ def test_sensitivity_is_of_the_problems_that_are_right_under_the_reference_plan(
 
     write(mixed)
     run_args = args()
-    result, swaps = run(run_args), read_swaps(run_args)
+    result, swaps = analyse_checkpoint(run_args), read_swaps(run_args)
     assert result["own_exact_match"] == result["oracle_exact_match"] == pytest.approx(2 / 3)
     counted = [swap for swap in swaps if swap["index"] % 3 < 2]
     followed = sum(swap["index"] % 3 == 0 for swap in counted)
@@ -224,7 +216,7 @@ def test_sensitivity_is_of_the_problems_that_are_right_under_the_reference_plan(
 
 def test_without_a_right_answer_there_is_no_sensitivity(args, write):
     write(lambda row, plan: "Mia")
-    result = run(args())
+    result = analyse_checkpoint(args())
     assert result["swap_n"] == 0
     assert not [name for name in SWAP_OUTCOMES if name in result]
     assert result["oracle_verdicts"].keys() == {"unreadable", "missing"}
@@ -234,7 +226,7 @@ def test_without_a_right_answer_there_is_no_sensitivity(args, write):
 def test_every_problem_is_executed_under_the_plans_that_the_sources_name(args, write, rows):
     writer = write(follow)
     run_args = args()
-    run(run_args)
+    analyse_checkpoint(run_args)
     plan_of = {row["question"]: row["plan"] for row in rows}
     changed = {swap["question"]: swap["plan"] for swap in read_swaps(run_args)}
     kinds = {
@@ -256,7 +248,7 @@ def test_every_problem_is_executed_under_the_plans_that_the_sources_name(args, w
 def test_changed_plans_stay_in_the_range_of_the_runs_own_data(args, write):
     write(follow)
     run_args = args()
-    run(run_args)
+    analyse_checkpoint(run_args)
     values = [int(n) for swap in read_swaps(run_args) for n in re.findall(r"\d+", swap["execution"])]
     assert max(values) <= SYNTHETIC["max_value"]
 
@@ -268,7 +260,7 @@ def test_plans_of_another_format_are_neither_changed_nor_checked(args, tmp_path)
     path = tmp_path / "rows.jsonl"
     texts = [{"question": f"{i}", "plan": f"Mia {i}", "execution": f"Tom {i}\n#### {i}"} for i in range(5)]
     path.write_text("".join(json.dumps(text) + "\n" for text in texts))
-    result = run(args(dataset=str(path)))
+    result = analyse_checkpoint(args(dataset=str(path)))
     assert result["own_n"] == 5
     assert "changed_n" not in result and "swap_n" not in result and "own_agreement" not in result
     for source in ("own", "oracle", "other", "empty"):
@@ -297,7 +289,7 @@ def test_data_without_plans_to_compare_are_refused(columns, message, checkpoint,
 def test_every_algorithm_and_ablation_is_analysed(name, make_checkpoint, args):
     """Under every order the plan that is given is the plan that comes back, and the likelihood depends on it."""
     run_args = args(model=make_checkpoint(**ALL[name]), limit=6)
-    result = run(run_args)
+    result = analyse_checkpoint(run_args)
     rows = load_split(DataArguments(synthetic=SYNTHETIC), "test", 6).to_list()
     for source in SOURCES:
         lines = [
@@ -322,8 +314,8 @@ def test_command_writes_json_table_and_figure(args, monkeypatch, capsys):
     run_args = args(limit=6)
     names = ("model", "output_dir", "limit", "batch_size", "num_draws", "device")
     flags = [word for name in names for word in (f"--{name}", str(getattr(run_args, name)))]
-    monkeypatch.setattr(sys, "argv", ["analysis", *flags])
-    plan_dependence.main()
+    monkeypatch.setattr(sys, "argv", ["analyze", *flags])
+    analyze.main()
     folder = Path(run_args.output_dir)
     result = json.loads((folder / "analysis.json").read_text())
     assert result["model"] == run_args.model and result["seed"] == 0 and result["split"] == "test"
@@ -367,7 +359,7 @@ def test_rates_at_the_ends_of_the_scale_are_drawn(n, tmp_path):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(args, monkeypatch, tmp_path):
-    whole = without_time(run(args(output_dir=str(tmp_path / "whole"))))
+    whole = without_time(analyse_checkpoint(args(output_dir=str(tmp_path / "whole"))))
     generate, calls = HierBD3LMForBlockDiffusion.generate, []
 
     def interrupted(model, **kwargs):
@@ -378,29 +370,29 @@ def test_an_interrupted_run_goes_on_to_the_same_result(args, monkeypatch, tmp_pa
 
     monkeypatch.setattr(HierBD3LMForBlockDiffusion, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(args())
+        analyse_checkpoint(args())
     num_batches = -(-NUM_PROBLEMS // 5)
     calls.clear()
     monkeypatch.setattr(
         HierBD3LMForBlockDiffusion, "generate", lambda model, **kwargs: calls.append(1) or generate(model, **kwargs)
     )
-    assert without_time(run(args())) == whole
+    assert without_time(analyse_checkpoint(args())) == whole
     num_batches_changed = -(-whole["changed_n"] // 5)
     assert len(calls) == 4 * num_batches + num_batches_changed - 7
     calls.clear()
-    assert without_time(run(args())) == whole
+    assert without_time(analyse_checkpoint(args())) == whole
     assert not calls
 
 
 def test_another_run_is_not_mixed_in(args):
-    run(args(limit=4))
+    analyse_checkpoint(args(limit=4))
     with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
-        run(args(limit=4, seed=1))
-    assert run(args(limit=4, seed=1, overwrite=True))["seed"] == 1
+        analyse_checkpoint(args(limit=4, seed=1))
+    assert analyse_checkpoint(args(limit=4, seed=1, overwrite=True))["seed"] == 1
 
 
 def test_without_matplotlib_nothing_is_started(args, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"hierbd3lm\[dev\]"):
-        run(args())
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[plots\]"'):
+        analyse_checkpoint(args())
     assert not Path(args().output_dir).exists()

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hierbd3lm.evaluation import text_quality
+from hierbd3lm.evaluation import samples, text_quality
+from hierbd3lm.evaluation.arguments import SampleArguments
 from hierbd3lm.evaluation.text_quality import (
-    SampleArguments,
     distinct_ngrams,
     draw,
     draw_samples,
@@ -191,8 +191,8 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
 
 
 def run_command(monkeypatch, capsys, **arguments):
-    monkeypatch.setattr(sys, "argv", ["text_quality", *(f"--{name}={value}" for name, value in arguments.items())])
-    text_quality.main()
+    monkeypatch.setattr(sys, "argv", ["samples", *(f"--{name}={value}" for name, value in arguments.items())])
+    samples.main()
     return capsys.readouterr().out
 
 

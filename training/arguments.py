@@ -1,4 +1,4 @@
-"""The settings of training: the trainer's, a model's, and the command's."""
+"""The trainer's settings: those of transformers' `TrainingArguments`, and of block diffusion."""
 
 from dataclasses import dataclass, field
 
@@ -6,58 +6,14 @@ from transformers import TrainingArguments
 
 from ..diffusion_hierbd3lm import ESTIMATORS
 from .clip_search import Candidates
+from .settings import ObjectiveArguments
 
 LOWER_IS_BETTER = ("loss", "nll", "bpd", "ppl")
 
 
 @dataclass
-class HierBD3LMTrainingArguments(TrainingArguments):
+class HierBD3LMTrainingArguments(ObjectiveArguments, TrainingArguments):
     """`TrainingArguments` with the settings of block diffusion, and batches grouped by length."""
-
-    estimator: str = field(
-        default="stratified",
-        metadata={"help": "Estimator of the NELBO: `stratified` mask counts or `bernoulli` (a time and coins)."},
-    )
-    muon_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Trains the backbone's matrices by Muon at this rate, all else by AdamW; > 0."},
-    )
-    noisy_copies: int = field(
-        default=1,
-        metadata={"help": "Noisy copies of each example in a training pass; they share its clean tokens; >= 1."},
-    )
-    filler_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight in the training loss of the <|end|> tokens behind a segment's first; >= 0."},
-    )
-    clip_search: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Widths in (0, 1] of the intervals of mask rates, such as 0.5: every evaluation during training "
-            "chooses that of least variance of the loss for each segment. None: the intervals stay as they are."
-        },
-    )
-    clip_search_levels: int = field(
-        default=20,
-        metadata={"help": "Mask rates that a search measures, a pass each; the intervals start and end between them."},
-    )
-    ema_decay: float = field(
-        default=0.9999,
-        metadata={"help": "Decay of the weights' average, used to evaluate and to save; in [0, 1), 0 for none."},
-    )
-    eval_noise_draws: int = field(
-        default=4, metadata={"help": "Draws of the noise for each example of an evaluation; >= 1."}
-    )
-    eval_seed: int = field(default=0, metadata={"help": "Seed of the noise of every evaluation."})
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "As in TrainingArguments; grouped by length here."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "As in TrainingArguments; the collator reads columns that the model lacks."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "As in TrainingArguments; a loss that is not finite is shown here."}
-    )
 
     def __post_init__(self):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LOWER_IS_BETTER):
@@ -84,3 +40,13 @@ class HierBD3LMTrainingArguments(TrainingArguments):
         for name in ("fp16_full_eval", "bf16_full_eval"):
             if getattr(self, name):
                 raise ValueError(f"`{name}` must be False, but got True: evaluations use the precision of training")
+
+
+@dataclass
+class TrainScriptArguments(HierBD3LMTrainingArguments):
+    """The trainer's arguments, with a word for the last checkpoint."""
+
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "A checkpoint's folder; `last` for the last complete one in output_dir, if there is one."},
+    )

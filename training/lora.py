@@ -1,6 +1,5 @@
 """How a checkpoint becomes a model to train: whole, or frozen under a LoRA adapter, and back from such an adapter."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -9,27 +8,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from .settings import AdapterArguments
 
 ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the head
-
-
-@dataclass
-class AdapterArguments:
-    """Settings of a LoRA adapter, with the names and defaults of TRL's ModelConfig."""
-
-    use_peft: bool = field(
-        default=False,
-        metadata={"help": "Trains a LoRA adapter and the special tokens' embedding rows; all else is frozen."},
-    )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter's matrices; >= 1."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapter's product is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapter; in [0, 1)."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules that are adapted; every linear layer but the head if omitted."}
-    )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that are trained in full and saved with the adapter."}
-    )
 
 
 class HierBD3LMAdapter(PeftModel):

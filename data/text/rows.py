@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...configuration_hierbd3lm import HierBD3LMConfig
+from ..arguments import TEXT
 from ..collator import ID_KEYS, check_content, check_lengths, empty_question, example_length
 
 logger = logging.get_logger(__name__)
@@ -23,7 +24,6 @@ logger = logging.get_logger(__name__)
 Documents = Dataset | IterableDataset
 Batch = dict[str, list[Any]]
 
-TEXT = "text"  # the column of the documents
 WRAPPED_TOGETHER = 1000  # documents: as many as `map` gives at once, streaming or not
 TOKEN_FEATURES = Features({"token_ids": List(Value("int64")), "num_bytes": Value("int64")})
 ROW_FEATURES = Features(

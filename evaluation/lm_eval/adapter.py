@@ -1,9 +1,6 @@
-"""How lm-evaluation-harness runs a model of this package: its model `hierbd3lm`, and its command line with that.
+"""The model `hierbd3lm` of lm-evaluation-harness, whose command line by itself finds no models of other packages.
 
-    python -m hierbd3lm.evaluation.lm_eval.adapter --model hierbd3lm --model_args pretrained=outputs/gsm8k_small \
-        --include_path evaluation/lm_eval/tasks --tasks gsm8k_hier --batch_size 32
-
-The command line takes what `lm_eval` takes, which by itself finds no models of other packages.
+hierbd3lm lm-eval --model hierbd3lm --model_args pretrained=outputs/gsm8k_small --tasks gsm8k_hier --batch_size 32
 """
 
 import json
@@ -12,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -24,9 +20,11 @@ from ...data.collator import check_content, encode_example
 from ...diffusion_hierbd3lm import MAX_EXACT_BLOCK_SIZE, draw_mask, exact_nelbo
 from ...generation_hierbd3lm import HierBD3LMGenerationConfig, lay_out_plan, resolve_settings, segment_limits
 from ...masking_hierbd3lm import EXECUTION, QUESTION
-from ..checkpoints import default_device
+from ..arguments import default_device
+from ..checkpoints import load_model
 from ..likelihood import with_predicted_tokens
-from ..runner import Prompt, Written, decode, encode_prompt, generate_batch, load_model, make_batches
+from ..prompts import Prompt, encode_prompt, make_batches
+from ..runner import Written, decode, generate_batch
 
 logger = logging.get_logger(__name__)
 
@@ -310,12 +308,3 @@ def _to_integer(name: str, value: int | str, low: int) -> int:
     if not str(value).isdecimal() or int(value) < low:
         raise ValueError(f"`{name}` must be an integer >= {low}, but got {value!r}")
     return int(value)
-
-
-def main() -> None:
-    """The harness's command line, with `--model hierbd3lm` among its models."""
-    cli_evaluate()
-
-
-if __name__ == "__main__":
-    main()
