@@ -157,7 +157,7 @@ def _draw_cells(axes: "Axes", picture: MaskPicture) -> None:
 def _draw_lines(axes: "Axes", picture: MaskPicture) -> None:
     total = len(picture.kinds)
     stream_edges = [stream.start for stream in picture.streams] + [total]
-    block_edges = (torch.nonzero(picture.block_ids.diff())[:, 0] + 1).tolist()
+    block_edges = (picture.block_ids.diff().nonzero()[:, 0] + 1).tolist()
     for edges, colour, width in ((block_edges, BLOCK_LINE, 0.8), (stream_edges, INK, 1.1)):
         axes.hlines(edges, 0, total, colors=colour, linewidths=width, clip_on=False)
         axes.vlines(edges, 0, total, colors=colour, linewidths=width, clip_on=False)
