@@ -1,4 +1,4 @@
-"""How the training mask of fixed lengths is drawn: as text for a terminal, or as an image with matplotlib.
+"""A picture of the training mask of fixed lengths: text for a terminal, or an image with matplotlib.
 
 Run it as `python -m hierbd3lm.masking_hierbd3lm`. What may attend to what is read from [`create_hierarchical_mask`];
 this file only chooses characters, colours and lines.

@@ -1,4 +1,4 @@
-"""How a dataset is found, and problems are encoded with the over-long ones counted."""
+"""Datasets from files, folders and the Hub, encoded with the over-long examples counted."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a model is asked: the prompts of a dataset, encoded, checked for their length, and put in batches."""
+"""The prompts of a dataset, encoded, checked for their length, and put in batches."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

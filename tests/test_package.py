@@ -54,6 +54,11 @@ def test_a_folder_says_what_lives_there_and_imports_nothing():
         assert text.startswith('"""') and "import" not in text.replace("imports", "") and text.count("\n") == 1
 
 
+def test_the_version_is_one():
+    assert read_setup()["metadata"]["version"] == "attr: hierbd3lm.__version__"
+    assert f"\nversion: {hierbd3lm.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_no_file_is_long():
     """But for those of the model, which travel as few files."""
     lengths = {path: len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}

@@ -1,4 +1,4 @@
-"""What a checkpoint's folder holds beside the files of transformers."""
+"""Checkpoints on disk: the one to resume from, and what of them transformers does not write."""
 
 import contextlib
 import json

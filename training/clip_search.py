@@ -1,4 +1,4 @@
-"""Which interval of mask rates gives the training loss the least variance (BD3-LM: Arriola et al. 2025, section 5.2).
+"""Search for the interval of mask rates whose training loss varies least (BD3-LM: Arriola et al. 2025, section 5.2).
 
 The variance is over the noise, for a given batch, and its mean is taken over the batches: how much batches differ from
 each other is no matter of the interval. A block's cost is measured once in each of `num_levels` even bins of mask

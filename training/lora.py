@@ -1,4 +1,4 @@
-"""How a checkpoint becomes a model to train: whole, or frozen under a LoRA adapter, and back from such an adapter."""
+"""A checkpoint as a model to train: whole, or frozen under a LoRA adapter, and back from such an adapter."""
 
 from typing import Any
 

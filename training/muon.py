@@ -1,4 +1,4 @@
-"""How matrices and all other weights get an optimizer each, under one learning rate schedule."""
+"""Muon for matrices and AdamW for all other weights, under one learning rate schedule."""
 
 import math
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What a training run starts from: examples, tokenizer, model and encoded datasets."""
+"""The examples, tokenizer, model and encoded datasets that a training run starts from."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What GSM8K's rows hold, with the plan that a rule writes from each solution of `main`.
+"""GSM8K's rows, with the plan that a rule writes from each solution of `main`.
 
 A plan of `main` says what each step of the solution finds, in the solution's words, by which calculation, and no
 number that only the solution computes: `[1]` is what step 1 found.

@@ -1,4 +1,4 @@
-"""How a language model is asked to write, in this process or on a server."""
+"""Language models that write plans, in this process or on a server."""
 
 import asyncio
 import os

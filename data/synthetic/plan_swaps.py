@@ -1,4 +1,4 @@
-"""Which plan takes the place of a problem's own: that of another problem, or its own with one operation changed."""
+"""Plans in place of a problem's own: that of another problem, or its own with one operation changed."""
 
 import random
 from collections import Counter

@@ -1,4 +1,4 @@
-"""How plain text becomes rows of tokens: documents side by side and cut, or each on rows of its own.
+"""Plain text as rows of tokens: documents side by side and cut, or each on rows of its own.
 
 All of a row is execution: the question is empty, and the model has no plan (`plan_len=0`). `<|execution|>` opens a row
 and is given, as the BOS token is elsewhere, so that a whole row has `execution_len - 1` tokens of text. An `<|end|>`
