@@ -55,7 +55,7 @@ class Log:
     """
 
     def __init__(self, path: Path):
-        self._lock = FileLock(path.with_name(f"{path.name}.lock"))
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"))  # a file of its own, which stays
         try:
             self._lock.acquire(blocking=False)
         except Timeout as error:
