@@ -18,9 +18,10 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
+from hierbd3lm.data.arguments import DataArguments
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.data.loading import prepare_dataset
-from hierbd3lm.data.splits import DataArguments, load_split
+from hierbd3lm.data.splits import load_split
 from hierbd3lm.diffusion_hierbd3lm import ESTIMATORS
 from hierbd3lm.evaluation.likelihood import SEGMENT_NAMES, per_segment, with_predicted_tokens
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion

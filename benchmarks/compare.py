@@ -2,7 +2,7 @@
 
 `python -m hierbd3lm.benchmarks.compare [--quick] [--data gsm8k] [--only ar hier]`, or `make compare`. A run is a few
 command lines in a folder of its own: train.py, eval_ppl.py, eval_gsm8k.py, and for the hierarchy
-evaluation/plan_dependence.py. An interrupted comparison goes on where it stopped. Writes docs/comparison.md,
+`hierbd3lm analyze`. An interrupted comparison goes on where it stopped. Writes docs/comparison.md,
 docs/comparison.png and results/compare.json, with `_gsm8k` in their names for GSM8K, or with the name that `--page`
 says.
 """
@@ -123,13 +123,7 @@ class Run:
             commands[SAMPLER_FILE] = ["-m", "hierbd3lm.benchmarks.sampler", "--model", folder]
         commands["eval/summary.json"] = [str(ROOT / "eval_gsm8k.py"), "--model", folder, *limit]
         if self.algorithm in ANALYSED and self.data == "synthetic":
-            commands["analysis/analysis.json"] = [
-                "-m",
-                "hierbd3lm.evaluation.plan_dependence",
-                "--model",
-                folder,
-                *limit,
-            ]
+            commands["analysis/analysis.json"] = ["-m", "hierbd3lm", "analyze", "--model", folder, *limit]
         return {file: [python, *command] for file, command in commands.items()}
 
     def parts(self) -> dict[str, int]:
@@ -319,7 +313,7 @@ half the learning rates.
 
 Exact match of the execution under the model's own plan, the reference, another problem's plan and none; how often it
 carries out the steps of its own plan; and what it does where one operation of the reference plan is changed
-(`python -m hierbd3lm.evaluation.plan_dependence`).
+(`hierbd3lm analyze`).
 
 {format_table(analysed, list(ANALYSIS_COLUMNS))}
 """

@@ -46,7 +46,8 @@ def problem_batches(num_batches: int, batch_size: int) -> tuple[list[dict], PreT
     Returns:
         the collated batches, the tokenizer (BPE of 4096, or word-level), and the encoded examples of each batch.
     """
-    from hierbd3lm.data.splits import DataArguments, load_split  # of `datasets`, which gpu.py does without
+    from hierbd3lm.data.arguments import DataArguments
+    from hierbd3lm.data.splits import load_split  # of `datasets`, which gpu.py does without
 
     is_real = bool(os.environ.get("GSM8K_DIR"))
     args = DataArguments(dataset="openai/gsm8k") if is_real else DataArguments(num_train_examples=4096)

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from hierbd3lm.data.splits import DataArguments, load_split
-from hierbd3lm.evaluation.runner import load_model, summarize
+from hierbd3lm.data.arguments import DataArguments
+from hierbd3lm.data.splits import load_split
+from hierbd3lm.evaluation.checkpoints import load_model
+from hierbd3lm.evaluation.scoring import summarize
 
 from .measure import Measured, as_flags, bar, measure_parts
 from .sampler import BATCH_SIZE, NUM_VALIDATION, try_settings

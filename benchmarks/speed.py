@@ -12,11 +12,13 @@ from typing import Any
 
 from datasets import Dataset
 
-from hierbd3lm.data.arguments import check_at_least
+from hierbd3lm.data.arguments import DataArguments, check_at_least
 from hierbd3lm.data.run_folder import write_json
-from hierbd3lm.data.splits import DataArguments, load_split
-from hierbd3lm.evaluation.checkpoints import default_device
-from hierbd3lm.evaluation.runner import load_model, predict, summarize
+from hierbd3lm.data.splits import load_split
+from hierbd3lm.evaluation.arguments import default_device
+from hierbd3lm.evaluation.checkpoints import load_model
+from hierbd3lm.evaluation.runner import predict
+from hierbd3lm.evaluation.scoring import summarize
 from hierbd3lm.settings_hierbd3lm import resolve_settings
 
 from .measure import describe_machine

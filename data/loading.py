@@ -1,4 +1,4 @@
-"""How a dataset is found, and problems are encoded with the over-long ones counted."""
+"""Datasets from files, folders and the Hub, encoded with the over-long examples counted."""
 
 import os
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
+from .arguments import GSM8K_IDS
 from .collator import (
     ID_KEYS,
     SEGMENTS,
@@ -20,7 +21,7 @@ from .collator import (
     example_length,
     over_long_segments,
 )
-from .gsm8k.problems import HUB_IDS, load_gsm8k, load_gsm8k_rows
+from .gsm8k.problems import load_gsm8k, load_gsm8k_rows
 from .text.detokenization import detokenize
 
 logger = logging.get_logger(__name__)
@@ -58,7 +59,7 @@ def load_reasoning_dataset(
         ValueError: if the split must be chosen, or a column is missing.
         FileNotFoundError: if a `.json` or `.jsonl` file does not exist.
     """
-    if str(path_or_hub_id) in HUB_IDS:
+    if str(path_or_hub_id) in GSM8K_IDS:
         load = load_gsm8k if parse_example is None else load_gsm8k_rows
         dataset = load(split, name or "main", **load_dataset_kwargs)
     else:

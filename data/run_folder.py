@@ -1,6 +1,5 @@
-"""How a run keeps its results in a folder, such that killing it at any moment loses none and doubles none."""
+"""The folder of a run's results, kept such that killing it at any moment loses none and doubles none."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -8,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 
 def start_run(
@@ -50,16 +51,16 @@ class Log:
     `records` holds what the lines say.
 
     Raises:
-        ValueError: if another process has the file open as a log.
+        ValueError: if the file is open as a log, in another process or in this one.
     """
 
     def __init__(self, path: Path):
-        self._file = path.open("a+b")
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"))  # a file of its own, which stays
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
             raise ValueError(f"`output_dir` must be written by one process, but {path} is by another") from error
+        self._file = path.open("a+b")
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -80,6 +81,7 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        self._lock.release()
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,7 +1,5 @@
-"""Which examples a run trains on, is validated on and is tested on: one setting for training and evaluation."""
+"""The examples of each split: what a run trains on, is validated on and is tested on."""
 
-import json
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,130 +7,13 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
-from .arguments import check_at_least
+from .arguments import GSM8K_IDS, SYNTHETIC, DataArguments
 from .gsm8k.near_duplicates import NEAR_DUPLICATE, highest_similarities
-from .gsm8k.problems import HUB_IDS, load_gsm8k_rows
+from .gsm8k.problems import load_gsm8k_rows
 from .loading import load_documents, load_reasoning_dataset, prepare_dataset
-from .synthetic.problems import HASH_SPLITS, SyntheticConfig, generate_dataset
-from .text.detokenization import RULES
-from .text.rows import TEXT, prepare_text
-
-SYNTHETIC = "synthetic"
-FILE_NAME = "data_config.json"  # beside a checkpoint: what it was trained on
-
-
-@dataclass
-class DataArguments:
-    """What a run reads."""
-
-    dataset: str = field(
-        default=SYNTHETIC,
-        metadata={
-            "help": "`synthetic`, `openai/gsm8k`, a .json or .jsonl file, a .txt file of plain text with a document a "
-            "line, a folder, or a dataset on the Hub."
-        },
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Configuration of the dataset; for GSM8K `main` or `socratic`."}
-    )
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the Hub."})
-    text_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column of plain text, which a model without a question and a plan (`plan_len: 0`) is trained "
-            "on; `text` for a .txt file."
-        },
-    )
-    wrap: bool = field(
-        default=True,
-        metadata={"help": "Plain text: joins documents and cuts them into rows, else each has rows of its own."},
-    )
-    detokenizer: str | None = field(
-        default=None,
-        metadata={"help": f"Plain text: rules that put words together again, {', '.join(RULES)}; none if omitted."},
-    )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Plain text: reads the training split while it trains, in its order, without a copy of it."},
-    )
-    shuffle_buffer: int = field(
-        default=0,
-        metadata={"help": "Documents of a stream that the next one is drawn from; 0 keeps the stream's order."},
-    )
-    synthetic: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Fields of SyntheticConfig, as JSON, for the synthetic problems."}
-    )
-    num_synthetic_examples: int = field(
-        default=0, metadata={"help": "Synthetic problems that are trained on beside another dataset; 0 for none."}
-    )
-    dataset_train_split: str | None = field(default="train", metadata={"help": "Name of the training split."})
-    dataset_validation_split: str | None = field(
-        default=None, metadata={"help": "Name of the validation split; held out of the training split if omitted."}
-    )
-    dataset_test_split: str | None = field(default="test", metadata={"help": "Name of the test split."})
-    num_train_examples: int | None = field(
-        default=None, metadata={"help": "The first so many training examples; needed for `dataset: synthetic`."}
-    )
-    num_validation_examples: int = field(
-        default=256,
-        metadata={"help": "Examples, or documents, that the likelihood is measured on; 0 for no validation."},
-    )
-    tested_on: str | None = field(
-        default=None,
-        metadata={
-            "help": "Dataset with the test split that training must stay clear of: near-duplicates of its problems "
-            "are left out. GSM8K itself if it is trained on."
-        },
-    )
-    auto_split: bool = field(
-        default=False,
-        metadata={"help": "Splits examples that are a `text` alone at 25 % and 50 % of their tokens."},
-    )
-    fixed_length: bool = field(
-        default=False, metadata={"help": "Pads every segment to its greatest length, not to what a batch needs."}
-    )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that encode; one if omitted."})
-    over_long: str = field(
-        default="drop", metadata={"help": "What is done with over-long examples: `drop` (and count) or `raise`."}
-    )
-
-    def __post_init__(self):
-        self.synthetic = json.loads(self.synthetic) if isinstance(self.synthetic, str) else self.synthetic or {}
-        if self.tested_on is None and self.dataset in HUB_IDS:
-            self.tested_on = self.dataset
-        if self.text_column is None and self.dataset.endswith(".txt") and not self.auto_split:
-            self.text_column = TEXT
-        if self.text_column is None:
-            for name, default in (("streaming", False), ("detokenizer", None)):
-                self._check_default(name, default, "without `text_column`")
-        else:
-            for name, default in (("auto_split", False), ("num_synthetic_examples", 0), ("tested_on", None)):
-                self._check_default(name, default, f"for plain text, `text_column={self.text_column}`")
-        if self.detokenizer is not None and self.detokenizer not in RULES:
-            raise ValueError(f"`detokenizer` must be one of {', '.join(RULES)}, but got {self.detokenizer!r}")
-        if not self.streaming:
-            self._check_default("shuffle_buffer", 0, "without `streaming`")
-        check_at_least("num_train_examples", self.num_train_examples, 1)
-        for name in ("num_validation_examples", "num_synthetic_examples", "shuffle_buffer"):
-            check_at_least(name, getattr(self, name), 0)
-        if self.dataset == SYNTHETIC and self.num_synthetic_examples:
-            raise ValueError(
-                f"`num_synthetic_examples` must be 0 for `dataset: synthetic`, but got {self.num_synthetic_examples}"
-            )
-
-    def _check_default(self, name: str, default: Any, where: str) -> None:
-        if getattr(self, name) != default:
-            raise ValueError(f"`{name}` must be {default} {where}, but got {getattr(self, name)!r}")
-
-    def save(self, folder: str) -> None:
-        """Writes the arguments beside a checkpoint."""
-        Path(folder, FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, folder: str) -> "DataArguments":
-        """What a checkpoint was trained on; the defaults where the folder does not say."""
-        path = Path(folder, FILE_NAME)
-        return cls(**json.loads(path.read_text())) if path.is_file() else cls()
+from .synthetic.config import HASH_SPLITS, SyntheticConfig
+from .synthetic.problems import generate_dataset
+from .text.rows import prepare_text
 
 
 def training_splits(args: DataArguments) -> list[str]:
@@ -234,7 +115,7 @@ def _without_near_test(dataset: Dataset, tested_on: str) -> tuple[Dataset, dict[
     if "question" not in dataset.column_names:
         raise ValueError(f"`tested_on` must be None for a dataset without questions, but got {tested_on!r}")
     # GSM8K's rows as they were published: its plans take a while to write and are not looked at
-    test = load_gsm8k_rows("test") if tested_on in HUB_IDS else _load(DataArguments(dataset=tested_on), "test")
+    test = load_gsm8k_rows("test") if tested_on in GSM8K_IDS else _load(DataArguments(dataset=tested_on), "test")
     similarities = highest_similarities(dataset["question"], test["question"])
     kept = [row for row, similarity in enumerate(similarities) if similarity < NEAR_DUPLICATE]
     return dataset.select(kept), {"num_near_test": len(dataset) - len(kept)}

@@ -1,4 +1,4 @@
-"""How a row is made from the steps of its plan and the steps of its execution, and a text is read as steps."""
+"""The steps of plans and executions: rows made from them, and texts read as them."""
 
 from collections.abc import Sequence
 from typing import Any

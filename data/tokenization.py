@@ -1,4 +1,4 @@
-"""How a tokenizer for a model from scratch is trained on the texts that it will read."""
+"""A tokenizer for a model from scratch, trained on the texts that it will read."""
 
 from collections.abc import Iterable
 from itertools import chain

@@ -1,81 +1,55 @@
-"""Arguments that all evaluation commands share: the checkpoint, and the examples to evaluate it on."""
+"""The checkpoint that is evaluated, its examples, and what describes a run over both."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .. import __version__
-from ..data.arguments import check_at_least
-from ..data.splits import FILE_NAME, SYNTHETIC, DataArguments, load_split
+from ..data import run_folder
+from ..data.arguments import FILE_NAME, SYNTHETIC, DataArguments
+from ..data.splits import load_split
 from ..data.text.sets import TEXT_SETS
+from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from ..training.lora import is_adapter, load_adapter, load_tokenizer
+from .arguments import NUM_SYNTHETIC, CheckpointArguments
 
 logger = logging.get_logger(__name__)
 
-NUM_SYNTHETIC = 300  # default maximum number of synthetic problems
 
-
-@dataclass
-class CheckpointArguments:
-    """Arguments for the checkpoint, the data and the device of an evaluation."""
-
-    model: str = field(metadata={"help": "Folder or Hub id of a checkpoint or an adapter, with its tokenizer."})
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "`synthetic`, `gsm8k`, a .json, .jsonl or .txt file, a folder, a dataset on the Hub, or a plain "
-            f"text dataset: {', '.join(TEXT_SETS)}. If omitted, the dataset that the checkpoint was trained on."
-        },
-    )
-    split: str = field(
-        default="test",
-        metadata={
-            "help": "train, validation or test; for `synthetic` also ood_longer and ood_wider. A file is `test` only."
-        },
-    )
-    limit: int | None = field(
-        default=None,
-        metadata={"help": f"Maximum number of examples; defaults to all, or {NUM_SYNTHETIC} for `synthetic`."},
-    )
-    batch_size: int = field(default=32, metadata={"help": "Batch size."})
-    device: str | None = field(default=None, metadata={"help": "Device, such as `cuda:0`; defaults to a GPU, if any."})
-
-    def __post_init__(self):
-        for name in ("limit", "batch_size"):
-            check_at_least(name, getattr(self, name), 1)
-        if self.device is None:
-            self.device = default_device()
-
-
-def default_device() -> str:
-    """Return `cuda` if a GPU is available, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def load_model(path: str, device: str) -> tuple[HierBD3LMForBlockDiffusion, PreTrainedTokenizerBase]:
+    """A checkpoint, or an adapter merged into its base, on its device, with its tokenizer."""
+    if is_adapter(path):
+        return load_adapter(path, device)
+    return HierBD3LMForBlockDiffusion.from_pretrained(path).to(device).eval(), load_tokenizer(path)
 
 
 def load_examples(args: CheckpointArguments, text_column: str | None = None) -> tuple[DataArguments, Dataset]:
-    """Load the examples to evaluate on, with their data arguments (see [`find_data`])."""
+    """The settings of the data (see [`find_data`]), and the examples."""
     data_args = find_data(args, text_column)
     limit = NUM_SYNTHETIC if args.limit is None and data_args.dataset == SYNTHETIC else args.limit
     return data_args, load_split(data_args, args.split, limit)
 
 
 def find_data(args: CheckpointArguments, text_column: str | None = None) -> DataArguments:
-    """Return the data arguments of `args.dataset`, or those that the checkpoint was trained on if it is None.
+    """What the checkpoint was trained on, unless another dataset is given.
 
-    If the checkpoint was trained on plain text, another dataset is read as plain text too, from `text_column` or from
-    the column of that name in training. Evaluation data is never streamed.
+    Another dataset is plain text, in `text_column` or in a column of the same name, if that of training is; never is
+    it a stream.
 
     Raises:
-        ValueError: for the test split of a file that the checkpoint was trained on, which has no test split.
+        ValueError: for the test split of a file that the checkpoint was trained on: a file is one split.
     """
     if args.dataset in TEXT_SETS:
         return DataArguments(**TEXT_SETS[args.dataset])
     trained_on = replace(DataArguments.load(args.model), streaming=False)
     if args.dataset is None and not Path(args.model, FILE_NAME).is_file():
-        logger.warning(f"{args.model} has no {FILE_NAME}. Evaluating on {trained_on.dataset}.")
+        logger.warning(f"{args.model} has no {FILE_NAME}, so that it is evaluated on {trained_on.dataset}")
     if args.dataset not in (None, trained_on.dataset):
         return DataArguments(
             dataset=args.dataset, text_column=text_column or trained_on.text_column, wrap=trained_on.wrap
@@ -83,15 +57,41 @@ def find_data(args: CheckpointArguments, text_column: str | None = None) -> Data
     if args.split == "test" and Path(trained_on.dataset).is_file():
         raise ValueError(
             f"`split` must be train or validation for {trained_on.dataset}, which {args.model} was trained on, but "
-            f"got 'test'; use `--dataset` to evaluate on other examples"
+            f"got 'test': give `--dataset` for other examples"
         )
     return trained_on
 
 
 def versions() -> dict[str, str]:
-    """Return the library versions to record with a result."""
+    """What a result was made with."""
     return {
         "hierbd3lm": __version__,
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
+
+
+def checksum_of_weights(model: torch.nn.Module) -> int:
+    """Sum of all bytes of the weights: another checkpoint in the same folder is another run."""
+    tensors = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in model.state_dict().values()]
+    return sum(int(tensor.sum(dtype=torch.int64)) for tensor in tensors)
+
+
+def describe_run(
+    args: CheckpointArguments, data_args: DataArguments, dataset: Dataset, model: HierBD3LMForBlockDiffusion
+) -> dict[str, Any]:
+    """What decides on a run over a checkpoint's answers, beside the settings that a command has of its own."""
+    return {
+        "data": asdict(data_args),
+        "split": args.split,
+        "num_examples": len(dataset),
+        "hash_of_data": hash_of_data(dataset),
+        "checksum_of_weights": checksum_of_weights(model),
+        "batch_size": args.batch_size,
+        "device": str(model.device),
+    }
+
+
+def hash_of_data(dataset: Dataset) -> str:
+    """Hash of all that a dataset's columns hold: another file in the same place is another run."""
+    return run_folder.hash_of(dataset.to_dict())

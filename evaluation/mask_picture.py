@@ -1,4 +1,4 @@
-"""Picture of the training mask at fixed lengths: `python -m hierbd3lm.evaluation.mask_picture --help`.
+"""A picture of the training mask of fixed lengths: text for a terminal, or an image with matplotlib.
 
 The mask itself comes from [`create_hierarchical_mask`]. It is drawn as text or as an image with matplotlib.
 """
@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from ..masking_hierbd3lm import CLEAN, create_hierarchical_mask, fixed_length_layout
-
 if TYPE_CHECKING:
+    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -53,8 +50,8 @@ class MaskPicture:
         block_size: block size of plan and execution.
     """
 
-    kinds: torch.Tensor
-    block_ids: torch.Tensor
+    kinds: "torch.Tensor"
+    block_ids: "torch.Tensor"
     streams: list[Stream]
     block_size: int
 
@@ -65,6 +62,10 @@ def picture_mask(question_len: int, plan_len: int, execution_len: int, block_siz
     Raises:
         ValueError: for lengths that the mask does not accept, or if all lengths are 0.
     """
+    import torch
+
+    from .masking_hierbd3lm import CLEAN, create_hierarchical_mask, fixed_length_layout
+
     mask = create_hierarchical_mask(question_len, plan_len, execution_len, block_size)
     if not len(mask):
         raise ValueError("one of `question_len`, `plan_len`, `execution_len` must be at least 1, but all are 0")
@@ -111,7 +112,7 @@ def draw_image(picture: MaskPicture, output: str | Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the image requires matplotlib: run `pip install 'hierbd3lm[dev]'`") from error
+        raise ImportError('drawing an image needs matplotlib: run `pip install -e ".[plots]"`') from error
     figure = Figure(figsize=(8.4, 8.5), facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     axes = figure.add_subplot()
@@ -155,7 +156,7 @@ def _draw_cells(axes: "Axes", picture: MaskPicture) -> None:
 def _draw_lines(axes: "Axes", picture: MaskPicture) -> None:
     total = len(picture.kinds)
     stream_edges = [stream.start for stream in picture.streams] + [total]
-    block_edges = (torch.nonzero(picture.block_ids.diff())[:, 0] + 1).tolist()
+    block_edges = (picture.block_ids.diff().nonzero()[:, 0] + 1).tolist()
     for edges, colour, width in ((block_edges, BLOCK_LINE, 0.8), (stream_edges, INK, 1.1)):
         axes.hlines(edges, 0, total, colors=colour, linewidths=width, clip_on=False)
         axes.vlines(edges, 0, total, colors=colour, linewidths=width, clip_on=False)
@@ -214,20 +215,21 @@ def _draw_legend(figure: "Figure") -> None:
     )
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m hierbd3lm.evaluation.mask_picture", description="Draw the training mask at fixed lengths."
+        prog=prog or "python -m hierbd3lm.masking_hierbd3lm", description="Draw the training mask of fixed lengths."
     )
-    parser.add_argument("--question-len", type=int, default=16, help="question length (default: %(default)s)")
-    parser.add_argument("--plan-len", type=int, default=16, help="plan length (default: %(default)s)")
-    parser.add_argument("--execution-len", type=int, default=32, help="execution length (default: %(default)s)")
-    parser.add_argument("--block-size", type=int, default=4, help="block size (default: %(default)s)")
-    parser.add_argument("-o", "--output", type=Path, help="image file to write; if omitted, text is printed")
-    return parser.parse_args(arguments)
+    parser.add_argument("--question-len", type=int, default=16, help="tokens of the question (default: %(default)s)")
+    parser.add_argument("--plan-len", type=int, default=16, help="tokens of the plan (default: %(default)s)")
+    parser.add_argument("--execution-len", type=int, default=32, help="tokens of the execution (default: %(default)s)")
+    parser.add_argument("--block-size", type=int, default=4, help="tokens of a block (default: %(default)s)")
+    parser.add_argument("-o", "--output", type=Path, help="image file to write; without it, text is printed")
+    return parser.parse_args(argv)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Parses, draws, prints."""
+    options = parse_arguments(argv, prog)
     try:
         picture = picture_mask(options.question_len, options.plan_len, options.execution_len, options.block_size)
         if options.output is not None:

@@ -3,8 +3,9 @@
 import pytest
 from datasets import Dataset
 
+from hierbd3lm.data.arguments import DataArguments
 from hierbd3lm.data.loading import load_documents
-from hierbd3lm.data.splits import DataArguments, load_split
+from hierbd3lm.data.splits import load_split
 from hierbd3lm.data.text.detokenization import RULES, detokenize
 
 CASES = [

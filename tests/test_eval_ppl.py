@@ -12,6 +12,7 @@ from hierbd3lm import eval_ppl
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.data.loading import prepare_dataset
 from hierbd3lm.diffusion_hierbd3lm import exact_nelbo
+from hierbd3lm.evaluation.arguments import LikelihoodArguments
 from hierbd3lm.evaluation.likelihood import check_counts, format_likelihood, measure_likelihood
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.trainer import HierBD3LMTrainer
@@ -132,7 +133,7 @@ def test_the_table_has_an_error_only_with_noise():
 def test_settings_out_of_range_are_refused(setting):
     (name,) = setting
     with pytest.raises(ValueError, match=f"`{name}` must be"):
-        eval_ppl.LikelihoodArguments(model="x", **setting)
+        LikelihoodArguments(model="x", **setting)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -22,8 +22,9 @@ from transformers import Qwen3Config
 from hierbd3lm.configuration_hierbd3lm import special_token_ids
 from hierbd3lm.data.gsm8k.answers import extract_flexible, extract_strict
 from hierbd3lm.data.tokenization import train_tokenizer
-from hierbd3lm.eval_gsm8k import EvaluationArguments, evaluate
+from hierbd3lm.evaluation.arguments import EvaluationArguments
 from hierbd3lm.evaluation.lm_eval.adapter import GENERATION_SETTINGS, HierBD3LMHarnessModel
+from hierbd3lm.evaluation.runner import evaluate
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .tiny import make_model
@@ -476,7 +477,7 @@ def test_command_line_gives_the_scores_of_eval_gsm8k(tmp_path):
         str(tmp_path / "out"),
     ]
     subprocess.run(
-        [sys.executable, "-m", "hierbd3lm.evaluation.lm_eval.adapter", *argv],
+        [sys.executable, "-m", "hierbd3lm.evaluation.lm_eval", *argv],
         env=os.environ | environment,
         stdin=subprocess.DEVNULL,
         check=True,

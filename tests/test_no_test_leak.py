@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
+from hierbd3lm.data.arguments import DataArguments
 from hierbd3lm.data.gsm8k import problems as gsm8k
-from hierbd3lm.data.splits import DataArguments, load_counted_split, training_splits
+from hierbd3lm.data.splits import load_counted_split, training_splits
 
 pytestmark = pytest.mark.skipif(
     "GSM8K_DIR" not in os.environ, reason="GSM8K_DIR must name a folder with GSM8K's train.jsonl and test.jsonl"

@@ -17,12 +17,14 @@ from transformers import AutoTokenizer, PhiConfig, PreTrainedTokenizerFast, Qwen
 
 from hierbd3lm import eval_gsm8k, train
 from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS
+from hierbd3lm.evaluation.runner import evaluate
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.order_hierbd3lm import BlockOrder
 from hierbd3lm.trainer import HierBD3LMTrainer
 from hierbd3lm.training.arguments import HierBD3LMTrainingArguments
 from hierbd3lm.training.checkpoints import EMA_FILE
-from hierbd3lm.training.lora import AdapterArguments, add_adapter, is_adapter, load_adapter, load_checkpoint
+from hierbd3lm.training.lora import add_adapter, is_adapter, load_adapter, load_checkpoint
+from hierbd3lm.training.settings import AdapterArguments, ModelArguments
 
 from .tiny import make_batch, make_model
 
@@ -271,7 +273,7 @@ def test_an_adapter_is_evaluated_like_its_merged_checkpoint(tied_base, run, tmp_
     answers = []
     for model in (out, str(tmp_path / "merged")):
         arguments = eval_gsm8k.parse_arguments(["--model", model, "--device", "cpu", *options])
-        predictions, summary = eval_gsm8k.evaluate(arguments)
+        predictions, summary = evaluate(arguments)
         assert summary["n"] == 3
         answers.append([(row["plan"], row["execution"]) for row in predictions])
     assert answers[0] == answers[1]
@@ -319,7 +321,7 @@ def test_a_head_with_a_bias_is_refused():
 
 def test_an_adapter_requires_a_base():
     with pytest.raises(ValueError, match="`use_peft` must be False without `init_from`"):
-        train.ModelArguments(use_peft=True)
+        ModelArguments(use_peft=True)
 
 
 def test_fsdp_is_refused(tied_base, tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import pytest
 
 from hierbd3lm.data.gsm8k.problems import load_gsm8k, load_gsm8k_rows
 from hierbd3lm.data.plans.problems import load_problems
-from hierbd3lm.data.synthetic.problems import SyntheticConfig, generate_problems
+from hierbd3lm.data.synthetic.config import SyntheticConfig
+from hierbd3lm.data.synthetic.problems import generate_problems
 
 SOLUTION = "Tom has 2*3=<<2*3=6>>6 pens.\n#### 6"
 

@@ -6,8 +6,10 @@ from collections import Counter
 
 import pytest
 
+from hierbd3lm.data.synthetic.config import SyntheticConfig
 from hierbd3lm.data.synthetic.plan_swaps import change_plan, exchange_plans
-from hierbd3lm.data.synthetic.problems import MAX_FACTOR, SyntheticConfig, generate_dataset
+from hierbd3lm.data.synthetic.problems import generate_dataset
+from hierbd3lm.data.synthetic.quantities import MAX_FACTOR
 
 CONFIGS = [
     SyntheticConfig(),

@@ -256,7 +256,7 @@ def test_vllm_is_free_to_write_anything_without_structured_output(fake_vllm):
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
 def test_missing_vllm_is_named_with_the_extra_that_has_it():
-    with pytest.raises(ImportError, match=r"hierbd3lm\[plans\].*--base_url"):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[plans\]".*--base_url'):
         VllmWriter("some-model", SAMPLING)
 
 

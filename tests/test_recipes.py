@@ -15,12 +15,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModel, Qwen2Config, Qwen3Config
 
-from hierbd3lm import eval_gsm8k, train
+from hierbd3lm import eval_gsm8k, train, trainer
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
-from hierbd3lm.data.splits import DataArguments
-from hierbd3lm.data.synthetic.problems import SyntheticConfig
+from hierbd3lm.data.arguments import DataArguments
+from hierbd3lm.data.synthetic.config import SyntheticConfig
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from hierbd3lm.training.arguments import TrainScriptArguments
 from hierbd3lm.training.lora import check_adapter
+from hierbd3lm.training.settings import CONFIG_FIELDS, ModelArguments
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
@@ -80,10 +82,10 @@ def test_the_demo_goes_from_blocks_of_one_token_to_those_that_it_answers_with():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_holds_only_what_differs_from_the_defaults(name):
-    classes = (train.ModelArguments, DataArguments, train.TrainScriptArguments)
+    classes = (ModelArguments, DataArguments, TrainScriptArguments)
     defaults = {item.name: item.default for cls in classes for item in fields(cls)}
     config = HierBD3LMConfig()
-    defaults |= {field: getattr(config, field) for field in train.CONFIG_FIELDS if hasattr(config, field)}
+    defaults |= {field: getattr(config, field) for field in CONFIG_FIELDS if hasattr(config, field)}
     defaults["block_size"] = config.plan_block_size
     settings = yaml.safe_load(recipe(name).read_text())
     assert settings.keys() <= defaults.keys()
@@ -124,7 +126,7 @@ def test_fixed_lengths_reach_the_batches(tmp_path, monkeypatch):
             seen.append(data_collator(train_dataset.to_list()[:2])["input_ids"].shape)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "HierBD3LMTrainer", Trainer)
+    monkeypatch.setattr(trainer, "HierBD3LMTrainer", Trainer)
     for fixed in (True, False):
         run_train(monkeypatch, tmp_path / str(fixed), fixed_length=fixed)
     assert seen[0] == (2, 32 + 16 + 24) and seen[1][1] < 72
@@ -206,12 +208,12 @@ def fake(path, script):
 SHARDED_SCRIPT = """
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from hierbd3lm import train
+from hierbd3lm import train, trainer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
-class Trainer(train.HierBD3LMTrainer):
+class Trainer(trainer.HierBD3LMTrainer):
     def __init__(self, *args, **kwargs):
         # accelerate shards on GPUs alone: it is told that it has some, and goes on with the CPUs that it has
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -224,7 +226,7 @@ class Trainer(train.HierBD3LMTrainer):
         super().save_model(*args, **kwargs)
 
 
-train.HierBD3LMTrainer = Trainer
+trainer.HierBD3LMTrainer = Trainer
 train.main()
 """
 

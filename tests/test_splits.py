@@ -7,9 +7,11 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
+from hierbd3lm.data.arguments import FILE_NAME, DataArguments
 from hierbd3lm.data.gsm8k.near_duplicates import highest_similarities
-from hierbd3lm.data.splits import FILE_NAME, DataArguments, load_counted_split, load_split, training_splits
-from hierbd3lm.data.synthetic.problems import SyntheticConfig, generate_dataset
+from hierbd3lm.data.splits import load_counted_split, load_split, training_splits
+from hierbd3lm.data.synthetic.config import SyntheticConfig
+from hierbd3lm.data.synthetic.problems import generate_dataset
 
 SPLITS = ("train", "validation", "test")
 SOLUTION = "Tom has 2*3=<<2*3=6>>6 pens.\n#### 6"

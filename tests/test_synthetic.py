@@ -13,18 +13,11 @@ from itertools import combinations
 
 import pytest
 
-from hierbd3lm.data.synthetic import problems as synthetic
-from hierbd3lm.data.synthetic.problems import (
-    PHRASINGS,
-    SPLITS,
-    SyntheticConfig,
-    generate_dataset,
-    generate_problem,
-    generate_problems,
-    min_depth,
-    shapes,
-    vocabulary_texts,
-)
+from hierbd3lm.data.synthetic import wording
+from hierbd3lm.data.synthetic.config import SPLITS, SyntheticConfig, min_depth, shapes
+from hierbd3lm.data.synthetic.problems import generate_dataset, generate_problem, generate_problems
+from hierbd3lm.data.synthetic.vocabulary import PHRASINGS
+from hierbd3lm.data.synthetic.wording import vocabulary_texts
 
 CONFIG = SyntheticConfig()
 CONFIGS = {
@@ -426,7 +419,7 @@ def test_a_split_that_cannot_be_made_is_refused(split, num_examples, fields, mes
 
 
 def test_few_problems_come_back_in_other_words_and_then_there_are_no_more(monkeypatch):
-    monkeypatch.setattr(synthetic, "PHRASINGS", {kind: phrasings[:1] for kind, phrasings in PHRASINGS.items()})
+    monkeypatch.setattr(wording, "PHRASINGS", {kind: phrasings[:1] for kind, phrasings in PHRASINGS.items()})
     config = SyntheticConfig(num_steps=(1, 1), num_distractors=(0, 0), max_value=10, num_names=3, num_things=1)
     rows = []
     with pytest.raises(ValueError, match=r"`num_examples` is more than split 'test' has: after \d+ different"):

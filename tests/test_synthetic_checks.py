@@ -14,7 +14,8 @@ from hierbd3lm.data.synthetic.checks import (
     read_plan,
     read_plan_step,
 )
-from hierbd3lm.data.synthetic.problems import SyntheticConfig, generate_dataset
+from hierbd3lm.data.synthetic.config import SyntheticConfig
+from hierbd3lm.data.synthetic.problems import generate_dataset
 
 SPLITS = [
     ("test", SyntheticConfig()),

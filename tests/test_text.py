@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from hierbd3lm import eval_ppl, train
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
+from hierbd3lm.data.arguments import DataArguments
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.data.loading import load_documents
-from hierbd3lm.data.splits import DataArguments, load_split
+from hierbd3lm.data.splits import load_split
 from hierbd3lm.data.text.detokenization import RULES, detokenize
 from hierbd3lm.data.text.rows import WRAPPED_TOGETHER, prepare_text
 from hierbd3lm.data.text.sets import TEXT_SETS
@@ -27,6 +28,7 @@ from hierbd3lm.evaluation.likelihood import measure_likelihood
 from hierbd3lm.evaluation.text_quality import generate_unconditional
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
+from hierbd3lm.trainer import HierBD3LMTrainer
 
 from .tiny import make_model
 from .tiny_algorithms import ALGORITHMS
@@ -356,15 +358,16 @@ def test_a_clip_search_chooses_for_the_text_alone(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "lines.txt", many_documents(100))
     search = {"clip_search": [0.5], "eval_strategy": "steps", "eval_steps": 1}
     out = run(monkeypatch, tmp_path, dataset=path, max_steps=1, **search)
-    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    (found,) = [entry for entry in log if "execution_clip_low" in entry]
-    assert found["execution_clip_high"] - found["execution_clip_low"] == pytest.approx(0.5)
-    assert not any(name.startswith("plan_clip") for entry in log for name in entry)
-    assert all(math.isfinite(entry[name]) for entry in log for name in entry if "clip_variance" in name)
+    state = json.loads((out / "trainer_state.json").read_text())
+    chosen = state["stateful_callbacks"]["ClipSearch"]["attributes"]["chosen"]
+    low, high = chosen["execution"]
+    assert high - low == pytest.approx(0.5) and chosen.keys() == {"execution"}
+    variances = [entry[name] for entry in state["log_history"] for name in entry if "clip_variance" in name]
+    assert variances and all(map(math.isfinite, variances))
 
 
 def evaluation_tokenizer(folder):
-    return eval_ppl.load_model(str(folder), "cpu")[1]
+    return checkpoints.load_model(str(folder), "cpu")[1]
 
 
 @pytest.mark.parametrize("shuffle_buffer", [0, 100])
@@ -386,13 +389,13 @@ def test_training_on_a_stream_goes_on_as_if_it_had_not_stopped(tmp_path, monkeyp
 
 def record_batches(monkeypatch):
     """The input ids of every training step, as they come."""
-    seen, step = [], train.HierBD3LMTrainer.training_step
+    seen, step = [], HierBD3LMTrainer.training_step
 
     def recording_step(trainer, model, inputs, *args, **kwargs):
         seen.append(inputs["input_ids"].tolist())
         return step(trainer, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(train.HierBD3LMTrainer, "training_step", recording_step)
+    monkeypatch.setattr(HierBD3LMTrainer, "training_step", recording_step)
     return seen
 
 

@@ -11,7 +11,9 @@ from hierbd3lm.configuration_hierbd3lm import (
     add_special_tokens,
     special_token_ids,
 )
-from hierbd3lm.data.synthetic.problems import SPLITS, SyntheticConfig, generate_problems, vocabulary_texts
+from hierbd3lm.data.synthetic.config import SPLITS, SyntheticConfig
+from hierbd3lm.data.synthetic.problems import generate_problems
+from hierbd3lm.data.synthetic.wording import vocabulary_texts
 from hierbd3lm.data.tokenization import PAD_TOKEN, UNK_TOKEN, train_tokenizer
 
 CONFIG = SyntheticConfig()

@@ -14,6 +14,10 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from hierbd3lm import train
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from hierbd3lm.trainer import HierBD3LMTrainer
+from hierbd3lm.training import preparation
+from hierbd3lm.training.preparation import load_examples, make_datasets, make_model
+from hierbd3lm.training.settings import ModelArguments
 
 from .tiny_tokenizer import make_tokenizer
 
@@ -107,9 +111,9 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_pa
             raise KeyboardInterrupt
         return step(trainer, *args, **kwargs)
 
-    step = train.HierBD3LMTrainer.training_step
+    step = HierBD3LMTrainer.training_step
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.HierBD3LMTrainer, "training_step", interrupt)
+        patch.setattr(HierBD3LMTrainer, "training_step", interrupt)
         run(monkeypatch, config)
     run(monkeypatch, config, "--resume_from_checkpoint", "last")
     weights = load_file(tmp_path / "out" / "model.safetensors")
@@ -133,11 +137,11 @@ def test_a_checkpoint_of_low_precision_is_trained_in_float32_unless_asked_otherw
     tokenizer = make_tokenizer()
     backbone = Qwen3Config(vocab_size=len(tokenizer), **TINY["backbone"])
     Qwen3ForCausalLM(backbone).bfloat16().save_pretrained(tmp_path / "ar")
-    model = train.make_model(train.ModelArguments(init_from=str(tmp_path / "ar")), tokenizer)
+    model = make_model(ModelArguments(init_from=str(tmp_path / "ar")), tokenizer)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     model.save_pretrained(tmp_path / "own")
-    low = train.ModelArguments(init_from=str(tmp_path / "own"), dtype="bfloat16")
-    assert {parameter.dtype for parameter in train.make_model(low, tokenizer).parameters()} == {torch.bfloat16}
+    low = ModelArguments(init_from=str(tmp_path / "own"), dtype="bfloat16")
+    assert {parameter.dtype for parameter in make_model(low, tokenizer).parameters()} == {torch.bfloat16}
 
 
 def test_synthetic_problems_join_another_dataset_and_are_counted(tmp_path):
@@ -147,11 +151,11 @@ def test_synthetic_problems_join_another_dataset_and_are_counted(tmp_path):
     settings = {"dataset": str(tmp_path / "rows.jsonl"), "num_synthetic_examples": 20, "num_train_examples": None}
     arguments = train.parse_arguments([write_config(tmp_path, num_validation_examples=2, **settings)])
     model_args, data_args, args = arguments
-    examples = train.load_examples(data_args, args)
-    tokenizer = train.make_tokenizer(model_args, data_args, args, examples)
+    examples = load_examples(data_args, args)
+    tokenizer = preparation.make_tokenizer(model_args, data_args, args, examples)
     assert {" cats", " has"} < set(tokenizer.get_vocab())
-    config = train.make_model(model_args, tokenizer).config
-    datasets = train.make_datasets(data_args, args, examples, tokenizer, config)
+    config = make_model(model_args, tokenizer).config
+    datasets = make_datasets(data_args, args, examples, tokenizer, config)
     report = json.loads((tmp_path / "out" / "data_report.json").read_text())
     assert {name: (part["num_kept"], part["num_dropped"]) for name, part in report.items()} == {
         "train": (6, 1),
@@ -165,7 +169,7 @@ def test_synthetic_problems_join_another_dataset_and_are_counted(tmp_path):
 
 def test_a_backbone_and_a_checkpoint_exclude_each_other():
     with pytest.raises(ValueError, match="`backbone` must be None with `init_from`"):
-        train.ModelArguments(init_from="somewhere", backbone={"hidden_size": 8})
+        ModelArguments(init_from="somewhere", backbone={"hidden_size": 8})
 
 
 @pytest.mark.slow

@@ -16,12 +16,15 @@ import pytest
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from hierbd3lm.data import run_folder
+from hierbd3lm.data.arguments import DataArguments
 from hierbd3lm.data.loading import load_reasoning_dataset, prepare_dataset
-from hierbd3lm.data.plans import hub, write_plans
+from hierbd3lm.data.plans import hub, run
+from hierbd3lm.data.plans.arguments import WritePlansArguments
 from hierbd3lm.data.plans.filters import FILTERS, PlanDraft, score
 from hierbd3lm.data.plans.problems import load_problems
-from hierbd3lm.data.plans.write_plans import MAX_REFUSALS, WritePlansArguments, choose_plans, parse_arguments
-from hierbd3lm.data.splits import DataArguments, load_split
+from hierbd3lm.data.plans.run import MAX_REFUSALS, choose_plans, write_plans
+from hierbd3lm.data.plans.write_plans import parse_arguments
+from hierbd3lm.data.splits import load_split
 
 from .plan_server import PlanServer
 from .tiny_tokenizer import make_config_for, make_tokenizer
@@ -117,7 +120,7 @@ def seeds_of(bodies):
 
 def test_every_reply_is_kept_or_rejected_by_what_is_wrong_with_it(arguments, server):
     args = arguments()
-    summary = write_plans.write_plans(args)
+    summary = write_plans(args)
     kinds = Counter(kind_of(body["seed"]) for body in server.bodies)
     assert set(kinds) == set(KINDS), "the seeds must draw every kind"
     assert sum(kinds.values()) == NUM_PROBLEMS * NUM_SAMPLES == summary["num_replies"]
@@ -130,7 +133,7 @@ def test_every_reply_is_kept_or_rejected_by_what_is_wrong_with_it(arguments, ser
 
 def test_problem_gets_the_plan_with_the_best_score_or_none(arguments, server):
     args = arguments()
-    summary = write_plans.write_plans(args)
+    summary = write_plans(args)
     rows = {row["question"]: row for row in read_lines(args.output_dir, "plans.jsonl")}
     for i, (question, seeds) in enumerate(seeds_of(server.bodies).items()):
         kinds = {kind_of(seed) for seed in seeds}
@@ -155,7 +158,7 @@ def test_kept_plan_has_the_greatest_score_and_is_the_first_of_several(problems_f
 
 def test_fallback_gives_every_problem_a_plan(arguments, problems_file):
     args = arguments(fallback="rule")
-    summary = write_plans.write_plans(args)
+    summary = write_plans(args)
     rows = read_lines(args.output_dir, "plans.jsonl")
     assert [row["index"] for row in rows] == list(range(NUM_PROBLEMS))
     by_rule = [row for row in rows if row["plan_source"] == "rule"]
@@ -167,7 +170,7 @@ def test_fallback_gives_every_problem_a_plan(arguments, problems_file):
 
 def test_rows_are_a_training_set(arguments):
     args = arguments(fallback="rule")
-    write_plans.write_plans(args)
+    write_plans(args)
     path = str(Path(args.output_dir, "plans.jsonl"))
     dataset = load_split(DataArguments(dataset=path, num_validation_examples=2), "train")
     assert len(dataset) == NUM_PROBLEMS - 2
@@ -186,14 +189,14 @@ def test_rows_are_a_training_set(arguments):
 
 
 def test_each_sample_is_drawn_with_a_seed_of_its_own_that_follows_from_the_seed(arguments, server):
-    write_plans.write_plans(arguments())
+    write_plans(arguments())
     first = seeds_of(server.bodies)
     assert len(set().union(*first.values())) == NUM_PROBLEMS * NUM_SAMPLES
     server.bodies.clear()
-    write_plans.write_plans(arguments(overwrite=True))
+    write_plans(arguments(overwrite=True))
     assert seeds_of(server.bodies) == first
     server.bodies.clear()
-    write_plans.write_plans(arguments(seed=1, overwrite=True))
+    write_plans(arguments(seed=1, overwrite=True))
     assert not set().union(*seeds_of(server.bodies).values()) & set().union(*first.values())
 
 
@@ -211,30 +214,30 @@ def results_of(folder):
 
 def test_complete_run_asks_for_nothing_and_makes_its_results_anew(arguments, server):
     args = arguments()
-    write_plans.write_plans(args)
+    write_plans(args)
     expected = results_of(args.output_dir)
     for name in RESULTS:
         Path(args.output_dir, name).unlink()
     server.bodies.clear()
-    write_plans.write_plans(args)
+    write_plans(args)
     assert server.bodies == []
     assert results_of(args.output_dir) == expected
-    assert write_plans.write_plans(arguments(fallback="rule"))["num_plans"] == NUM_PROBLEMS
+    assert write_plans(arguments(fallback="rule"))["num_plans"] == NUM_PROBLEMS
     assert server.bodies == []
 
 
 def test_run_that_the_server_broke_off_asks_only_for_what_is_missing(arguments, server, tmp_path):
-    write_plans.write_plans(arguments(output_dir=str(tmp_path / "whole")))
+    write_plans(arguments(output_dir=str(tmp_path / "whole")))
     server.bodies.clear()
     server.reply = lambda body: write_reply(body) if len(server.bodies) <= 7 else 404
     args = arguments(concurrency=1)
     with pytest.raises(Exception, match="status 404"):
-        write_plans.write_plans(args)
+        write_plans(args)
     assert len(read_lines(args.output_dir, "replies.jsonl")) == 7
     assert not any(Path(args.output_dir, name).exists() for name in RESULTS)
     server.reply = write_reply
     server.bodies.clear()
-    write_plans.write_plans(args)
+    write_plans(args)
     assert len(server.bodies) == NUM_PROBLEMS * NUM_SAMPLES - 7
     assert results_of(args.output_dir) == results_of(tmp_path / "whole")
 
@@ -282,7 +285,7 @@ def run_and_die(args, number):
         status = 1
         try:
             die_at(number)
-            write_plans.write_plans(args)
+            write_plans(args)
             status = 0
         finally:
             os._exit(status)
@@ -291,19 +294,19 @@ def run_and_die(args, number):
 
 def test_run_that_is_killed_at_any_write_goes_on_without_loss_or_duplicate(arguments, tmp_path):
     few = {"limit": 2, "num_samples": 2}
-    write_plans.write_plans(arguments(output_dir=str(tmp_path / "whole"), **few))
+    write_plans(arguments(output_dir=str(tmp_path / "whole"), **few))
     expected = results_of(tmp_path / "whole")
     num_writes = 2 * len(("manifest.json", *RESULTS)) + 4  # a file has two moments, a reply one
     for number in range(1, num_writes + 1):
         args = arguments(output_dir=str(tmp_path / f"killed {number}"), **few)
         assert run_and_die(args, number) == -signal.SIGKILL
-        write_plans.write_plans(args)
+        write_plans(args)
         assert results_of(args.output_dir) == expected
     assert run_and_die(arguments(output_dir=str(tmp_path / "late"), **few), num_writes + 1) == 0
 
 
 def test_run_that_is_killed_again_and_again_ends(arguments, server, tmp_path):
-    write_plans.write_plans(arguments(output_dir=str(tmp_path / "whole")))
+    write_plans(arguments(output_dir=str(tmp_path / "whole")))
     server.bodies.clear()
     args, number = arguments(), 3
     while (status := run_and_die(args, number)) != 0:
@@ -315,7 +318,7 @@ def test_run_that_is_killed_again_and_again_ends(arguments, server, tmp_path):
 
 @pytest.mark.slow
 def test_command_that_is_killed_again_and_again_ends_with_the_same_plans(arguments, server, tmp_path):
-    write_plans.write_plans(arguments(output_dir=str(tmp_path / "whole"), fallback="rule"))
+    write_plans(arguments(output_dir=str(tmp_path / "whole"), fallback="rule"))
     args = arguments()
     command = [sys.executable, "-m", "hierbd3lm.data.plans.write_plans", "--fallback", "rule", "--concurrency", "2"]
     for name in ("dataset", "output_dir", "model", "base_url", "num_samples"):
@@ -356,46 +359,46 @@ CHANGES = {
 
 
 def test_other_settings_are_another_run(arguments):
-    write_plans.write_plans(arguments())
+    write_plans(arguments())
     for name, value in CHANGES.items():
         changed = "num_problems" if name == "limit" else name
         with pytest.raises(ValueError, match=rf"`output_dir` must .*{changed}: .* there, {value!r} now"):
-            write_plans.write_plans(arguments(**{name: value}))
+            write_plans(arguments(**{name: value}))
 
 
 def test_other_prompt_version_or_problems_are_another_run(arguments, problems_file, monkeypatch):
     args = arguments()
-    write_plans.write_plans(args)
+    write_plans(args)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="prompt_hash: "):
         patch.setattr("hierbd3lm.data.plans.prompt.INSTRUCTIONS", "Write a plan.")
-        write_plans.write_plans(args)
+        write_plans(args)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="version: "):
-        patch.setattr(write_plans, "__version__", "0.0")
-        write_plans.write_plans(args)
+        patch.setattr(run, "__version__", "0.0")
+        write_plans(args)
     Path(problems_file).write_text(Path(problems_file).read_text().replace("Tom", "Ann"))
     with pytest.raises(ValueError, match="hash_of_problems: "):
-        write_plans.write_plans(args)
+        write_plans(args)
 
 
 def test_other_server_concurrency_and_fallback_are_the_same_run(arguments):
-    write_plans.write_plans(arguments())
+    write_plans(arguments())
     with PlanServer(write_reply) as other:
-        write_plans.write_plans(arguments(base_url=other.url, concurrency=2, timeout=3.0, fallback="rule"))
+        write_plans(arguments(base_url=other.url, concurrency=2, timeout=3.0, fallback="rule"))
 
 
 # Refusals
 
 
 def test_refused_request_is_counted_and_asked_for_again(arguments, server, tmp_path):
-    write_plans.write_plans(arguments(output_dir=str(tmp_path / "whole")))
+    write_plans(arguments(output_dir=str(tmp_path / "whole")))
     refused = sorted(body["seed"] for body in server.bodies)[4]
     server.reply = lambda body: 400 if body["seed"] == refused else write_reply(body)
     args = arguments()
-    summary = write_plans.write_plans(args)
+    summary = write_plans(args)
     assert (summary["num_refused"], summary["num_replies"]) == (1, NUM_PROBLEMS * NUM_SAMPLES - 1)
     server.reply = write_reply
     server.bodies.clear()
-    assert write_plans.write_plans(args)["num_refused"] == 0
+    assert write_plans(args)["num_refused"] == 0
     assert [body["seed"] for body in server.bodies] == [refused]
     assert results_of(args.output_dir) == results_of(tmp_path / "whole")
 
@@ -403,7 +406,7 @@ def test_refused_request_is_counted_and_asked_for_again(arguments, server, tmp_p
 def test_server_that_refuses_everything_ends_the_run(arguments, server):
     server.reply = lambda body: 400
     with pytest.raises(ValueError, match=f"has refused {MAX_REFUSALS} requests one after the other.*status 400"):
-        write_plans.write_plans(arguments(num_samples=MAX_REFUSALS))
+        write_plans(arguments(num_samples=MAX_REFUSALS))
     assert MAX_REFUSALS <= len(server.bodies) < NUM_PROBLEMS * MAX_REFUSALS
 
 
@@ -412,7 +415,7 @@ def test_server_that_refuses_everything_ends_the_run(arguments, server):
 
 def test_folder_is_a_dataset_with_a_card_that_tells_the_counts(arguments):
     args = arguments()
-    summary = write_plans.write_plans(args)
+    summary = write_plans(args)
     dataset = load_reasoning_dataset(args.output_dir)
     assert dataset.to_list() == read_lines(args.output_dir, "plans.jsonl")
     card = Path(args.output_dir, "README.md").read_text("utf-8")
@@ -433,9 +436,9 @@ def test_dataset_is_pushed_with_its_card_and_without_the_replies(arguments, monk
             calls.append(("upload", there & set(allow_patterns), kwargs))
 
     monkeypatch.setattr(hub, "HfApi", FakeApi)
-    write_plans.write_plans(arguments())
+    write_plans(arguments())
     assert calls == []
-    write_plans.write_plans(arguments(push_to_hub="me/plans", private=True))
+    write_plans(arguments(push_to_hub="me/plans", private=True))
     assert calls == [
         ("create", "me/plans", {"repo_type": "dataset", "private": True, "exist_ok": True}),
         (
@@ -513,7 +516,7 @@ def test_random_model_behind_transformers_serve_gets_every_plan_rejected(
     # one request at a time: this server has one random generator for all
     fields = {"base_url": transformers_serve, "model": random_checkpoint, "max_tokens": 16, "concurrency": 1}
     args = arguments(**fields, fallback="rule")
-    summary = write_plans.write_plans(args)
+    summary = write_plans(args)
     replies, _ = results_of(args.output_dir)
     assert len(replies) == summary["num_replies"] == NUM_PROBLEMS * NUM_SAMPLES
     assert (summary["num_accepted"], summary["num_plans_by_rule"]) == (0, NUM_PROBLEMS)
@@ -524,5 +527,5 @@ def test_random_model_behind_transformers_serve_gets_every_plan_rejected(
     assert reasons["not_steps"] > 0
 
     assert len({reply["text"] for reply in replies}) > NUM_PROBLEMS, "replies are drawn"
-    write_plans.write_plans(arguments(**fields, output_dir=str(tmp_path / "again")))
+    write_plans(arguments(**fields, output_dir=str(tmp_path / "again")))
     assert results_of(tmp_path / "again")[0] == replies, "the server takes the seeds"

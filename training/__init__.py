@@ -1,1 +1,1 @@
-"""Training: arguments, objectives, optimizer, adapters, and the trainer's callbacks."""
+"""Training: settings, objectives, optimizer, adapters, and the trainer's callbacks."""

@@ -17,6 +17,24 @@ logger = logging.get_logger(__name__)
 EMA_FILE = "ema.safetensors"
 
 
+def find_checkpoint(output_dir: str, resume_from: str | None) -> str | None:
+    """Return the checkpoint to resume from, or None for a new run.
+
+    Args:
+        resume_from: a checkpoint's folder, or `last` for the last complete one in `output_dir`, if there is one.
+
+    Raises:
+        ValueError: if a new run would mix its checkpoints with those of another in `output_dir`.
+    """
+    last = last_complete_checkpoint(output_dir)
+    if resume_from is None and last is not None:
+        raise ValueError(
+            f"`output_dir` must hold no checkpoints of another run, but got {output_dir} with {last}: give "
+            f"`--resume_from_checkpoint last` to continue it, or another folder"
+        )
+    return last if resume_from == "last" else resume_from
+
+
 def last_complete_checkpoint(output_dir: str) -> str | None:
     """Return the latest complete checkpoint to resume from, or None.
 

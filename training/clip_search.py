@@ -1,4 +1,4 @@
-"""Search for the clip interval with the lowest training loss variance (BD3-LM: Arriola et al. 2025, section 5.2).
+"""Search for the interval of mask rates whose training loss varies least (BD3-LM: Arriola et al. 2025, section 5.2).
 
 The variance is over the noise of a given batch; it is averaged over batches. Differences between batches do not
 depend on the interval and are left out. The loss of each block is measured once in each of `num_levels` equal bins of

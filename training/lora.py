@@ -1,6 +1,5 @@
-"""Load a checkpoint of any kind for training, and add or merge LoRA adapters."""
+"""A checkpoint as a model to train: whole, or frozen under a LoRA adapter, and back from such an adapter."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -9,27 +8,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig, config_fields
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from .settings import AdapterArguments
 
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer except the head
-
-
-@dataclass
-class AdapterArguments:
-    """Settings of a LoRA adapter, with the names and defaults of TRL's ModelConfig."""
-
-    use_peft: bool = field(
-        default=False,
-        metadata={"help": "Train a LoRA adapter and the embedding rows of the special tokens; freeze the rest."},
-    )
-    lora_r: int = field(default=16, metadata={"help": "LoRA rank; >= 1."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha; updates are scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout, in [0, 1)."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "LoRA target modules. If omitted, every linear layer except the head."}
-    )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train in full and to save with the adapter."}
-    )
 
 
 class HierBD3LMAdapter(PeftModel):

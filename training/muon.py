@@ -1,4 +1,4 @@
-"""Optimizer that combines Muon for matrices with AdamW for all other weights."""
+"""Muon for matrices and AdamW for all other weights, under one learning rate schedule."""
 
 import math
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Training metrics for the log: loss of each segment, and tokens per second."""
+"""The figures that are logged of training: each segment's loss, and tokens per second."""
 
 import time
 from typing import Any

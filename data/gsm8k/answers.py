@@ -1,4 +1,4 @@
-r"""How a final answer is read from a text and compared with the reference, for one text or for several samples.
+r"""Final answers: read from a text, compared with the reference, and counted over several samples.
 
 Strict and flexible match are those of the `gsm8k` task (version 3.0) of lm-evaluation-harness 0.4.13: its two regex
 filters, then exact match after its `regexes_to_ignore`. The numeric match is our own: it reads the strict answer and

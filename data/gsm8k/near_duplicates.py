@@ -1,4 +1,4 @@
-"""How like two questions are, whatever their numbers, case, punctuation and white space."""
+"""Likeness of questions, whatever their numbers, case, punctuation and white space."""
 
 import re
 from collections import Counter, defaultdict

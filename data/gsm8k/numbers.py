@@ -1,4 +1,4 @@
-"""How the numbers of an English text are read, in digits and in words."""
+"""The numbers of an English text, in digits and in words."""
 
 import re
 import unicodedata

@@ -1,4 +1,4 @@
-"""What GSM8K's rows hold, with the plan that a rule writes from each solution of `main`.
+"""GSM8K's rows, with the plan that a rule writes from each solution of `main`.
 
 A plan of `main` says what each step of the solution finds, in the solution's words, by which calculation, and no
 number that only the solution computes: `[1]` is what step 1 found.
@@ -26,11 +26,11 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from ..arguments import GSM8K_IDS
 from ..steps import STEP_SEPARATOR, make_row, number_steps, pair_lines, render_steps
 from .answers import reference_answer
 from .numbers import CONSTANTS, NUMBER, QUANTITY, plain, quantity_value, stated_values, values
 
-HUB_IDS = ("openai/gsm8k", "gsm8k")
 SPLITS = ("train", "test")
 ANNOTATION = re.compile(r"<<([^<>]*)>>")
 
@@ -70,7 +70,7 @@ def load_gsm8k_rows(split: str, subset: str = "main", data_dir: str | os.PathLik
         raise ValueError(f"`subset` must be one of {', '.join(PARSERS)}, but got {subset!r}")
     data_dir = data_dir or os.environ.get("GSM8K_DIR")
     if not data_dir:
-        return load_dataset(HUB_IDS[0], subset, split=split)
+        return load_dataset(GSM8K_IDS[0], subset, split=split)
     path = Path(data_dir) / (f"{split}.jsonl" if subset == "main" else f"{split}_{subset}.jsonl")
     if not path.is_file():
         raise FileNotFoundError(f"`data_dir` (or GSM8K_DIR) must hold {path.name}, but {data_dir} does not")

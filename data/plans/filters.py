@@ -1,4 +1,4 @@
-"""How a plan that a language model has written is judged."""
+"""Filters and a score for plans that a language model has written."""
 
 import re
 from collections import Counter

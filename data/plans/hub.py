@@ -1,4 +1,4 @@
-"""How written plans become a dataset on the Hub."""
+"""Written plans as a dataset on the Hub, with its card."""
 
 from pathlib import Path
 from typing import Any

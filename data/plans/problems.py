@@ -6,9 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..arguments import check_at_least
+from ..arguments import GSM8K_IDS, check_at_least
 from ..gsm8k.numbers import stated_values, with_plain_digits
-from ..gsm8k.problems import HUB_IDS, computed_values, parse_main
+from ..gsm8k.problems import computed_values, parse_main
 from ..loading import load_reasoning_dataset
 
 
@@ -58,7 +58,7 @@ def load_problems(dataset: str, split: str = "train", num_examples: int | None =
     """
     check_at_least("num_examples", num_examples, 1)
     split = None if Path(dataset).is_file() else split
-    rows = load_reasoning_dataset(dataset, split, parse_example=_read_gsm8k if dataset in HUB_IDS else _read_row)
+    rows = load_reasoning_dataset(dataset, split, parse_example=_read_gsm8k if dataset in GSM8K_IDS else _read_row)
     rows = rows if num_examples is None else rows.select(range(min(num_examples, len(rows))))
     return [_read_problem(index, row["question"], row["execution"]) for index, row in enumerate(rows)]
 

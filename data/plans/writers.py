@@ -1,4 +1,4 @@
-"""How a language model is asked to write, in this process or on a server."""
+"""Language models that write plans, in this process or on a server."""
 
 import asyncio
 import os
@@ -108,7 +108,7 @@ class VllmWriter:
             from vllm import LLM
         except ImportError as error:
             raise ImportError(
-                "Writing plans in this process needs vllm: `pip install hierbd3lm[plans]`, or give `--base_url`"
+                'writing plans in this process needs vllm: run `pip install -e ".[plans]"`, or give `--base_url`'
             ) from error
         self.llm = LLM(model=model, max_model_len=max_model_len, tensor_parallel_size=tensor_parallel_size)
         self.sampling = sampling
@@ -174,7 +174,7 @@ class ServerWriter:
         try:
             import openai
         except ImportError as error:
-            raise ImportError("Writing plans on a server needs openai: `pip install openai`") from error
+            raise ImportError('writing plans on a server needs openai: run `pip install -e ".[plans]"`') from error
         self.refusals = (openai.BadRequestError, openai.UnprocessableEntityError)
         self.client = openai.AsyncOpenAI(
             base_url=base_url,

@@ -1,4 +1,4 @@
-"""What the steps of a synthetic problem say: they are read, carried out, and compared step by step.
+"""The steps of a synthetic problem, read, carried out, and compared one by one.
 
 A plan step is one operation on quantities and numbers, an execution step the same operation on values:
 
@@ -14,7 +14,7 @@ from itertools import zip_longest
 from operator import add, mul, sub
 
 from ..steps import read_steps
-from .problems import PHRASINGS
+from .vocabulary import PHRASINGS
 
 OPERATIONS = {"+": add, "-": sub, "*": mul}
 COMMUTATIVE = ("+", "*")

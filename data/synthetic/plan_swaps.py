@@ -1,4 +1,4 @@
-"""Which plan takes the place of a problem's own: that of another problem, or its own with one operation changed."""
+"""Plans in place of a problem's own: that of another problem, or its own with one operation changed."""
 
 import random
 from collections import Counter
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ..steps import read_steps, render_steps
 from .checks import OPERATIONS, Step, carry_out, given_values, read_plan
-from .problems import MAX_FACTOR
+from .quantities import MAX_FACTOR
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How words that a corpus has cut apart are put together again before they are tokenized.
+"""Rules that put together the words that a corpus has cut apart, before they are tokenized.
 
 The rules are those behind MDLM's zero-shot table (Sahoo et al. 2024, table 3; `dataloader.py` of its repository),
 which BD3-LM's repeats: without them no perplexity is comparable with the published ones. One of theirs is left out: it

@@ -1,4 +1,4 @@
-"""How plain text becomes rows of tokens: documents side by side and cut, or each on rows of its own.
+"""Plain text as rows of tokens: documents side by side and cut, or each on rows of its own.
 
 All of a row is execution: the question is empty, and the model has no plan (`plan_len=0`). `<|execution|>` opens a row
 and is given, as the BOS token is elsewhere, so that a whole row has `execution_len - 1` tokens of text. An `<|end|>`
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...configuration_hierbd3lm import HierBD3LMConfig
+from ..arguments import TEXT
 from ..collator import ID_KEYS, check_content, check_lengths, empty_question, example_length
 
 logger = logging.get_logger(__name__)
@@ -23,7 +24,6 @@ logger = logging.get_logger(__name__)
 Documents = Dataset | IterableDataset
 Batch = dict[str, list[Any]]
 
-TEXT = "text"  # the column of the documents
 WRAPPED_TOGETHER = 1000  # documents: as many as `map` gives at once, streaming or not
 TOKEN_FEATURES = Features({"token_ids": List(Value("int64")), "num_bytes": Value("int64")})
 ROW_FEATURES = Features(

@@ -1,4 +1,4 @@
-"""Which sets of plain text a zero-shot perplexity is published of, by name: `DataArguments` of each.
+"""The sets of plain text that a zero-shot perplexity is published of, by name: `DataArguments` of each.
 
 The sets and splits are those of MDLM's table 3 (Sahoo et al. 2024; `dataloader.py` of its repository chooses
 validation where it does not say test), which BD3-LM's zero-shot table repeats. All are wrapped. WikiText-103 has the

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.convert import published
-from hierbd3lm.convert.published import BUFFERS, NEVER, PublishedModel, convert, fold_modulation, read_published
+from hierbd3lm.convert.dit import BUFFERS, NEVER, PublishedModel, convert, fold_modulation, read_published
 from hierbd3lm.dit_hierbd3lm import HierBD3LMDiTConfig, HierBD3LMDiTForCausalLM
 from hierbd3lm.evaluation.text_quality import generate_unconditional
 from hierbd3lm.masking_hierbd3lm import EXECUTION

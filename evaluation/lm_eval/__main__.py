@@ -1,0 +1,49 @@
+"""The command line of lm-evaluation-harness with the models and tasks of this package: `hierbd3lm lm-eval`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+TASKS = Path(__file__).with_name("tasks")
+SUBCOMMANDS = ("run", "ls", "validate")
+INTRODUCTION = """\
+usage: {prog} [run | ls | validate] [--setting value ...]
+
+lm-evaluation-harness with the model `hierbd3lm` and the task `gsm8k_hier`:
+
+  {prog} --model hierbd3lm --model_args pretrained=DIR --tasks gsm8k_hier --batch_size 32
+
+`--include_path` is the folder of this package's tasks unless it is given. What follows is the harness's own help.
+"""
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Runs the harness's command line, with `--model hierbd3lm` among its models.
+
+    Raises:
+        ImportError: if lm-evaluation-harness is not installed.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError as error:
+        raise ImportError('lm-evaluation-harness is missing: run `pip install -e ".[eval]"`') from error
+    if not argv or argv in (["-h"], ["--help"]):
+        print(INTRODUCTION.format(prog=prog or "python -m hierbd3lm.evaluation.lm_eval"))
+        argv = ["run", "--help"]
+    if not {"-h", "--help"} & set(argv):
+        from . import adapter  # noqa: F401  (registers the model)
+    sys.argv = ["lm-eval", *with_include_path(argv)]  # which the harness reads
+    cli_evaluate()
+
+
+def with_include_path(argv: list[str]) -> list[str]:
+    """The arguments with `--include_path` and a subcommand, the harness's default one if there is none."""
+    argv = argv if argv[0] in SUBCOMMANDS else ["run", *argv]
+    if any(argument.partition("=")[0] == "--include_path" for argument in argv):
+        return argv
+    return [*argv, "--include_path", str(TASKS)]
+
+
+if __name__ == "__main__":
+    main()

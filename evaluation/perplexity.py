@@ -1,0 +1,48 @@
+"""The likelihood of a checkpoint on a dataset, with all that it depends on."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..data.run_folder import write_json
+from ..data.splits import encode_split
+from .arguments import LikelihoodArguments
+from .checkpoints import load_examples, load_model, versions
+from .likelihood import format_likelihood, measure_likelihood
+
+
+def measure_checkpoint(args: LikelihoodArguments) -> dict[str, Any]:
+    """Measures the likelihood, and writes it to `output`; returns what is written."""
+    model, tokenizer = load_model(args.model, args.device)
+    data_args, examples = load_examples(args, args.text_column)
+    dataset, report = encode_split(examples, replace(data_args, over_long="drop"), tokenizer, model.config)
+    if len(dataset) == 0:
+        raise ValueError(f"`dataset` must have an example that fits, but all {report['num_dropped']} are over-long")
+    settings = {name: getattr(args, name) for name in ("num_draws", "exact", "estimator", "batch_size", "seed")}
+    metrics = measure_likelihood(model, dataset, **settings)
+    if "num_bytes" in report:
+        metrics["bits_per_byte"] = metrics["bpd"] * metrics["num_tokens"] / report["num_bytes"]
+    result = metrics | {
+        "model": args.model,
+        "algorithm": model.config.algorithm,
+        "dataset": data_args.dataset,
+        "dataset_name": data_args.dataset_name,
+        "split": getattr(data_args, f"dataset_{args.split}_split", None) or args.split,
+        **{name: value for name, value in report.items() if name not in ("num_kept", "num_tokens")},
+        **settings,
+        "device": str(model.device),
+        "versions": versions(),
+    }
+    write_json(Path(args.output), result)
+    return result
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """The likelihood and what it was measured on, for people."""
+    table = format_likelihood(result)
+    if "num_documents" not in result:
+        return (
+            f"{table}\n{result['num_examples']:,} examples, {result['num_dropped']:,} of them over-long and left out"
+        )
+    size = f"{result['num_documents']:,} documents of {result['num_bytes']:,} bytes on {result['num_rows']:,} rows"
+    return f"{table}\n{size}: {result['bits_per_byte']:.4f} bits per byte"

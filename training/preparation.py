@@ -1,0 +1,97 @@
+"""The examples, tokenizer, model and encoded datasets that a training run starts from."""
+
+import json
+import os
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..configuration_hierbd3lm import HierBD3LMConfig, add_special_tokens, special_token_ids
+from ..data.arguments import SYNTHETIC, DataArguments
+from ..data.collator import SEGMENTS
+from ..data.splits import encode_split, load_counted_split, training_splits
+from ..data.synthetic.config import SyntheticConfig
+from ..data.synthetic.wording import vocabulary_texts
+from ..data.tokenization import train_tokenizer
+from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from .arguments import TrainScriptArguments
+from .lora import HierBD3LMAdapter, add_adapter, load_checkpoint, load_tokenizer
+from .settings import ModelArguments
+
+# of each split, with the counts of what loading dropped
+Examples = dict[str, tuple[Dataset | IterableDataset, dict[str, int]]]
+
+
+def load_examples(data_args: DataArguments, args: TrainScriptArguments) -> Examples:
+    """The examples of every split that is trained on, and of validation if there is one."""
+    splits = training_splits(data_args) + (["validation"] if data_args.num_validation_examples else [])
+    with args.main_process_first(desc="examples"):
+        return {split: load_counted_split(data_args, split) for split in splits}
+
+
+def make_tokenizer(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainScriptArguments, examples: Examples
+) -> PreTrainedTokenizerBase:
+    """The given tokenizer, or one trained on the training split by the first process and kept in `output_dir`."""
+    if model_args.tokenizer is not None:
+        return AutoTokenizer.from_pretrained(model_args.tokenizer)
+    if model_args.init_from is not None:
+        return load_tokenizer(model_args.init_from)
+    folder = Path(args.output_dir, "tokenizer")
+    with args.main_process_first(desc="tokenizer"):
+        if args.process_index == 0 and not (args.resume_from_checkpoint and folder.is_dir()):
+            train_tokenizer(training_texts(data_args, examples), model_args.vocab_size).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def training_texts(data_args: DataArguments, examples: Examples) -> list[str]:
+    """What a tokenizer is trained on: every word of the synthetic problems, or all that is trained on."""
+    if data_args.dataset == SYNTHETIC:
+        return vocabulary_texts(SyntheticConfig(**data_args.synthetic))
+    texts = []
+    for split in training_splits(data_args):
+        dataset, _ = examples[split]
+        if not isinstance(dataset, Dataset):
+            raise ValueError("`tokenizer` must be given to train on a stream, which is not read beforehand; got None")
+        columns = [column for column in (*SEGMENTS, "text") if column in dataset.column_names]
+        texts += [text for column in columns for text in dataset[column]]
+    return texts
+
+
+def make_model(
+    model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase
+) -> HierBD3LMForBlockDiffusion | HierBD3LMAdapter:
+    """A new model, or one that starts from a checkpoint: whole, or frozen under an adapter."""
+    fields = model_args.config_fields()
+    kwargs = {"dtype": model_args.dtype}
+    if model_args.attn_implementation is not None:
+        kwargs["attn_implementation"] = model_args.attn_implementation
+    if model_args.init_from is None:
+        add_special_tokens(tokenizer)
+        backbone = dict(model_args.backbone or {}) | {"vocab_size": len(tokenizer)}
+        config = HierBD3LMConfig(backbone_config=backbone, **(special_token_ids(tokenizer) | fields))
+        return HierBD3LMForBlockDiffusion._from_config(config, **kwargs)
+    model = load_checkpoint(model_args.init_from, tokenizer, fields, **kwargs)
+    return add_adapter(model, model_args.init_from, model_args) if model_args.use_peft else model
+
+
+def make_datasets(
+    data_args: DataArguments,
+    args: TrainScriptArguments,
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+    config: HierBD3LMConfig,
+) -> dict[str, Dataset | IterableDataset | None]:
+    """The encoded training and validation examples; what was dropped is written to `output_dir`/data_report.json."""
+    datasets, reports = {}, {}
+    for split, (dataset, counts) in examples.items():
+        with args.main_process_first(desc=f"{split} examples"):
+            datasets[split], report = encode_split(dataset, data_args, tokenizer, config)
+            reports[split] = counts | report
+    if args.process_index == 0:
+        os.makedirs(args.output_dir, exist_ok=True)
+        Path(args.output_dir, "data_report.json").write_text(json.dumps(reports, indent=2) + "\n")
+    first, *others = (datasets[split] for split in training_splits(data_args))
+    trained_on = concatenate_datasets([first, *others]) if others else first
+    return {"train": trained_on, "validation": datasets.get("validation")}
