@@ -1,6 +1,7 @@
-"""What a hierarchical block diffusion model is made of: its backbone, segments, blocks, noise and special tokens."""
+"""Configuration of a hierarchical block diffusion model: backbone, segments, blocks, noise and special tokens."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import field, fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -16,93 +17,95 @@ SPECIAL_TOKENS = {
 
 NOISE_SCHEDULES = ("loglinear", "square", "cosine", "log")
 ALGORITHMS = ("hier", "bd3lm", "mdlm", "sedd", "ar")
-SIZED_BY_ALGORITHM = ("mdlm", "sedd", "ar")  # with one possible block size
+SIZED_BY_ALGORITHM = ("mdlm", "sedd", "ar")  # with only one possible block size
 BLOCK_SIZES = {"plan_block_size": "plan_len", "execution_block_size": "execution_len"}  # -> what a block is part of
+
+
+def _field(default: Any, description: str) -> Any:
+    return field(default=default, metadata={"help": description})
 
 
 class HierBD3LMConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`HierBD3LMForBlockDiffusion`].
+    Configuration of a [`HierBD3LMForBlockDiffusion`]. `config_fields()` lists its fields with their help texts.
 
     A sequence is `[question | plan | execution]`. The plan opens with `<|plan|>`, the execution with `<|execution|>`;
     both are closed by `<|end|>`, which also fills the rest of the segment's last block. Openers and `<|end|>` count
     towards `plan_len` and `execution_len`.
 
-    The other algorithms than `hier` know no segments: what follows the question is one run of tokens, `<|plan|>` is
+    All algorithms except `hier` know no segments: what follows the question is one run of tokens, `<|plan|>` is
     given, `<|execution|>` is predicted like any token, and only the end of the run is filled.
 
-    Four ablations of the hierarchy, each of them one setting of `joint` and `hierarchical_mask`:
+    `joint` and `hierarchical_mask` give four ablations of the hierarchy:
 
     | | with the mask | without |
     |---|---|---|
     | block by block | plan blocks, then execution blocks (the default) | the i-th blocks of both at the same time |
     | joint | both at once, the plan never sees the execution | both at once, as one block |
 
-    Args:
-        backbone_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of the decoder that does the work: any architecture of `AutoModelForCausalLM`. A dict is read
-            with its `model_type` (default `"qwen3"`). Defaults to `Qwen3Config()`.
-        algorithm (`str`, defaults to `"hier"`):
-            `hier`: blocks of the plan, then blocks of the execution, each segment on a grid of its own.
-            `bd3lm`: one run of blocks after the question (Arriola et al. 2025).
-            `mdlm`: the same with one block of `plan_len + execution_len` tokens (Sahoo et al. 2024).
-            `sedd`: as `mdlm`, trained on the score entropy of the absorbing graph (Lou et al. 2024).
-            `ar`: the backbone as the causal model that it is.
-        hierarchical_mask (`bool`, defaults to `True`):
-            With `False`, for `hier` only, the i-th blocks of plan and execution are one block of the order: a plan
-            block attends to the noisy execution block of its rank and to the clean ones before it. The execution's
-            positions then start `plan_len` behind the plan's, however long the plan is.
-        joint (`bool`, defaults to `False`):
-            With `True`, for `hier` only, plan and execution are one block each, which share their noise level: under
-            the hierarchical mask the execution attends to the noisy plan, and the plan to itself.
-        question_len, plan_len, execution_len (`int`, defaults to 256, 256, 512):
-            The most tokens that each segment may have. With `plan_len=0` there is no plan, and no token of it:
-            `<|execution|>` follows the question. A model of plain text has no question either.
-        block_size (`int`, *optional*):
-            Sets `plan_block_size` and `execution_block_size` at once; not stored.
-        plan_block_size, execution_block_size (`int`, defaults to 16):
-            Tokens that are denoised together. They divide `plan_len` and `execution_len`; those of `bd3lm` are equal
-            and divide the sum. `mdlm`, `sedd`, `ar` and `joint` have block sizes of their own.
-        noise (`str`, defaults to `"loglinear"`):
-            Noise schedule, one of `loglinear`, `square`, `cosine`, `log` (see `diffusion_hierbd3lm.py`).
-        sampling_eps (`float`, defaults to 1e-3):
-            Least mask probability that the Bernoulli estimator of the NELBO draws, in (0, 1).
-        plan_clip, execution_clip (pair of `float`, defaults to `[0.0, 1.0]`):
-            Interval of mask rates that *training* draws from in each segment (BD3-LM, section 5.2); one interval
-            where blocks hold tokens of both segments. A reported likelihood never uses it.
-        mask_token_id, plan_token_id, execution_token_id, end_token_id, pad_token_id (`int`):
-            Ids of the special tokens; the first four differ from each other, and pad may equal end. The defaults are
-            the first free ids of the Qwen3 tokenizer, and its `<|endoftext|>` for padding.
-        tie_word_embeddings (`bool`, *optional*):
-            Whether the backbone's head shares the embedding matrix. Defaults to what `backbone_config` says.
-
     Raises:
         ValueError: for a value out of its range; the message names the field, the value and the range. Also for an
-            unknown argument that looks like a misspelt field, which transformers would keep without a word.
+            unknown argument that looks like a misspelt field, which transformers would store silently.
     """
 
     model_type = "hierbd3lm"
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012  (a class attribute that transformers reads)
 
-    backbone_config: dict | PreTrainedConfig | None = None
-    algorithm: str = "hier"
-    hierarchical_mask: bool = True
-    joint: bool = False
-    question_len: int = 256
-    plan_len: int = 256
-    execution_len: int = 512
-    plan_block_size: int | None = None
-    execution_block_size: int | None = None
-    noise: str = "loglinear"
-    sampling_eps: float = 1e-3
-    plan_clip: list[float] | tuple[float, float] = (0.0, 1.0)
-    execution_clip: list[float] | tuple[float, float] = (0.0, 1.0)
-    mask_token_id: int = 151669
-    plan_token_id: int = 151670
-    execution_token_id: int = 151671
-    end_token_id: int = 151672
-    pad_token_id: int = 151643
-    tie_word_embeddings: bool | None = None
+    backbone_config: dict | PreTrainedConfig | None = _field(
+        None,
+        "Configuration of the decoder: any architecture of AutoModelForCausalLM, as a configuration or as a dict with "
+        "its `model_type` (default `qwen3`) and its fields.",
+    )
+    algorithm: str = _field(
+        "hier",
+        "`hier`: blocks of the plan, then blocks of the execution, each segment on its own grid. `bd3lm`: one run of "
+        "blocks after the question (Arriola et al. 2025). `mdlm`: the same with one block of plan_len + execution_len "
+        "tokens (Sahoo et al. 2024). `sedd`: as `mdlm`, trained on the score entropy of the absorbing graph (Lou et "
+        "al. 2024). `ar`: the backbone as a causal language model.",
+    )
+    hierarchical_mask: bool = _field(
+        True,
+        "False, for `hier` only: the i-th blocks of plan and execution are one block, which sees itself and the clean "
+        "blocks before it. The execution then starts plan_len positions after the plan's start.",
+    )
+    joint: bool = _field(
+        False,
+        "True, for `hier` only: plan and execution are one block each and share their noise level. With the "
+        "hierarchical mask the execution attends to the noisy plan, and the plan to itself.",
+    )
+    question_len: int = _field(256, "Maximum number of question tokens; 0 for plain text.")
+    plan_len: int = _field(
+        256, "Maximum number of plan tokens. With 0 there is no plan: `<|execution|>` follows the question."
+    )
+    execution_len: int = _field(512, "Maximum number of execution tokens.")
+    plan_block_size: int | None = _field(
+        None,
+        "Plan tokens that are denoised together; divides plan_len. 16 if omitted. mdlm, sedd, ar and joint models "
+        "have block sizes of their own; those of bd3lm are equal and divide plan_len + execution_len.",
+    )
+    execution_block_size: int | None = _field(
+        None, "Execution tokens that are denoised together; see plan_block_size. Divides execution_len."
+    )
+    noise: str = _field("loglinear", f"Noise schedule: {', '.join(NOISE_SCHEDULES)}.")
+    sampling_eps: float = _field(
+        1e-3, "Smallest mask probability that the Bernoulli estimator of the NELBO draws, in (0, 1)."
+    )
+    plan_clip: list[float] | tuple[float, float] = _field(
+        (0.0, 1.0),
+        "Interval of mask rates that training draws from in plan blocks (BD3-LM, section 5.2). A reported likelihood "
+        "is never clipped.",
+    )
+    execution_clip: list[float] | tuple[float, float] = _field(
+        (0.0, 1.0), "The same for execution blocks; equal to plan_clip if blocks hold tokens of both segments."
+    )
+    mask_token_id: int = _field(151669, "Id of the mask token. By default the first free ids of the Qwen3 tokenizer.")
+    plan_token_id: int = _field(151670, "Id of the token that opens the plan.")
+    execution_token_id: int = _field(151671, "Id of the token that opens the execution.")
+    end_token_id: int = _field(151672, "Id of the token that closes a segment.")
+    pad_token_id: int = _field(151643, "Id of the padding token; may equal end_token_id.")
+    tie_word_embeddings: bool | None = _field(
+        None, "Share the embedding matrix with the output head; as in backbone_config if omitted."
+    )
 
     def __post_init__(self, **kwargs):
         _refuse_misspelt_fields(kwargs)
@@ -117,11 +120,8 @@ class HierBD3LMConfig(PreTrainedConfig):
             raise ValueError(f"`tie_word_embeddings` must be True or False, but got {self.tie_word_embeddings!r}")
         self.backbone_config.tie_word_embeddings = self.tie_word_embeddings
         self._check_fields()
-        self.plan_clip, self.execution_clip = (
-            list(self.plan_clip),
-            list(self.execution_clip),
-        )  # as JSON gives them back
-        # Written by hand because `register_for_auto_class` keeps one auto class only, and both doors shall open.
+        self.plan_clip, self.execution_clip = list(self.plan_clip), list(self.execution_clip)  # as in JSON
+        # Set by hand, as `register_for_auto_class` keeps one auto class only.
         model_class = "modeling_hierbd3lm.HierBD3LMForBlockDiffusion"
         auto_map = {"AutoConfig": "configuration_hierbd3lm.HierBD3LMConfig"}
         kwargs.setdefault("auto_map", auto_map | {"AutoModel": model_class, "AutoModelForCausalLM": model_class})
@@ -129,9 +129,9 @@ class HierBD3LMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> "HierBD3LMConfig":
-        """As in transformers, but fields among `kwargs` are checked like those of the dict that they replace."""
+        """Build a configuration from a dict; fields among `kwargs` replace those of the dict and are checked alike."""
         _refuse_misspelt_fields(kwargs)
-        replaced = {name: kwargs.pop(name) for name in _own_fields() if name in kwargs and name != "backbone_config"}
+        replaced = {name: kwargs.pop(name) for name in config_fields() if name in kwargs and name != "backbone_config"}
         merged = config_dict | replaced
         if "block_size" in replaced or has_one_block_size(merged):
             merged = {name: merged[name] for name in merged if name in replaced or name not in BLOCK_SIZES}
@@ -139,22 +139,22 @@ class HierBD3LMConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the backbone's embedding matrix."""
+        """Number of rows of the backbone's embedding matrix."""
         return self.backbone_config.vocab_size
 
     @property
     def sequence_len(self) -> int:
-        """The most tokens that a sequence may have."""
+        """Maximum number of tokens of a sequence."""
         return self.question_len + self.plan_len + self.execution_len
 
     @property
     def has_plan(self) -> bool:
-        """Whether there is a plan between question and execution."""
+        """True if there is a plan between question and execution."""
         return self.plan_len > 0
 
     @property
     def is_flat(self) -> bool:
-        """Whether what follows the question is one run of tokens, with no edge between plan and execution."""
+        """True if plan and execution are one run of tokens, without an edge between them."""
         return self.algorithm != "hier"
 
     @property
@@ -164,11 +164,11 @@ class HierBD3LMConfig(PreTrainedConfig):
 
     @property
     def blocks_hold_both_segments(self) -> bool:
-        """Whether tokens of plan and execution share noise levels."""
+        """True if tokens of plan and execution share noise levels."""
         return self.is_flat or self.joint or not self.hierarchical_mask
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The backbone's configuration: transformers reads vocabulary and layer sizes from it."""
+        """Return the backbone's configuration, from which transformers reads vocabulary and layer sizes."""
         return self.backbone_config
 
     def _check_order(self) -> None:
@@ -199,7 +199,7 @@ class HierBD3LMConfig(PreTrainedConfig):
         return value
 
     def _needed_block_size(self, name: str) -> int | None:
-        """The one block size that the algorithm can have, if there is only one."""
+        """The only block size that the algorithm can have, or None."""
         if self.algorithm in ("mdlm", "sedd"):
             return self.plan_len + self.execution_len
         if self.algorithm == "ar":
@@ -239,18 +239,18 @@ class HierBD3LMConfig(PreTrainedConfig):
 
 
 def has_one_block_size(fields: Mapping[str, Any]) -> bool:
-    """Whether these fields of a configuration leave no choice of block sizes."""
+    """Return True if these fields of a configuration determine the block sizes."""
     return fields.get("algorithm") in SIZED_BY_ALGORITHM or bool(fields.get("joint"))
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Adds those of `SPECIAL_TOKENS` that the tokenizer lacks, in place; returns how many."""
+    """Add those of `SPECIAL_TOKENS` that the tokenizer lacks, in place, and return how many."""
     tokens = list(SPECIAL_TOKENS.values())
     return tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The `..._token_id` fields of [`HierBD3LMConfig`] for a tokenizer; without a pad token, pad is `<|end|>`.
+    """Return the `..._token_id` fields of [`HierBD3LMConfig`] for a tokenizer; without a pad token, pad is `<|end|>`.
 
     Raises:
         ValueError: if the tokenizer lacks one of `SPECIAL_TOKENS`.
@@ -280,18 +280,20 @@ def _resolve_backbone_config(value: dict | PreTrainedConfig | None) -> PreTraine
     return AutoConfig.for_model(model_type, **fields)
 
 
-def _own_fields() -> list[str]:
-    return [*HierBD3LMConfig.__annotations__, "block_size"]
+def config_fields() -> dict[str, str]:
+    """Return the fields of [`HierBD3LMConfig`] with their help texts, `block_size` included."""
+    helps = {item.name: item.metadata["help"] for item in fields(HierBD3LMConfig) if "help" in item.metadata}
+    return helps | {"block_size": "Sets plan_block_size and execution_block_size at once; not stored."}
 
 
 def _refuse_misspelt_fields(names: Iterable[str]) -> None:
-    """Unknown names pass, as tools of the ecosystem store their own, unless they are close to one of our fields."""
-    fields = _own_fields()
+    """Refuse unknown names that are close to a field; others pass, as tools of the ecosystem store their own."""
+    known = config_fields()
     for name in names:
-        if name in fields or name.endswith("_token_id"):  # every tokenizer role has such a name in transformers
+        if name in known or name.endswith("_token_id"):  # every tokenizer role has such a name in transformers
             continue
-        for field in get_close_matches(name, fields, n=1, cutoff=0.8):
-            raise ValueError(f"`{name}` must be a field of HierBD3LMConfig, but is none; did you mean `{field}`?")
+        for match in get_close_matches(name, known, n=1, cutoff=0.8):
+            raise ValueError(f"`{name}` must be a field of HierBD3LMConfig, but is none; did you mean `{match}`?")
 
 
 def _is_number(value: object) -> bool:

@@ -66,14 +66,14 @@ class Answer:
         position_ids: torch.LongTensor,
         part_ids: torch.LongTensor,
     ) -> None:
-        """Writes tokens down where `which`, `(rows, length)`; `index` is the place of each row in the batch."""
+        """Write tokens down where `which`, `(rows, length)`; `index` is the place of each row in the batch."""
         row, column = which.nonzero(as_tuple=True)
         target = index[row], position_ids[row, column] - self.question_lengths[index[row]]
         self.tokens[target] = tokens[row, column]
         self.part_ids[target] = part_ids[row, column]
 
     def output(self, question: torch.LongTensor, first_segment: int) -> HierBD3LMGenerationOutput:
-        """Returns everything that was written.
+        """Return everything that was written.
 
         Args:
             question (`torch.LongTensor` of shape `(batch, question_length)`): as it was given.
@@ -82,7 +82,7 @@ class Answer:
         order = self.order
         written = self.part_ids != PADDING
         tokens = left_justify(self.tokens, written, order.pad_token_id)
-        segment_ids = order.divide(tokens, left_justify(self.part_ids, written, PADDING))
+        segment_ids = self._segment_ids(tokens, left_justify(self.part_ids, written, PADDING))
         contents, has_end, num_tokens = {}, {}, torch.zeros_like(self.num_forward_passes)
         for segment in (PLAN, EXECUTION):
             inside = segment_ids == segment
@@ -101,6 +101,15 @@ class Answer:
             num_forward_passes=self.num_forward_passes,
             tokens_per_forward=num_tokens / self.num_forward_passes,
         )
+
+    def _segment_ids(self, tokens: torch.LongTensor, part_ids: torch.LongTensor) -> torch.LongTensor:
+        """Segment of each token, `(batch, length)`; a part of plan and execution is divided at `<|execution|>`."""
+        first_segments = [part.segments[0] for part in self.order.parts]
+        segment_ids = torch.tensor([*first_segments, PADDING], device=tokens.device)[part_ids]  # -1 is the last
+        if not self.order.predicts_execution_opener:
+            return segment_ids
+        is_opener = (part_ids != PADDING) & (tokens == self.order.execution_token_id)
+        return torch.where((is_opener.cumsum(dim=1) > 0) & (part_ids != PADDING), EXECUTION, segment_ids)
 
 
 @dataclass
@@ -180,7 +189,7 @@ class BlockDenoiser:
                 layer.allocate(*shape, model.dtype, self.device)
 
     def run(self) -> None:
-        """Denoises until no row is left."""
+        """Denoise until no row is left."""
         self._advance()
         while len(self.rows.index):
             self._step()
@@ -196,7 +205,7 @@ class BlockDenoiser:
         return tuple(torch.cat(pair, dim=1) for pair in zip(of_question, self.schedule.context()[:3], strict=True))
 
     def _step(self) -> None:
-        """Runs one forward pass: encodes what is pending, denoises one step of every row's canvas."""
+        """Run one forward pass: encode what is pending, denoise one step of every row's canvas."""
         rows, masked = self.rows, self._masked()
         candidates = masked if rows.reveal_times is None else masked & self._due(masked)
         logits = self.model(
@@ -234,7 +243,7 @@ class BlockDenoiser:
         return self.schedule.after_end(self.rows.canvas, self._inside())
 
     def _reveal(self, candidates: torch.BoolTensor, logits: torch.FloatTensor) -> None:
-        """Draws the candidates' tokens and writes those that the sampler accepts into the canvas."""
+        """Draw the candidates' tokens and write those that the sampler accepts into the canvas."""
         tokens = draw_tokens(logits, self.settings.temperature, self.settings.top_p, self.generator)
         drafted = self.rows.canvas.masked_scatter(candidates, tokens)
         accepted = self.sampler.accept(candidates, logits, tokens)
@@ -243,7 +252,7 @@ class BlockDenoiser:
             self.rows.canvas = self.rows.canvas.masked_fill(self._after_end(), self.order.end_token_id)
 
     def _advance(self) -> None:
-        """Closes finished canvases until every row that is left has something to denoise."""
+        """Close finished canvases until every row that is left has something to denoise."""
         while len(self.rows.index):
             done = ~self._masked().any(dim=1)
             if not done.any():  # the one synchronisation of most steps
@@ -260,7 +269,7 @@ class BlockDenoiser:
             self._drop_padding()
 
     def _close_canvases(self, done: torch.BoolTensor) -> torch.BoolTensor:
-        """Writes the finished canvases down and queues them for the cache; returns the rows that have ended."""
+        """Write the finished canvases down and queue them for the cache; return the rows that have ended."""
         rows, after_end, part_ids = self.rows, self._after_end(), self.schedule.part_ids
         rows.canvas = rows.canvas.masked_fill(after_end & done[:, None], self.order.end_token_id)
         closing = done[:, None] & self._inside()
@@ -274,7 +283,7 @@ class BlockDenoiser:
         return self.schedule.advance(done, rows.canvas, self._inside(), after_end)
 
     def _open_canvases(self, which: torch.BoolTensor) -> None:
-        """Gives the rows `which` a fresh canvas."""
+        """Give the rows `which` a fresh canvas."""
         rows = self.rows
         tokens, block_ids, position_ids = self.schedule.fresh_canvas(rows.index)
         fresh = {"canvas": tokens, "canvas_block_ids": block_ids, "canvas_position_ids": position_ids}
@@ -295,7 +304,7 @@ class BlockDenoiser:
         return (1 - (columns + 0.5) / self.schedule.canvas_sizes[:, None]).double().expand(shape).clamp(min=0)
 
     def _drop_padding(self) -> None:
-        """Drops pending columns that no row uses, as those of rows that have left."""
+        """Drop pending columns that no row uses, such as those of rows that have left."""
         rows = self.rows
         if rows.pending.shape[1] > 2 * self.width:
             used = (rows.pending_block_ids != PADDING).any(dim=0)

@@ -1,7 +1,7 @@
 """Generation: `generate()`, which checks its arguments, has the answer denoised and gathers it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .denoising_hierbd3lm import Answer, BlockDenoiser, HierBD3LMGenerationOutpu
 from .masking_hierbd3lm import EXECUTION, PADDING, PLAN
 from .order_hierbd3lm import BlockOrder, CanvasSchedule, ends_part
 from .samplers_hierbd3lm import Sampler, make_sampler
-from .settings_hierbd3lm import SETTINGS, HierBD3LMGenerationConfig, resolve_settings
+from .settings_hierbd3lm import SAMPLERS_OF, SETTINGS, HierBD3LMGenerationConfig, resolve_settings
 
 logger = logging.get_logger(__name__)
 
@@ -21,7 +21,7 @@ DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxie
 
 
 class HierBD3LMGenerationMixin:
-    """Gives [`HierBD3LMForBlockDiffusion`] its `generate`.
+    """The `generate` of [`HierBD3LMForBlockDiffusion`].
 
     It inherits from no `GenerationMixin`, which is autoregressive; transformers looks for that ending of its name.
     """
@@ -29,7 +29,7 @@ class HierBD3LMGenerationMixin:
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | Mapping[str, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         plan_ids: torch.LongTensor | None = None,
         generation_config: HierBD3LMGenerationConfig | None = None,
@@ -38,11 +38,12 @@ class HierBD3LMGenerationMixin:
         **kwargs: Any,
     ) -> HierBD3LMGenerationOutput:
         r"""
-        Denoises a plan from the question, then the execution from question and plan, block by block.
+        Denoise a plan from the question, then the execution from question and plan, block by block.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, question_length)`):
-                Questions, padded on either side.
+                Questions, padded on either side; or the encoding that a tokenizer returns, with `input_ids` and
+                `attention_mask`. `inputs` is another name for it.
             attention_mask (`torch.Tensor` of shape `(batch, question_length)`, *optional*):
                 0 on padding; tokens other than the pad token if omitted.
             plan_ids (`torch.LongTensor` of shape `(batch, plan_length)`, *optional*):
@@ -64,11 +65,15 @@ class HierBD3LMGenerationMixin:
                 `stage="execution"` or the reverse, or a streamer for several rows.
         """
         # 1. Settings: the checkpoint's or the argument's, then the keyword arguments
+        kwargs.pop("token_type_ids", None)  # some tokenizers return them; no backbone here reads them
+        input_ids, attention_mask = read_inputs(kwargs.pop("inputs", input_ids), attention_mask)
         if isinstance(sampler, str):
             kwargs["sampler"] = sampler
+        elif sampler is not None and (unread := kwargs.keys() & SAMPLERS_OF):
+            raise ValueError(f"`{min(unread)}` has no effect with a sampler of your own: set it there")
         settings = resolve_settings(generation_config or self.generation_config, kwargs)
         chosen = sampler if isinstance(sampler, Sampler) else make_sampler(settings)
-        settings = resolve_settings(settings, {"stage": self.order.check_stage(settings.stage)})
+        settings = resolve_settings(settings, {"stage": check_stage(self.order, settings.stage)})
         # 2. The prompt: the question, and the plan if it is given
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
@@ -94,7 +99,7 @@ class HierBD3LMGenerationMixin:
         pretrained_model_name_or_path: str,
         **kwargs: Any,
     ) -> None:
-        """Called by `from_pretrained`: loads generation_config.json as our own class, where there is one."""
+        """Called by `from_pretrained`: load generation_config.json as a [`HierBD3LMGenerationConfig`]."""
         if generation_config is not None:
             self.generation_config = resolve_settings(generation_config, {})
             return
@@ -118,7 +123,7 @@ def write_causally(
     attention_mask: torch.Tensor,
     streamer: BaseStreamer | None,
 ) -> None:
-    """Writes the answer token by token, by the `generate` that transformers gives the backbone, with its cache."""
+    """Write the answer token by token, with the backbone's own `generate` and cache."""
     schedule, order = answer.schedule, answer.order
     context, block_ids, _, _ = schedule.context()
     keep = torch.cat([attention_mask.bool(), block_ids != PADDING], dim=1)
@@ -136,7 +141,7 @@ def write_causally(
             attention_mask=prompt_mask,
             max_new_tokens=int(num_left.amax()),
             stopping_criteria=[LastEnd(awaits_end, order)],
-            streamer=None if streamer is None else StreamerBehindPrompt(streamer),
+            streamer=None if streamer is None else StreamerAfterPrompt(streamer),
             # what a checkpoint's own settings may say otherwise
             num_beams=1,
             repetition_penalty=1.0,
@@ -160,7 +165,7 @@ def write_causally(
 
 
 class LastEnd(StoppingCriteria):
-    """Ends a row with the `<|end|>` that ends its run of plan and execution.
+    """Stops a row at the `<|end|>` that ends its run of plan and execution.
 
     Args:
         awaits_end (`torch.BoolTensor` of shape `(batch,)`): rows that the next `<|end|>` ends.
@@ -177,8 +182,8 @@ class LastEnd(StoppingCriteria):
         return self.ended
 
 
-class StreamerBehindPrompt(BaseStreamer):
-    """Passes on what is written: the prompt has been put, and whoever put it ends the stream."""
+class StreamerAfterPrompt(BaseStreamer):
+    """Forwards generated tokens to a streamer that has already received the prompt, and does not end it."""
 
     def __init__(self, streamer: BaseStreamer):
         self.streamer, self.is_prompt = streamer, True
@@ -194,7 +199,7 @@ class StreamerBehindPrompt(BaseStreamer):
 
 @contextlib.contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Within the context torch's global generators start from a seed, and afterwards go on as if nothing had been."""
+    """Seed torch's global generators within the context, and restore their state afterwards."""
     if seed is None:
         yield
         return
@@ -204,7 +209,7 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 def right_justify(tokens: torch.LongTensor, keep: torch.BoolTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """The kept tokens of each row side by side, padded on the left, and their attention mask: `(batch, most kept)`."""
+    """Move the kept tokens of each row to its right end; return them and their mask: `(batch, most kept)`."""
     order = keep.long().argsort(dim=1, stable=True)
     width = int(keep.sum(dim=1).amax())
     start = tokens.shape[1] - width
@@ -213,7 +218,7 @@ def right_justify(tokens: torch.LongTensor, keep: torch.BoolTensor) -> tuple[tor
 
 @contextlib.contextmanager
 def ending(streamer: BaseStreamer | None) -> Iterator[None]:
-    """Within the context a streamer is used; it is ended whatever happens, as its consumer may wait for that."""
+    """End the streamer when the context is left, also by an exception: its consumer waits for that."""
     try:
         yield
     finally:
@@ -221,8 +226,28 @@ def ending(streamer: BaseStreamer | None) -> Iterator[None]:
             streamer.end()
 
 
+def read_inputs(
+    inputs: torch.LongTensor | Mapping[str, torch.Tensor] | None, attention_mask: torch.Tensor | None
+) -> tuple[torch.LongTensor, torch.Tensor | None]:
+    """Return `input_ids` and `attention_mask` of what `generate` is given.
+
+    Raises:
+        ValueError: for anything but a tensor of integers, or a mapping that holds one.
+    """
+    if isinstance(inputs, Mapping):
+        attention_mask = inputs.get("attention_mask") if attention_mask is None else attention_mask
+        inputs = inputs.get("input_ids")
+    if not isinstance(inputs, torch.Tensor) or inputs.is_floating_point() or inputs.dtype == torch.bool:
+        got = inputs.dtype if isinstance(inputs, torch.Tensor) else type(inputs).__name__
+        raise ValueError(
+            f"`input_ids` must be a tensor of token ids of shape (batch, length), as a tokenizer returns with "
+            f"`return_tensors='pt'`, but got {got}"
+        )
+    return inputs.long(), attention_mask
+
+
 def segment_limits(config: Any, settings: HierBD3LMGenerationConfig) -> tuple[int, int]:
-    """Returns the maximum number of tokens of plan and execution.
+    """Return the maximum number of tokens of plan and execution.
 
     Raises:
         ValueError: if a limit exceeds the model's, or is not a whole number of blocks.
@@ -250,6 +275,21 @@ def segment_limits(config: Any, settings: HierBD3LMGenerationConfig) -> tuple[in
     return limits[PLAN], limits[EXECUTION]
 
 
+def check_stage(order: BlockOrder, stage: str) -> str:
+    """Return the stage; without a plan `full` is `execution`.
+
+    Raises:
+        ValueError: for a stage that the order does not have.
+    """
+    if PLAN not in order.segments:
+        if stage == "plan":
+            raise ValueError("`stage` must not be 'plan' for a model without a plan (`plan_len=0`)")
+        return "execution"
+    if stage == "plan" and order.is_aligned:
+        raise ValueError("`stage` must not be 'plan' without the hierarchical mask: the plan sees the execution")
+    return stage
+
+
 def make_schedule(
     config: Any,
     order: BlockOrder,
@@ -257,7 +297,7 @@ def make_schedule(
     attention_mask: torch.Tensor,
     plan_ids: torch.LongTensor | None,
 ) -> CanvasSchedule:
-    """Returns what the rows of a `generate` call denoise; arguments as in `generate`."""
+    """Return what the rows of a `generate` call denoise; arguments as in `generate`."""
     lengths = dict(zip((PLAN, EXECUTION), segment_limits(config, settings), strict=True))
     limits = [min(part.max_len, sum(lengths[segment] for segment in part.segments)) for part in order.parts]
     stage = {"full": {PLAN, EXECUTION}, "plan": {PLAN}, "execution": {EXECUTION}}[settings.stage]
@@ -280,12 +320,14 @@ def check_prompt(
     plan_ids: torch.Tensor | None,
     streamer: BaseStreamer | None,
 ) -> None:
-    """Checks what `generate` is given."""
+    """Check the arguments of `generate`."""
     if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"`input_ids` and `attention_mask` must have one shape (batch, length), but got "
             f"{tuple(input_ids.shape)} and {tuple(attention_mask.shape)}"
         )
+    if len(input_ids) == 0:
+        raise ValueError("`input_ids` must have at least one row, but has none")
     longest = int(attention_mask.sum(dim=1).amax()) if input_ids.numel() else 0
     if longest > config.question_len:
         raise ValueError(f"`input_ids` must have at most question_len={config.question_len} tokens, but got {longest}")
@@ -307,7 +349,7 @@ def check_prompt(
 def lay_out_plan(
     config: Any, order: BlockOrder, plan_ids: torch.LongTensor
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Lays plans of shape `(batch, length)` out as whole segments: opener, content, `<|end|>` and filler, padding.
+    """Lay plans of shape `(batch, length)` out as whole segments: opener, content, `<|end|>` and filler, padding.
 
     Returns:
         tokens of shape `(batch, longest)`, and the length of each plan, `(batch,)`.

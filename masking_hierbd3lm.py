@@ -216,10 +216,3 @@ def fixed_length_layout(
     question, plan, execution = columns.split([question_len, plan_len, execution_len])
     order = torch.cat([question, plan, plan, execution, execution])
     return TokenLayout(block_ids[:, order], stream_ids, position_ids[:, order])
-
-
-if __name__ == "__main__":
-    # The picture has its own file, so that a checkpoint's code needs no plotting library.
-    import runpy
-
-    runpy.run_module("hierbd3lm.mask_picture", run_name="__main__")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_hierbd3lm import HierBD3LMConfig, add_special_tokens, special_token_ids
+from .configuration_hierbd3lm import HierBD3LMConfig, add_special_tokens, config_fields, special_token_ids
 from .diffusion_hierbd3lm import TOKEN_LOSSES, masked_nll
 from .generation_hierbd3lm import HierBD3LMGenerationMixin
 from .masking_hierbd3lm import (
@@ -30,7 +30,7 @@ from .masking_hierbd3lm import (
 from .order_hierbd3lm import BlockOrder
 from .settings_hierbd3lm import HierBD3LMGenerationConfig
 
-# 64 MiB in float32; elsewhere 512 MiB, for products of more rows than make up for reading the head's weights again.
+# 64 MiB in float32 on a CPU; 512 MiB elsewhere, so that reading the weights of the head does not dominate.
 LOGITS_AT_ONCE = {"cpu": 2**24, "others": 2**27}
 NEW_EMBEDDING_NOISE = 0.02  # of the old rows' standard deviation, so that no two new tokens are the same
 
@@ -43,7 +43,7 @@ class HierBD3LMOutput(ModelOutput):
             Logits of the noisy stream (of the clean one where there is no noisy one); with a bool `logits_to_keep`
             those of its true positions in row-major order.
         nll (`torch.FloatTensor` of shape `(num_true,)`):
-            In place of logits where `target_ids` are given: -log p of the clean tokens in nats (for SEDD their score
+            Instead of logits if `target_ids` are given: -log p of the clean tokens in nats (for SEDD their score
             entropy).
         past_key_values (`Cache`): The cache that was passed in.
         hidden_states, attentions (tuples of `torch.FloatTensor`, *optional*):
@@ -84,11 +84,10 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
     def from_autoregressive(
         cls, model_or_path: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **kwargs: Any
     ) -> "HierBD3LMForBlockDiffusion":
-        """Wraps an open autoregressive checkpoint: every weight is kept, only the special tokens' rows are new.
+        """Wrap an open autoregressive checkpoint: every weight is kept, only the special tokens' rows are new.
 
-        A new row is the mean of the old ones plus a little noise from torch's global generator.
-
-        The model is in the mode of the checkpoint: evaluation, if it was loaded from a path.
+        A new row is the mean of the old ones plus a little noise from torch's global generator. The model is in the
+        mode of the checkpoint: evaluation, if it was loaded from a path.
 
         Args:
             model_or_path: a causal language model of transformers, or what its `from_pretrained` takes. A loaded one
@@ -100,7 +99,8 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         Raises:
             ValueError: if the architecture cannot run under the hierarchical mask; the message says why.
         """
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in _config_fields()}
+        known = config_fields().keys() - {"backbone_config"}
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
         if isinstance(model_or_path, PreTrainedModel):
             if kwargs:
                 raise ValueError(
@@ -158,8 +158,8 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         **kwargs: Any,
     ) -> HierBD3LMOutput:
         r"""
-        One pass over `[clean x0 | noisy xt]` under the hierarchical mask; of an autoregressive model over x0, as the
-        causal model that the backbone is.
+        Run one pass over `[clean x0 | noisy xt]` under the hierarchical mask; for an autoregressive model over x0,
+        with the backbone's causal mask.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`):
@@ -167,7 +167,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
                 0 on padding; read only when neither `segment_ids` nor `block_ids` are given, and by `ar`.
             noisy_input_ids (`torch.LongTensor` of shape `(batch, noisy_length)`, *optional*):
-                Noisy tokens xt. Without ids of their own they are the noisy copy of `input_ids`, column by column;
+                Noisy tokens xt. Without `noisy_block_ids` they are the noisy copy of `input_ids`, column by column;
                 the copy of question and padding is ignored. Shape `(batch, copies, length)` holds several noisy
                 copies, which do not see each other.
             segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
@@ -179,13 +179,12 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             noisy_block_ids, noisy_position_ids (`torch.LongTensor` of shape `(batch, noisy_length)`, *optional*):
                 The same for noisy tokens that are no copy of `input_ids`, as in generation.
             past_key_values (`BlockCache`, *optional*):
-                Finished blocks. A pass reads it and writes its scratch space only; see [`BlockCache`].
+                Finished blocks. A pass reads them and writes to the scratch space only; see [`BlockCache`].
             logits_to_keep (`torch.BoolTensor` of the shape of `noisy_input_ids`, *optional*):
-                Noisy positions whose logits are wanted; no others are computed. Of `input_ids` where there is no
-                noisy stream.
+                Noisy positions whose logits are computed; positions of `input_ids` if there is no noisy stream.
             target_ids (`torch.LongTensor` of the shape of `noisy_input_ids`, *optional*):
-                Clean tokens of those positions. With it the output holds the NLL of those at `logits_to_keep`
-                and no logits, which are computed and forgotten a few rows at a time.
+                Clean tokens of those positions. The output then holds the NLL of those at `logits_to_keep` and no
+                logits, which are computed in chunks and discarded.
         """
         if target_ids is not None and logits_to_keep is None:
             raise ValueError("`logits_to_keep` must be given together with `target_ids`, but got None")
@@ -312,7 +311,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
     def _logits_or_nll(
         self, logits_to_keep: torch.Tensor | int | None, targets: torch.LongTensor | None = None, **kwargs: Any
     ) -> HierBD3LMOutput:
-        """Runs the backbone with `kwargs`; `targets` are the clean tokens at `logits_to_keep`, `(num_true,)`."""
+        """Run the backbone with `kwargs`; `targets` are the clean tokens at `logits_to_keep`, `(num_true,)`."""
         cache = kwargs.get("past_key_values")
         if not isinstance(logits_to_keep, torch.Tensor):
             outputs = self.backbone(logits_to_keep=logits_to_keep or 0, **kwargs)
@@ -346,7 +345,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
 
     @functools.cached_property
     def cache_shapes(self) -> list[tuple[int, int, int]]:
-        """Heads, size of a key and size of a value for each layer that caches any, found by a pass over one token."""
+        """Number of heads, key size and value size of each caching layer, found by a pass over one token."""
         with torch.no_grad():
             token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             cache = self.backbone.base_model(token, use_cache=True).past_key_values
@@ -354,15 +353,15 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
 
     @functools.cached_property
     def _compiled_body(self) -> Callable[..., Any]:
-        return torch.compile(self.backbone.base_model)  # sizes that turn out to vary become symbols
+        return torch.compile(self.backbone.base_model)
 
 
 def needed_columns(block_ids: torch.Tensor) -> tuple[int, int]:
-    """What a training pass may leave out of `block_ids` of shape `(batch, length)`.
+    """Return the columns of `block_ids` of shape `(batch, length)` that a training pass needs.
 
     Returns:
-        The number of leading columns that hold a clean token which somebody attends to (nobody attends to the clean
-        copy of a row's last block), and the first column that holds a token of plan or execution.
+        Number of leading columns with a clean token that some token attends to (none attends to the clean copy of a
+        row's last block), and the first column with a token of plan or execution.
     """
     last_block = block_ids.amax(dim=1, keepdim=True)
     read = ((block_ids != PADDING) & (block_ids < last_block)).any(dim=0)
@@ -374,28 +373,28 @@ def needed_columns(block_ids: torch.Tensor) -> tuple[int, int]:
 
 
 def add_token_rows(backbone: PreTrainedModel, first_new: int, length: int) -> None:
-    """Gives the tokens `first_new..length` rows of their own in both embedding matrices, enlarging them if need be.
+    """Give the tokens `first_new..length` rows of their own in both embedding matrices, which grow if necessary.
 
-    So it does to tokens before `first_new` that have no row yet, as a tokenizer may have been extended earlier.
+    Tokens before `first_new` that have no row yet get one too, as a tokenizer may have been extended earlier.
     """
     num_rows = backbone.get_input_embeddings().weight.shape[0]
     if length > num_rows:
         backbone.resize_token_embeddings(length, mean_resizing=False)
     matrices = backbone.get_input_embeddings(), backbone.get_output_embeddings()
-    # once where the two are one module, and in this order, which decides on the noise that each row gets
+    # once if the two are one module; the order decides which noise each row gets
     for embeddings in dict.fromkeys(matrix for matrix in matrices if matrix is not None):
         fill_new_rows(embeddings.weight.data, min(first_new, num_rows), length)
 
 
 def fill_new_rows(weight: torch.Tensor, start: int, stop: int) -> None:
-    """Sets rows `start..stop` of an embedding matrix to the mean of the rows before, plus a little noise."""
+    """Set rows `start..stop` of an embedding matrix to the mean of the rows before, plus a little noise."""
     old = weight[:start].float()
     noise = torch.randn(stop - start, weight.shape[1], device=weight.device) * old.std(dim=0) * NEW_EMBEDDING_NOISE
     weight[start:stop] = (old.mean(dim=0) + noise).to(weight.dtype)
 
 
 def check_backbone_config(backbone: PreTrainedConfig) -> None:
-    """Refuses what cannot take a 4-D mask or positions, with the reason."""
+    """Refuse an architecture that cannot take a 4-D mask or positions, with the reason."""
     if backbone.is_encoder_decoder:
         raise ValueError(f"`backbone_config` must be a decoder, but {backbone.model_type} is an encoder-decoder")
     if getattr(backbone, "alibi", False):
@@ -412,7 +411,7 @@ def check_backbone_config(backbone: PreTrainedConfig) -> None:
 
 
 def check_backbone_signature(backbone: PreTrainedModel) -> None:
-    """Refuses a backbone that cannot be told positions or masks, with the reason."""
+    """Refuse a backbone whose forward takes no positions or masks, with the reason."""
     accepted = inspect.signature(backbone.forward).parameters
     for name, why in (
         ("attention_mask", "without attention there is no mask to give it"),
@@ -428,7 +427,7 @@ def check_backbone_signature(backbone: PreTrainedModel) -> None:
 
 
 def check_tied_as_loaded(tie_word_embeddings: bool | None, backbone: PreTrainedModel) -> None:
-    """Refuses to tie or untie the embeddings of a checkpoint, whose weights are all kept."""
+    """Refuse to tie or untie the embeddings of a checkpoint."""
     loaded = backbone.config.tie_word_embeddings
     if tie_word_embeddings not in (None, loaded):
         raise ValueError(f"`tie_word_embeddings` must be {loaded} as in the checkpoint, but got {tie_word_embeddings}")
@@ -436,7 +435,7 @@ def check_tied_as_loaded(tie_word_embeddings: bool | None, backbone: PreTrainedM
 
 @torch.no_grad()
 def check_head(model: HierBD3LMForBlockDiffusion) -> None:
-    """Checks that [`HierBD3LMForBlockDiffusion.project`] computes what the backbone does.
+    """Check that [`HierBD3LMForBlockDiffusion.project`] computes what the backbone does.
 
     Raises:
         ValueError: for an architecture whose head is not known here.
@@ -457,7 +456,7 @@ def check_head(model: HierBD3LMForBlockDiffusion) -> None:
 
 @torch.no_grad()
 def check_backbone_behaviour(model: HierBD3LMForBlockDiffusion) -> None:
-    """Probes that the backbone obeys mask and positions: some architectures bias or shift attention on their own.
+    """Check that the backbone obeys mask and positions: some architectures bias or shift attention.
 
     Raises:
         ValueError: names the property that does not hold.
@@ -480,7 +479,7 @@ def check_backbone_behaviour(model: HierBD3LMForBlockDiffusion) -> None:
     try:
         base = logits(x0, x0)
         is_precise = torch.finfo(model.dtype).eps < 1e-6
-        # Columns that move are summed in another order, which shows in bfloat16: 0.03 of the deviation in 28 layers.
+        # Moved columns are summed in another order, which matters in bfloat16: 0.03 of the deviation in 28 layers.
         noise, noise_of_moving = (1e-4, 1e-4) if is_precise else (1e-3, 0.1)
 
         def differ(a: torch.Tensor, b: torch.Tensor, noise: float) -> bool:
@@ -500,10 +499,6 @@ def check_backbone_behaviour(model: HierBD3LMForBlockDiffusion) -> None:
             raise ValueError(f"`backbone_config`: {name} does not obey position_ids, padding moves its positions")
     finally:
         model.train(was_training)
-
-
-def _config_fields() -> set[str]:
-    return {*HierBD3LMConfig.__annotations__, "block_size"} - {"backbone_config"}
 
 
 HierBD3LMForBlockDiffusion.register_for_auto_class("AutoModel")

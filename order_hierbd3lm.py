@@ -13,6 +13,8 @@ import torch
 
 from .masking_hierbd3lm import EXECUTION, PADDING, PLAN, QUESTION
 
+TOKEN_IDS = tuple(f"{role}_token_id" for role in ("mask", "plan", "execution", "end", "pad"))
+
 
 @dataclass(frozen=True)
 class Part:
@@ -75,11 +77,7 @@ class BlockOrder:
             parts = (plan, Part(execution.segments, size, length, execution.opener_token_id, after))
         return cls(
             parts,
-            config.mask_token_id,
-            config.plan_token_id,
-            config.execution_token_id,
-            config.end_token_id,
-            config.pad_token_id,
+            **{name: getattr(config, name) for name in TOKEN_IDS},
             is_aligned=not config.hierarchical_mask,
             is_joint=config.joint,
             is_causal=config.algorithm == "ar",
@@ -89,20 +87,6 @@ class BlockOrder:
     def segments(self) -> tuple[int, ...]:
         """Segments that an answer has."""
         return (PLAN, EXECUTION) if self.parts[0].opener_token_id == self.plan_token_id else (EXECUTION,)
-
-    def check_stage(self, stage: str) -> str:
-        """Returns the stage of generation; without a plan `full` is `execution`.
-
-        Raises:
-            ValueError: for a stage that the order does not have.
-        """
-        if PLAN not in self.segments:
-            if stage == "plan":
-                raise ValueError("`stage` must not be 'plan' for a model without a plan (`plan_len=0`)")
-            return "execution"
-        if stage == "plan" and self.is_aligned:
-            raise ValueError("`stage` must not be 'plan' without the hierarchical mask: the plan sees the execution")
-        return stage
 
     # What depends on what
 
@@ -114,11 +98,11 @@ class BlockOrder:
             closed.append(frozenset(part.after).union(*(closed[other] for other in part.after)))
         return tuple(closed)
 
-    @property
+    @cached_property
     def is_chain(self) -> bool:
         """True if every part is denoised after the one before it is finished, however long that has become."""
-        follows = all(number - 1 in self.dependencies[number] for number in range(1, len(self.parts)))
-        return follows and not self.is_joint and not (self.is_aligned and len(self.parts) > 1)
+        is_total = all(number - 1 in self.dependencies[number] for number in range(1, len(self.parts)))
+        return is_total and not self.is_joint and not self.is_aligned
 
     @cached_property
     def precedes(self) -> torch.BoolTensor | None:
@@ -154,7 +138,7 @@ class BlockOrder:
         is_real = segment_ids != PADDING
         position_ids = (is_real.long().cumsum(dim=1) - 1).clamp(min=0)
         block_ids = torch.where(is_real, torch.zeros_like(segment_ids), PADDING)
-        ranks, num_before = self._fixed_ranks, torch.zeros_like(position_ids[:, :1])
+        ranks, num_before = self.fixed_ranks, torch.zeros_like(position_ids[:, :1])
         next_rank = torch.ones_like(num_before)
         for number, inside in enumerate(self._members(segment_ids)):
             place = inside.long().cumsum(dim=1) - 1
@@ -162,7 +146,7 @@ class BlockOrder:
             first = next_rank if self.is_chain else ranks[number]
             block_ids = torch.where(inside, first + rank, block_ids)
             if not self.is_chain:
-                position_ids = position_ids + inside * (self._fixed_starts[number] - num_before)
+                position_ids = position_ids + inside * (self.fixed_starts[number] - num_before)
             next_rank, num_before = next_rank + rank[:, -1:] + 1, num_before + place[:, -1:] + 1
         return block_ids, position_ids.masked_fill(~is_real, 0)
 
@@ -252,48 +236,24 @@ class BlockOrder:
         """
         slots: list[int] = []
         for number in range(len(self.parts)):
-            taken = {slots[other] for other in range(number) if self._at_once(other, number)}
+            before = set() if self.is_joint or self.is_aligned else self.dependencies[number]
+            taken = {slots[other] for other in range(number) if other not in before}
             slots.append(min(set(range(len(taken) + 1)) - taken))
         return tuple(slots)
 
     @property
-    def slot_widths(self) -> tuple[int, ...]:
-        """Columns of each slot: the greatest block that is denoised in it."""
-        return tuple(
-            max(part.block_size for part, its in zip(self.parts, self.slots, strict=True) if its == slot)
-            for slot in range(max(self.slots) + 1)
-        )
-
-    def divide(self, tokens: torch.LongTensor, part_ids: torch.LongTensor) -> torch.LongTensor:
-        """Segment ids of what was written, `(batch, length)`.
-
-        Args:
-            tokens, part_ids (`torch.LongTensor` of shape `(batch, length)`): -1 in `part_ids` where nothing is.
-        """
-        segment_of = torch.tensor([part.segments[0] for part in self.parts] + [PADDING], device=tokens.device)
-        segment_ids = segment_of[part_ids]  # -1 is the last
-        if not self.predicts_execution_opener:
-            return segment_ids
-        in_execution = ((part_ids >= 0) & (tokens == self.execution_token_id)).cumsum(dim=1) > 0
-        return torch.where(in_execution & (part_ids >= 0), EXECUTION, segment_ids)
-
-    def _at_once(self, first: int, second: int) -> bool:
-        return self.is_joint or self.is_aligned or first not in self.dependencies[second]
-
-    @property
-    def _fixed_starts(self) -> list[int]:
-        """Distance of each part from the question's end, where parts have their greatest lengths."""
+    def fixed_starts(self) -> list[int]:
+        """Distance of each part from the end of the question, where parts have their greatest lengths."""
         return [sum(part.max_len for part in self.parts[:number]) for number in range(len(self.parts))]
 
     @property
-    def _fixed_ranks(self) -> list[int]:
+    def fixed_ranks(self) -> list[int]:
         """Rank of each part's first block, where parts have their greatest lengths."""
-        if self.is_aligned:
-            return [1] * len(self.parts)
-        return [1 + sum(p.max_len // p.block_size for p in self.parts[:n]) for n in range(len(self.parts))]
+        num_blocks = [0 if self.is_aligned else part.max_len // part.block_size for part in self.parts]
+        return [1 + sum(num_blocks[:number]) for number in range(len(self.parts))]
 
     def _members(self, segment_ids: torch.Tensor) -> list[torch.BoolTensor]:
-        """The tokens of each part, `(batch, length)`; parts of the same segment take their greatest length each."""
+        """The tokens of each part, `(batch, length)`; of several parts of a segment each takes its greatest length."""
         members, taken = [], dict.fromkeys((part.segments for part in self.parts), 0)
         for number, part in enumerate(self.parts):
             inside = torch.isin(segment_ids, segment_ids.new_tensor(part.segments))
@@ -377,7 +337,8 @@ class CanvasSchedule:
         # slots in which nothing is denoised have no columns
         used = sorted({slot for slot, its in zip(order.slots, written, strict=True) if its or order.is_aligned})
         self.slots = [used.index(slot) if slot in used else None for slot in order.slots]  # of each part
-        self.widths = [order.slot_widths[slot] for slot in used]
+        sizes = [(slot, part.block_size) for slot, part in zip(order.slots, order.parts, strict=True)]
+        self.widths = [max(size for its, size in sizes if its == slot) for slot in used]
         self.width = sum(self.widths)
         columns = [(slot, place) for slot, width in enumerate(self.widths) for place in range(width)]
         self.slot_of, self.place_of = torch.tensor(columns, device=self.device).T
@@ -388,7 +349,7 @@ class CanvasSchedule:
         )
         self.progress = self._begin(finished, question_lengths, ends_with_plan)
 
-    def context(self) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+    def context(self) -> tuple[torch.LongTensor, ...]:
         """The blocks that are wholly given, part after part.
 
         Returns:
@@ -406,7 +367,7 @@ class CanvasSchedule:
         used = inside.flatten(1).any(dim=0)
         return tuple(ids.flatten(1)[:, used] for ids in (tokens, block_ids, position_ids, part_ids))
 
-    def fresh_canvas(self, rows: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+    def fresh_canvas(self, rows: torch.LongTensor) -> tuple[torch.LongTensor, ...]:
         """The next canvas of each row: given tokens and openers where it holds any, else masks.
 
         Args:
@@ -450,13 +411,9 @@ class CanvasSchedule:
         return inside & torch.cat(behind, dim=1)
 
     def advance(
-        self,
-        done: torch.BoolTensor,
-        tokens: torch.LongTensor,
-        inside: torch.BoolTensor,
-        after_end: torch.BoolTensor,
+        self, done: torch.BoolTensor, tokens: torch.LongTensor, inside: torch.BoolTensor, after_end: torch.BoolTensor
     ) -> torch.BoolTensor:
-        """Moves the rows whose canvas is finished to their next one.
+        """Move the rows whose canvas is finished to their next one.
 
         Args:
             done (`torch.BoolTensor` of shape `(rows,)`): rows whose canvas is finished.
@@ -483,22 +440,21 @@ class CanvasSchedule:
         return (self.progress.closed | ~self.written).all(dim=1)
 
     def _begin(self, finished: torch.LongTensor, question_lengths: torch.LongTensor, ends_with_plan: bool) -> Progress:
-        order, shape = self.order, finished.shape
-        nothing = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        is_given = ~self.written & (not order.is_aligned)  # a given part that is aligned is a part of every canvas
-        awaits_end = nothing | torch.tensor([len(part.segments) == 1 for part in order.parts], device=self.device)
-        place = torch.arange(self.given.tokens.shape[2], device=self.device)
-        in_context = place < self.context_lengths[:, :, None]
-        has_opener = (in_context & (self.given.tokens == order.execution_token_id)).any(dim=2)
+        """The state before the first canvas; `finished` are the blocks of each part that are wholly given."""
+        order, tokens = self.order, self.given.tokens
+        nothing = torch.zeros(finished.shape, dtype=torch.bool, device=self.device)
+        in_context = torch.arange(tokens.shape[2], device=self.device) < self.context_lengths[:, :, None]
+        has_opener = (in_context & (tokens == order.execution_token_id)).any(dim=2)
+        has_one_segment = torch.tensor([len(part.segments) == 1 for part in order.parts], device=self.device)
         first_parts = [self.slots.index(slot) for slot in range(len(self.widths))]
         self.progress = Progress(
-            part=torch.tensor(first_parts, device=self.device).expand(shape[0], -1).clone(),
+            part=torch.tensor(first_parts, device=self.device).repeat(len(finished), 1),
             number=finished,
-            start=question_lengths[:, None] + torch.tensor(order._fixed_starts, device=self.device),
-            first_rank=torch.tensor(order._fixed_ranks, device=self.device).expand(shape).clone(),
+            start=question_lengths[:, None] + torch.tensor(order.fixed_starts, device=self.device),
+            first_rank=torch.tensor(order.fixed_ranks, device=self.device).repeat(len(finished), 1),
             started=nothing.clone(),
-            ended=nothing | is_given,
-            awaits_end=awaits_end | ends_with_plan | has_opener,
+            ended=nothing | (~self.written & (not order.is_aligned)),  # a given part may be a part of every canvas
+            awaits_end=has_one_segment | ends_with_plan | has_opener,
             closed=nothing.clone(),
         )
         self._start_parts()
@@ -510,7 +466,7 @@ class CanvasSchedule:
         return (state.started & ~state.ended).gather(1, state.part)
 
     def _start_parts(self) -> None:
-        """Starts the parts whose turn it is."""
+        """Start the parts whose turn it is."""
         state, order = self.progress, self.order
         at_once = order.is_joint or order.is_aligned
         for number, part in enumerate(order.parts):

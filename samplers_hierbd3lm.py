@@ -29,7 +29,7 @@ class Sampler:
     """Reveals every candidate; the base of all samplers. The fields of a sampler are settings of its name."""
 
     def schedule(self, quantiles: torch.DoubleTensor, noise: NoiseSchedule) -> torch.DoubleTensor | None:
-        """Draws when each token is revealed, from time 1 to 0.
+        """Draw when each token is revealed, from time 1 to 0.
 
         Args:
             quantiles (`torch.DoubleTensor` of shape `(rows, width)`): independent and uniform in [0, 1); at
@@ -45,7 +45,7 @@ class Sampler:
     def accept(
         self, candidates: torch.BoolTensor, logits: torch.FloatTensor, tokens: torch.LongTensor
     ) -> torch.BoolTensor:
-        """Returns the candidates whose drafted token stays, `(rows, width)`: at least one in each row that has any.
+        """Return the candidates whose drafted token stays, `(rows, width)`: at least one in each row that has any.
 
         Args:
             candidates (`torch.BoolTensor` of shape `(rows, width)`): tokens that may be revealed in this step.
@@ -101,11 +101,11 @@ class AdaptiveSampler(Sampler):
         return candidates & torch.zeros_like(candidates).scatter(1, order, sure)
 
     def doubt(self, probabilities: torch.FloatTensor, tokens: torch.LongTensor) -> torch.FloatTensor:
-        """Returns what is least for the token that the model is most sure of, `(num_candidates,)`."""
+        """Return what is least for the token that the model is most sure of, `(num_candidates,)`."""
         raise NotImplementedError
 
     def is_sure(self, doubt: torch.FloatTensor) -> torch.BoolTensor:
-        """Returns the tokens that pass the test; `doubt`, `(rows, width)`, is in the order of acceptance."""
+        """Return the tokens that pass the test; `doubt`, `(rows, width)`, is in the order of acceptance."""
         raise NotImplementedError
 
 
@@ -148,13 +148,13 @@ SAMPLERS: dict[str, type[Sampler]] = {
 
 
 def make_sampler(settings: Any) -> Sampler:
-    """Returns the sampler that generation settings name, with the settings that it reads."""
+    """Return the sampler that generation settings name, with the settings that it reads."""
     sampler = SAMPLERS[settings.sampler]
     return sampler(**{item.name: getattr(settings, item.name) for item in fields(sampler)})
 
 
 def spread(values: torch.FloatTensor, candidates: torch.BoolTensor, fill: float) -> torch.FloatTensor:
-    """Returns the candidates' values at their places, `fill` elsewhere: `(rows, width)`.
+    """Return the candidates' values at their places, `fill` elsewhere: `(rows, width)`.
 
     Args:
         values (`torch.FloatTensor` of shape `(num_candidates,)`): in row-major order of `candidates`.
@@ -165,14 +165,14 @@ def spread(values: torch.FloatTensor, candidates: torch.BoolTensor, fill: float)
 
 
 def rank(keys: torch.FloatTensor) -> torch.LongTensor:
-    """Returns the place of each key in its row, 0 for the least; equal keys as they stand: `(rows, width)`."""
+    """Return the place of each key in its row, 0 for the least; equal keys as they stand: `(rows, width)`."""
     return keys.argsort(dim=1, stable=True).argsort(dim=1)
 
 
 def draw_tokens(
     logits: torch.FloatTensor, temperature: float, top_p: float, generator: torch.Generator
 ) -> torch.LongTensor:
-    """Draws one token for each row of `logits` of shape `(num_tokens, vocab_size)`; greedy at temperature 0.
+    """Draw one token for each row of `logits` of shape `(num_tokens, vocab_size)`; greedy at temperature 0.
 
     By the Gumbel-max trick in float64: in float32 the noise is truncated, which lowers the temperature unnoticed
     (Zheng et al. 2024, section 4).

@@ -1,7 +1,7 @@
 """The settings of generation, each declared once with its default, its accepted values and its help text."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -9,6 +9,34 @@ from transformers import GenerationConfig
 
 STAGES = ("full", "plan", "execution")
 SAMPLERS = ("first_hitting", "ancestral", "confidence", "entropy")
+# settings that only some samplers read
+SAMPLERS_OF = {
+    "num_steps": ("ancestral",),
+    "threshold": ("confidence",),
+    "entropy_bound": ("entropy",),
+    "tokens_per_step": ("confidence", "entropy"),
+    "left_to_right": ("confidence", "entropy"),
+}
+# arguments of transformers' `generate` that do not apply here -> what to use instead
+NOT_APPLICABLE = {
+    **dict.fromkeys(("max_new_tokens", "max_length"), "`max_plan_len` and `max_execution_len` limit the segments"),
+    **dict.fromkeys(("min_new_tokens", "min_length"), "a segment ends where the model predicts <|end|>"),
+    "do_sample": "`temperature` > 0 samples, 0 is greedy",
+    "top_k": "`top_p` limits the distribution",
+    **dict.fromkeys(("num_beams", "num_beam_groups", "penalty_alpha"), "`sampler` chooses how tokens are revealed"),
+    "num_return_sequences": "repeat the rows of `input_ids`",
+    "use_cache": "the block cache is always used",
+    **dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), "special tokens are those of the configuration"),
+    **dict.fromkeys(
+        ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
+        "the output is a HierBD3LMGenerationOutput",
+    ),
+    **dict.fromkeys(
+        ("logits_processor", "stopping_criteria", "stop_strings", "repetition_penalty", "bad_words_ids"),
+        "pass a `sampler` of your own to change what is revealed",
+    ),
+}
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(eq=False, repr=False)
@@ -92,7 +120,7 @@ class GenerationSettings:
         self.validate()
 
     def validate(self, **unused_kwargs: Any) -> None:
-        """Checks every setting.
+        """Check every setting.
 
         Raises:
             ValueError: for a value out of its range.
@@ -102,9 +130,12 @@ class GenerationSettings:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {getattr(self, name)!r}")
         for name in ("num_steps", "tokens_per_step"):
             self._check_number(name, int, "an integer >= 1", lambda value: value >= 1)
-        for name in ("max_plan_len", "max_execution_len", "seed"):
+        for name in ("max_plan_len", "max_execution_len"):
             if getattr(self, name) is not None:
                 self._check_number(name, int, "an integer >= 0 or None", lambda value: value >= 0)
+        if self.seed is not None:
+            accepted = "an integer >= 0 or None, below 2**63"
+            self._check_number("seed", int, accepted, lambda value: 0 <= value <= MAX_SEED)
         for name in ("threshold", "top_p"):
             self._check_number(name, int | float, "a number in (0, 1]", lambda value: 0 < value <= 1)
         self._check_number("entropy_bound", int | float, "a number >= 0", lambda value: value >= 0)
@@ -137,8 +168,7 @@ class HierBD3LMGenerationConfig(GenerationSettings, GenerationConfig):
         self._commit_hash: str | None = kwargs.pop("_commit_hash", None)
         self._from_model_config: bool | None = kwargs.pop("_from_model_config", None)
         self.transformers_version: str | None = kwargs.pop("transformers_version", None)
-        if unknown := [name for name in kwargs if name not in SETTINGS]:
-            raise ValueError(f"`generation_config` has no setting {', '.join(unknown)}; it has {', '.join(SETTINGS)}")
+        check_names(kwargs)
         GenerationSettings.__init__(self, **kwargs)
 
     def get_generation_mode(self, *args: Any, **kwargs: Any) -> None:
@@ -148,19 +178,36 @@ class HierBD3LMGenerationConfig(GenerationSettings, GenerationConfig):
         raise NotImplementedError("a HierBD3LMConfig holds no generation settings")
 
 
+def check_names(names: Iterable[str]) -> None:
+    """Raise a ValueError for a name that is no setting; it says what to use instead."""
+    for name in names:
+        if name in NOT_APPLICABLE:
+            raise ValueError(f"`{name}` does not apply to block diffusion: {NOT_APPLICABLE[name]}")
+        if name not in SETTINGS:
+            raise ValueError(f"`generation_config` has no setting {name}; it has {', '.join(SETTINGS)}")
+
+
 def resolve_settings(base: GenerationConfig, overrides: dict[str, Any]) -> HierBD3LMGenerationConfig:
-    """Returns the settings of `base` with `overrides` in their place, checked.
+    """Return the settings of `base` with `overrides` in their place, checked.
 
     Raises:
-        ValueError: if `base` is not a [`HierBD3LMGenerationConfig`], or for a setting that is unknown or out of range.
+        ValueError: if `base` is not a [`HierBD3LMGenerationConfig`], for a setting that is unknown or out of range,
+            and for an override that the sampler does not read.
     """
     if any(not hasattr(base, name) for name in SETTINGS):
         raise ValueError(
             f"`generation_config` must be a HierBD3LMGenerationConfig, but {type(base).__name__} was given"
         )
-    return HierBD3LMGenerationConfig(**(settings_of(base) | overrides))
+    settings = HierBD3LMGenerationConfig(**(settings_of(base) | overrides))
+    for name in overrides.keys() & SAMPLERS_OF:
+        if settings.sampler not in SAMPLERS_OF[name] and overrides[name] != getattr(base, name):
+            raise ValueError(
+                f"`{name}` has no effect with sampler={settings.sampler!r}: it is a setting of "
+                f"{' and '.join(SAMPLERS_OF[name])}, but got {overrides[name]!r}"
+            )
+    return settings
 
 
 def settings_of(settings: HierBD3LMGenerationConfig) -> dict[str, Any]:
-    """Returns the generation settings alone, as JSON takes them."""
+    """Return the generation settings alone, as JSON takes them."""
     return {name: getattr(settings, name) for name in SETTINGS}

@@ -1,4 +1,4 @@
-"""The `Trainer` of a hierarchical block diffusion model: it trains on the NELBO and measures it."""
+"""`Trainer` of hierarchical block diffusion models."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer
 from .evaluation.likelihood import likelihood_metrics, measure_batch, per_segment, with_predicted_tokens
 from .masking_hierbd3lm import PADDING
 from .training.arguments import HierBD3LMTrainingArguments
-from .training.checkpoints import has_average, of_own_class
+from .training.checkpoints import has_average, original_class
 from .training.clip_search import ClipSearch, clipped_segments, draw_losses, measure_costs
 from .training.ema import EMACallback
 from .training.length_sampler import EpochLengthSampler
@@ -28,34 +28,34 @@ from .training.seeding import seeded_generator
 
 class HierBD3LMTrainer(Trainer):
     r"""
-    Trains a [`HierBD3LMForBlockDiffusion`] on the NELBO and evaluates its likelihood.
+    Train a [`HierBD3LMForBlockDiffusion`] on the NELBO and evaluate its likelihood.
 
-    Batches are what [`HierarchicalDataCollator`] returns. The training loss is the sum of the weighted NLLs of the
-    masked tokens over the number of counted tokens (`labels != -100`: content and the first `<|end|>` of plan and
-    execution) of the whole accumulated batch, in nats per token; `loss_plan` and `loss_execution` are logged beside
-    it, per token of their segment. Clip intervals and `filler_weight` apply to this loss alone.
+    Batches are outputs of [`HierarchicalDataCollator`]. The training loss is the sum of the weighted NLLs of the
+    masked tokens divided by the number of counted tokens (`labels != -100`: content and the first `<|end|>` of plan
+    and execution) of the whole accumulated batch, in nats per token. `loss_plan` and `loss_execution` are logged too,
+    per token of their segment. Clip intervals and `filler_weight` apply only to this loss.
 
-    The noise of a step depends on `seed`, step, micro-batch and rank only, the order of the examples on `data_seed`
-    (`seed` if None) and epoch only: a resumed run goes on as it would have.
+    The noise of a step depends only on `seed`, step, micro-batch and rank, the order of the examples only on
+    `data_seed` (`seed` if None) and epoch: a resumed run is identical to an uninterrupted one.
 
-    Evaluations measure the averaged weights and `save_model` writes them; `model` itself keeps the trained ones.
-    Clip intervals that a search has chosen are state of the trainer, saved in `trainer_state.json`; the model's
-    configuration keeps its own.
+    Evaluations and `save_model` use the averaged weights; `model` itself keeps the trained weights. Clip intervals
+    that a search has selected are part of the trainer's state and saved in `trainer_state.json`; the model's
+    configuration does not change.
 
-    It overrides of transformers' `Trainer`:
+    Overridden methods of transformers' `Trainer`:
 
-    - `create_optimizer`: Muon for the backbone's matrices where `muon_learning_rate` is given.
-    - `compute_loss`: the NELBO over noisy copies, in nats per counted token.
-    - `evaluate`: the unclipped NELBO of the averaged weights under fixed draws, in place of predictions and metrics.
-    - `_evaluate`: what an evaluation during training adds, the search for clip intervals.
-    - `get_batch_samples`: where an update starts, so that its micro-batches are numbered for their noise.
-    - `_get_train_sampler`, `_get_eval_sampler`: batches of like lengths in an order that resuming does not change.
-    - `log`: the loss of each segment and the throughput beside the loss.
-    - `save_model`: writes the averaged weights.
-    - `_save`: names the model's own class in a checkpoint of FSDP2, not the one that torch derives.
-    - `_save_optimizer_and_scheduler`: writes the trained weights and the average beside a checkpoint's model.
-    - `_load_from_checkpoint`: reads them.
-    - `_load_best_model`: starts the average anew from the best weights.
+    - `create_optimizer`: use Muon for the backbone's matrices if `muon_learning_rate` is set.
+    - `compute_loss`: compute the NELBO over noisy copies, in nats per counted token.
+    - `evaluate`: measure the unclipped NELBO of the averaged weights under fixed noise draws.
+    - `_evaluate`: run the search for clip intervals after an evaluation during training.
+    - `get_batch_samples`: number the micro-batches of an update, for the seed of their noise.
+    - `_get_train_sampler`, `_get_eval_sampler`: group batches by length, in an order that resuming does not change.
+    - `log`: add the loss of each segment and the throughput.
+    - `save_model`: save the averaged weights.
+    - `_save`: write the model's original class, not the subclass of FSDP2, into a checkpoint.
+    - `_save_optimizer_and_scheduler`: save the trained weights and the average.
+    - `_load_from_checkpoint`: load the trained weights and the average.
+    - `_load_best_model`: restart the average from the best weights.
     """
 
     loss_is_scaled_for_ga = True
@@ -64,7 +64,7 @@ class HierBD3LMTrainer(Trainer):
         for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
             if kwargs.get(name) is not None:
                 raise ValueError(
-                    f"`{name}` must be None, but got {kwargs[name]}: the loss and metrics are the NELBO's"
+                    f"`{name}` must be None, but got {kwargs[name]}: loss and metrics are computed from the NELBO"
                 )
         super().__init__(model=model, args=args, **kwargs)
         if args.use_liger_kernel:
@@ -78,32 +78,32 @@ class HierBD3LMTrainer(Trainer):
             self.add_callback(self.ema)
         if args.clip_search is not None:
             self.add_callback(ClipSearch(args.clip_search, args.clip_search_levels))
-        self._num_micro_batches = 0  # of the update at work
+        self._num_micro_batches = 0  # of the current update
         self._progress = TrainingProgress()
 
     def _check_parallelism(self) -> None:
         ranks_of_a_batch = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
         if ranks_of_a_batch > 1:
             raise ValueError(
-                f"`args` must be of data parallel training, but {ranks_of_a_batch} processes share a batch: each "
-                f"would draw noise of its own"
+                f"`args` must use data parallelism only, but {ranks_of_a_batch} processes share a batch: each would "
+                f"draw its own noise"
             )
         ema_decay = self.args.ema_decay
         if ema_decay > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled != self.accelerator.is_fsdp2):
             raise ValueError(
-                f"`ema_decay` must be 0 with DeepSpeed or FSDP1, whose shards cannot be averaged: {ema_decay}"
+                f"`ema_decay` must be 0 with DeepSpeed or FSDP1, whose shards cannot be averaged, but got {ema_decay}"
             )
 
     def _check_adapter(self) -> None:
         muon_learning_rate = self.args.muon_learning_rate
         if muon_learning_rate is not None and isinstance(self.model, PeftModel):
             raise ValueError(
-                f"`muon_learning_rate` must be None for an adapter, whose matrices are not the backbone's, but got "
-                f"{muon_learning_rate}"
+                f"`muon_learning_rate` must be None for an adapter, which does not train the backbone's matrices, but "
+                f"got {muon_learning_rate}"
             )
         if self.is_fsdp_enabled and any("trainable_tokens" in name for name, _ in self.model.named_parameters()):
             raise ValueError(
-                "`args` must be without FSDP for an adapter with rows of single tokens: peft cannot shard them"
+                "`args` must not enable FSDP for an adapter that trains single embedding rows: peft cannot shard them"
             )
 
     def _check_noise(self) -> None:
@@ -113,25 +113,24 @@ class HierBD3LMTrainer(Trainer):
         if noisy_copies > 1:
             raise ValueError(f"`noisy_copies` must be 1 for an objective without noise, but got {noisy_copies}")
         if clip_search is not None:
-            raise ValueError(f"`clip_search` must be None without noise, but got {clip_search}")
+            raise ValueError(f"`clip_search` must be None for an objective without noise, but got {clip_search}")
 
     @property
     def clip_search(self) -> ClipSearch | None:
-        """The state of the search for clip intervals; read anew, as a resumed run may have another object for it."""
+        """Callback with the state of the clip search; looked up each time, as a resumed run may replace it."""
         searches = (callback for callback in self.callback_handler.callbacks if isinstance(callback, ClipSearch))
         return next(searches, None)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in transformers; Muon for the matrices where `muon_learning_rate` is given."""
+        """Create the optimizer: Muon and AdamW if `muon_learning_rate` is set, else the one of `args.optim`."""
         args = self.args
         if args.muon_learning_rate is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        betas = args.adam_beta1, args.adam_beta2
         self.optimizer = MuonAdamW(
             *split_parameters(self.model if model is None else model),
             muon_lr=args.muon_learning_rate,
             lr=args.learning_rate,
-            betas=betas,
+            betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
         )
@@ -144,17 +143,20 @@ class HierBD3LMTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The training loss of one micro-batch: its share of the accumulated batch's mean over counted tokens."""
+        """Compute the training loss of one micro-batch: its contribution to the mean over the counted tokens of the
+        accumulated batch.
+        """
         batch = with_predicted_tokens(self._unwrapped(), inputs)
         clip, copies = self._clip_intervals(batch["segment_ids"]), self.args.noisy_copies
-        nelbo = self._training_shares(model, batch, self._training_generator(), clip, copies)
+        nelbo = self._training_nelbo(model, batch, self._training_generator(), clip, copies)
         self._count_progress(batch, nelbo.detach())
-        if num_items_in_batch is None:  # called by hand: the mean of this batch
+        if num_items_in_batch is None:  # called outside of `train`: the mean of this batch
             loss = nelbo.sum() / (batch["labels"] != -100).sum()
         else:
             loss = nelbo.sum() / num_items_in_batch
             if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes  # DDP averages gradients, the count is over all processes
+                # The count is over all processes, and DDP averages the gradients.
+                loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _count_progress(self, batch: dict[str, torch.Tensor], nelbo: torch.Tensor) -> None:
@@ -162,7 +164,7 @@ class HierBD3LMTrainer(Trainer):
         nats, num_counted = (per_segment(column, segment_ids).sum(dim=0) for column in (nelbo, counted))
         self._progress.add(nats, num_counted, (segment_ids != PADDING).sum())
 
-    def _training_shares(
+    def _training_nelbo(
         self,
         model: nn.Module,
         batch: dict[str, torch.Tensor],
@@ -170,11 +172,11 @@ class HierBD3LMTrainer(Trainer):
         clip: torch.Tensor,
         noisy_copies: int = 1,
     ) -> torch.Tensor:
-        """Each token's share of the training loss in nats, `(batch, length)`."""
+        """Return the contribution of each token to the training loss in nats, `(batch, length)`."""
         with self.accelerator.autocast():
-            shares = self.objective.shares(model, batch, generator, clip=clip, noisy_copies=noisy_copies)
+            nelbo = self.objective.token_nelbo(model, batch, generator, clip=clip, noisy_copies=noisy_copies)
         filler = (batch["labels"] == -100) & (batch["input_ids"] == self.model.config.end_token_id)
-        return torch.where(filler, self.args.filler_weight * shares, shares)
+        return torch.where(filler, self.args.filler_weight * nelbo, nelbo)
 
     @torch.no_grad()
     def evaluate(
@@ -183,18 +185,18 @@ class HierBD3LMTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Measures the unclipped, unweighted NELBO with the averaged weights, over `eval_noise_draws` fixed draws.
+        """Measure the unclipped, unweighted NELBO of the averaged weights over `eval_noise_draws` fixed draws.
 
         Returns:
-            `{prefix}_nll` (nats per counted token; a bound: what is behind a segment's first `<|end|>` adds to the
-            sum and not to the tokens), `_bpd` (bits per token), `_ppl` and `_num_tokens` for all tokens, and the same
-            with `plan_` and `execution_` before the name; `_nll_stderr` over the draws; `_loss`, equal to `_nll`.
+            `{prefix}_nll` (nats per counted token; an upper bound: tokens after a segment's first `<|end|>` add to
+            the sum but are not counted), `_bpd` (bits per token), `_ppl` and `_num_tokens` for all tokens, and the
+            same with `plan_` and `execution_` before the name; `_nll_stderr` over the draws; `_loss`, equal to `_nll`.
         """
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(datasets, dict):
             metrics = {}
             for name, dataset in datasets.items():
-                # the Trainer keeps the workers of a dataset of its own under the dataset's name
+                # given a name, the Trainer reuses the persistent workers of that dataset
                 dataset = name if eval_dataset is None else dataset
                 metrics |= self.evaluate(dataset, metric_key_prefix=f"{metric_key_prefix}_{name}")
             return metrics
@@ -214,22 +216,22 @@ class HierBD3LMTrainer(Trainer):
         return metrics
 
     def _measure(self, dataloader: torch.utils.data.DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
-        """NELBOs of shape `(draws, segments)` in nats, and counted tokens of shape `(segments,)`, over all ranks."""
+        """Sum over the data of all ranks: NELBOs in nats, `(draws, segments)`, and counted tokens, `(segments,)`."""
         self.callback_handler.eval_dataloader = dataloader
         generator = seeded_generator(self.args.device, self.args.eval_seed, self.args.process_index)
         rows = []
         for inputs in dataloader:
             batch = with_predicted_tokens(self._unwrapped(), self._prepare_inputs(inputs))
-            with self.accelerator.autocast():  # also around a model that no training has prepared yet
+            with self.accelerator.autocast():  # needed for a model that `train` has not prepared yet
                 row = measure_batch(self.objective, self.model, batch, self.args.eval_noise_draws, generator)
-            # the gathering drops the rows that only even out the last batch
+            # drops the rows that pad the last batch
             rows.append(self.accelerator.gather_for_metrics(row).cpu())
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         total = torch.cat(rows).sum(dim=0)
         return total[:-1], total[-1]
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in transformers; an evaluation during training chooses the clip intervals of what follows."""
+        """Evaluate during training, then select clip intervals for the next steps."""
         metrics = super()._evaluate(*args, **kwargs)
         if self.clip_search is not None:
             self._search_clip(self.clip_search)
@@ -237,7 +239,7 @@ class HierBD3LMTrainer(Trainer):
 
     @torch.no_grad()
     def _search_clip(self, search: ClipSearch) -> None:
-        """Measures the variance of the training loss on the (first) evaluation dataset, and makes the choice."""
+        """Select clip intervals by the variance of the training loss on the (first) evaluation dataset."""
         start, was_training = time.perf_counter(), self.model.training
         name = next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
         generator = seeded_generator(self.args.device, self.args.eval_seed, self.args.process_index)
@@ -246,7 +248,7 @@ class HierBD3LMTrainer(Trainer):
         for inputs in self.get_eval_dataloader(name):
             batch = with_predicted_tokens(self._unwrapped(), self._prepare_inputs(inputs))
             costs = measure_costs(
-                functools.partial(self._training_shares, self.model, batch, generator),
+                functools.partial(self._training_nelbo, self.model, batch, generator),
                 batch,
                 self.objective.noise_blocks(batch),
                 list(segments.values()),
@@ -263,10 +265,11 @@ class HierBD3LMTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def _clip_intervals(self, segment_ids: torch.Tensor) -> torch.Tensor:
-        """The interval of mask rates of each token in training: `(batch, length, 2)`."""
+        """Return the clip interval of each token in training: `(batch, length, 2)`."""
         config, search = self.model.config, self.clip_search
-        own = {"plan": config.plan_clip, "execution": config.execution_clip}
-        clips = own if search is None else own | search.chosen_of_segments()
+        clips = {"plan": config.plan_clip, "execution": config.execution_clip}
+        if search is not None:
+            clips |= search.segment_intervals()
         intervals = torch.tensor([[0.0, 1.0], clips["plan"], clips["execution"]], device=segment_ids.device)
         return intervals[segment_ids.clamp(min=0)]
 
@@ -278,7 +281,7 @@ class HierBD3LMTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        """The micro-batches of the next update, and the tokens that they count together."""
+        """Return the micro-batches of the next update, and the number of tokens that they count together."""
         if self.state.global_step == self._initial_global_step:
             self._progress = TrainingProgress()
         self._num_micro_batches = 0
@@ -295,7 +298,7 @@ class HierBD3LMTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
         if not self._groups_by_length(eval_dataset):
             return super()._get_eval_sampler(eval_dataset)
-        # one order for all evaluations, as their noise goes by the places in a batch
+        # the same order in all evaluations, as the noise depends on the position in a batch
         return EpochLengthSampler(
             self.args.eval_batch_size, self._lengths(eval_dataset), self.args.eval_seed, lambda: 0
         )
@@ -307,29 +310,29 @@ class HierBD3LMTrainer(Trainer):
         column, columns = self.args.length_column_name, getattr(dataset, "column_names", [])
         if column not in columns:
             raise ValueError(
-                f"a dataset must have the column `{column}` for batches of like lengths, but has {columns}; "
-                f"`train_sampling_strategy='random'` needs none"
+                f"a dataset must have the column `{column}` to group batches by length, but has {columns}; use "
+                f"`train_sampling_strategy='random'` without it"
             )
         return dataset[column][:]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds each segment's loss and the throughput to the training logs."""
+        """Add the loss of each segment and the throughput to the training logs."""
         if "loss" in logs:
             logs |= self._progress.take(self.accelerator)
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the averaged weights."""
+        """Save the averaged weights."""
         with self._averaged_weights():
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Writes the model with the code that it is of, sharded or not."""
-        with of_own_class(self.model):
+        """Save the model with its own source code, even if it is sharded."""
+        with original_class(self.model):
             super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Writes what a checkpoint has beside its model: what training goes on with."""
+        """Save the state that training resumes from, with the trained weights and their average."""
         if self.ema is not None:
             self.ema.save(self.model, output_dir, is_writer=self.args.should_save)
         super()._save_optimizer_and_scheduler(output_dir)
@@ -338,7 +341,8 @@ class HierBD3LMTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema is None and has_average(resume_from_checkpoint):
             raise ValueError(
-                f"`ema_decay` must be > 0 to resume from {resume_from_checkpoint}, whose model is an average; got 0"
+                f"`ema_decay` must be > 0 to resume from {resume_from_checkpoint}, whose model is an average, but "
+                f"got 0"
             )
         if self.ema is not None:
             self.ema.resume(self.model, resume_from_checkpoint)

@@ -75,9 +75,9 @@ def measure_variances(folder: Path, estimator: str) -> dict[str, Any]:
     objective, segments = make_objective(model.config, estimator), clipped_segments(model.config)
     search, generator, variances = ClipSearch([WIDTH]), torch.Generator().manual_seed(0), []
     for batch in batches:
-        shares = functools.partial(objective.shares, model, batch, generator)
+        token_nelbo = functools.partial(objective.token_nelbo, model, batch, generator)
         blocks = objective.noise_blocks(batch)
-        costs = measure_costs(shares, batch, blocks, list(segments.values()), search.candidates.num_levels)
+        costs = measure_costs(token_nelbo, batch, blocks, list(segments.values()), search.candidates.num_levels)
         variances.append(draw_losses(costs, search.candidates, 1, generator).var(dim=2))
     search.choose(list(segments), torch.stack(variances).mean(dim=0))
     clipped = draw_from(objective, model, batches, search.chosen)
@@ -116,7 +116,7 @@ def draw_from(
     for batch in batches:
         clip = of_segment[batch["segment_ids"].clamp(min=0)]
         num_tokens = per_segment(batch["labels"] != -100, batch["segment_ids"]).sum(dim=0)
-        draws = [objective.shares(model, batch, generator, clip=clip) for _ in range(NUM_DRAWS)]
+        draws = [objective.token_nelbo(model, batch, generator, clip=clip) for _ in range(NUM_DRAWS)]
         nats = torch.stack([per_segment(draw, batch["segment_ids"]).sum(dim=0) for draw in draws])
         losses.append(torch.cat([nats / num_tokens, nats.sum(dim=1, keepdim=True) / num_tokens.sum()], dim=1))
     return torch.stack(losses)

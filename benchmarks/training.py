@@ -41,7 +41,7 @@ def block_diffusion_step(model: HierBD3LMForBlockDiffusion, batch: dict[str, tor
 
     def step() -> None:
         predicted = with_predicted_tokens(model, inputs)
-        update(optimizer, objective.shares(model, predicted).sum() / predicted["maskable"].sum())
+        update(optimizer, objective.token_nelbo(model, predicted).sum() / predicted["maskable"].sum())
 
     return step
 

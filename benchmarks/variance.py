@@ -30,8 +30,8 @@ def gradient(
     """One draw of the NELBO's gradient, flat: `(num_parameters,)`."""
     generator = torch.Generator().manual_seed(seed)
     predicted = with_predicted_tokens(model, batch)
-    shares = make_objective(model.config).shares(model, predicted, generator, noisy_copies=copies)
-    loss = shares.sum() / predicted["maskable"].sum()
+    nelbo = make_objective(model.config).token_nelbo(model, predicted, generator, noisy_copies=copies)
+    loss = nelbo.sum() / predicted["maskable"].sum()
     return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(model.parameters()))])
 
 

@@ -1,1 +1,1 @@
-"""What a model is measured by: answers to problems, likelihoods, plans and texts."""
+"""Evaluation: answers to problems, likelihoods, plan dependence and text quality."""

@@ -1,4 +1,4 @@
-"""How the likelihood of examples is measured: nats per segment, over the tokens that every algorithm counts alike."""
+"""Likelihood of examples, per segment, over the same tokens for every algorithm."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ from ..training.objectives import Batch, Objective, make_objective
 
 
 def with_predicted_tokens(model: Any, inputs: Batch) -> Batch:
-    """The batch with `maskable`, which tokens the model predicts, and block and position ids if it lacks them."""
+    """Add `maskable`, the tokens that the model predicts, to a batch, and block and position ids if it has none."""
     batch = dict(inputs)
     if "block_ids" not in batch:
         batch["block_ids"], batch["position_ids"] = model.order.layout(batch["segment_ids"])
@@ -32,19 +32,19 @@ def measure_likelihood(
     seed: int = 0,
     plan_is_given: bool = False,
 ) -> dict[str, float]:
-    """The likelihood of plan and execution given the question: see [`likelihood_metrics`].
+    """Measure the likelihood of plan and execution given the question; see [`likelihood_metrics`].
 
     Args:
-        dataset: encoded examples, as [`prepare_dataset`] returns them.
+        dataset: encoded examples from [`prepare_dataset`].
         num_draws, exact: see [`measure_batch`].
-        estimator: see `ESTIMATORS`.
-        batch_size: examples that are measured together, grouped by length.
-        seed: of the noise.
-        plan_is_given: measures the execution alone, given question and plan, of which no token is then masked.
+        estimator: one of `ESTIMATORS`.
+        batch_size: batch size. Examples are grouped by length.
+        seed: random seed of the noise.
+        plan_is_given: measure only the execution, given question and plan. No token of the plan is masked.
 
     Raises:
-        RuntimeError: if not exactly the content and one `<|end|>` of each segment were counted, or of text that goes
-            on in other rows exactly its tokens.
+        RuntimeError: if the number of counted tokens is not that of [`counted_tokens`]: content and one `<|end|>` per
+            segment, or only the content of text that continues in another row.
     """
     objective, collator = make_objective(model.config, estimator), HierarchicalDataCollator(model.config)
     generator = torch.Generator(device=model.device).manual_seed(seed)
@@ -55,22 +55,18 @@ def measure_likelihood(
         inputs = {name: ids.to(model.device) for name, ids in collator([dataset[row] for row in rows]).items()}
         batch = with_predicted_tokens(model, inputs)
         if plan_is_given:
-            batch["maskable"] &= behind_given_plan(model.config, batch)
+            is_opener = batch["input_ids"] == model.config.execution_token_id  # given like the plan
+            batch["maskable"] &= (batch["segment_ids"] == EXECUTION) & ~is_opener
         totals.append(measure_batch(objective, model, batch, num_draws, generator, exact).sum(dim=0).cpu())
     total = torch.stack(totals).sum(dim=0)
     check_counts(total[-1], dataset, model.config)
     metrics = likelihood_metrics(total[:-1], total[-1])
-    measured = f"{SEGMENT_NAMES[EXECUTION]}_" if plan_is_given else ""
-    return {name: value for name, value in metrics.items() if name.startswith(measured)}
-
-
-def behind_given_plan(config: Any, batch: Batch) -> torch.Tensor:
-    """Tokens that are written where plan and openers are given: `torch.BoolTensor` of shape `(batch, length)`."""
-    return (batch["segment_ids"] == EXECUTION) & (batch["input_ids"] != config.execution_token_id)
+    prefix = f"{SEGMENT_NAMES[EXECUTION]}_" if plan_is_given else ""
+    return {name: value for name, value in metrics.items() if name.startswith(prefix)}
 
 
 def check_counts(num_tokens: torch.Tensor, dataset: Dataset, config: HierBD3LMConfig) -> None:
-    """Raises a RuntimeError unless `num_tokens` of shape `(segments,)` are those that every algorithm counts."""
+    """Raise a RuntimeError unless `num_tokens`, of shape `(segments,)`, is what every algorithm counts."""
     columns = [name for name in (*ID_KEYS, "goes_on") if name in dataset.column_names]
     counts = [counted_tokens(example, config) for example in dataset.select_columns(columns)]
     expected = [sum(count[name] for count in counts) for name in SEGMENT_NAMES.values()]
@@ -87,40 +83,43 @@ def measure_batch(
     generator: torch.Generator | None = None,
     exact: bool = False,
 ) -> torch.Tensor:
-    """What the bound on each example's negative log-likelihood is, unclipped and unweighted.
+    """Measure the bound on the negative log-likelihood of each example, unclipped and unweighted.
 
     Args:
-        num_draws: draws of the noise; an objective without noise is computed once.
-        exact: enumerates all masks instead, which is one "draw"; see [`exact_nelbo`].
+        num_draws: noise draws. An objective without noise is computed once.
+        exact: enumerate all masks instead of drawing noise, which counts as one draw; see [`exact_nelbo`].
 
     Returns:
-        `torch.DoubleTensor` of shape `(batch, draws + 1, segments)`: nats of each draw in plan and execution, and
-        last the counted tokens.
+        `torch.DoubleTensor` of shape `(batch, draws + 1, segments)`: the NELBO of plan and execution in nats for each
+        draw, and their numbers of counted tokens as the last entry.
     """
     if exact:
-        shares = [objective.exact(model, batch)]
+        nelbos = [objective.exact(model, batch)]
     else:
         draws = num_draws if objective.has_noise else 1
-        shares = [objective.shares(model, batch, generator) for _ in range(draws)]
-    segment_ids = batch["segment_ids"]
-    columns = [*shares, batch["labels"] != -100]
-    return torch.stack([per_segment(column, segment_ids) for column in columns], dim=1)
+        nelbos = [objective.token_nelbo(model, batch, generator) for _ in range(draws)]
+    columns = [*nelbos, batch["labels"] != -100]
+    return torch.stack([per_segment(column, batch["segment_ids"]) for column in columns], dim=1)
 
 
 def per_segment(values: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-    """Sums of `values` of shape `(batch, length)` over plan and execution: `(batch, 2)`, float64."""
-    # selected, not multiplied: a value that is not finite stays in its segment
+    """Sum `values` of shape `(batch, length)` over plan and over execution: `(batch, 2)`, float64."""
+    # `where` rather than a product, so that a NaN or infinite value only affects its own segment
     return torch.stack(
         [torch.where(segment_ids == segment, values, 0).double().sum(dim=1) for segment in SEGMENT_NAMES], dim=1
     )
 
 
 def likelihood_metrics(nats: torch.Tensor, num_tokens: torch.Tensor) -> dict[str, float]:
-    """Likelihoods of all tokens and of each segment that has any.
+    """Compute the metrics of all tokens and of each non-empty segment.
 
     Args:
-        nats (`torch.DoubleTensor` of shape `(draws, segments)`): NELBO of every draw, summed over the data.
-        num_tokens (`torch.DoubleTensor` of shape `(segments,)`): the tokens that they average over.
+        nats (`torch.DoubleTensor` of shape `(draws, segments)`): NELBO of each draw, summed over the data.
+        num_tokens (`torch.DoubleTensor` of shape `(segments,)`): numbers of counted tokens.
+
+    Returns:
+        `nll` (nats per token), `nll_stderr` (standard error over the draws, if there are several), `bpd` (bits per
+        token), `ppl` and `num_tokens` for all tokens, and the same with `plan_` and `execution_` before the name.
     """
     metrics = {}
     columns = {"": slice(None), **{f"{name}_": slice(i, i + 1) for i, name in enumerate(SEGMENT_NAMES.values())}}
@@ -140,7 +139,7 @@ def likelihood_metrics(nats: torch.Tensor, num_tokens: torch.Tensor) -> dict[str
 
 
 def format_likelihood(metrics: dict[str, float]) -> str:
-    """The metrics as a table for people: a line for each segment that has tokens, and one for all."""
+    """Format the metrics as a table, with a line for each non-empty segment and one for the total."""
     lines = [f"{'':<11}{'tokens':>10}{'nll':>10}{'':<13}{'bpd':>8}{'ppl':>11}"]
     prefixes = {name: f"{name}_" for name in SEGMENT_NAMES.values()} | {"total": ""}
     for name, prefix in prefixes.items():

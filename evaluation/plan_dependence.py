@@ -1,7 +1,7 @@
-"""Whether the execution depends on the plan: `python -m hierbd3lm.evaluation.plan_dependence --model DIR`.
+"""Analysis of how the execution depends on the plan: `python -m hierbd3lm.evaluation.plan_dependence --model DIR`.
 
-The same problems are executed under plans of several sources. A folder is written: a subfolder per source (see
-runner.py), `swaps.jsonl` with a line per changed plan, `analysis.json`, `analysis.md` and `analysis.png`.
+Executions of the same problems are generated from plans of several sources. The output folder holds a subfolder per
+source (see runner.py), `swaps.jsonl` with a line per changed plan, `analysis.json`, `analysis.md` and `analysis.png`.
 """
 
 import os
@@ -49,11 +49,11 @@ SOURCES = {
     OWN: "the model's own plan",
     ORACLE: "the reference plan",
     OTHER: "another problem's plan",
-    EMPTY: "a plan of no steps",
+    EMPTY: "an empty plan",
     CHANGED: "the reference plan, one step changed",
 }
-CHECKED = (OWN, ORACLE, CHANGED)  # another problem's plan names people that this one does not know
-MEASURED = (ORACLE, OTHER, EMPTY)  # plans under which the likelihood of the reference execution is measured
+CHECKED = (OWN, ORACLE, CHANGED)  # not OTHER: that plan names people who are not in the problem
+MEASURED = (ORACLE, OTHER, EMPTY)  # sources for which the likelihood of the reference execution is measured
 SWAP_OUTCOMES = {
     "swap_follows_step": "carries out the changed step",
     "swap_reaches_answer": "gives the changed plan's answer",
@@ -65,12 +65,12 @@ INK, COLOUR, SWAP_COLOUR = "#22303c", "#2b5f94", "#e9853b"
 
 @dataclass
 class AnalysisArguments(CheckpointArguments):
-    """What is analysed, and how. Generation settings are the checkpoint's."""
+    """Arguments of the analysis. Generation settings are those of the checkpoint."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "Folder of the results; `analysis` in `model`."})
-    overwrite: bool = field(default=False, metadata={"help": "Throws away the results that `output_dir` holds."})
-    num_draws: int = field(default=8, metadata={"help": "Draws of the noise that a likelihood averages over; >= 1."})
-    seed: int = field(default=0, metadata={"help": "Of exchanged and changed plans, generation and noise."})
+    output_dir: str | None = field(default=None, metadata={"help": "Results folder; default: `analysis` in `model`."})
+    overwrite: bool = field(default=False, metadata={"help": "Overwrite existing results in `output_dir`."})
+    num_draws: int = field(default=8, metadata={"help": "Noise draws that a likelihood averages over; >= 1."})
+    seed: int = field(default=0, metadata={"help": "Random seed of plan changes, of generation and of the noise."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -89,40 +89,41 @@ def analyse(
     num_draws: int = 8,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Executes every problem under the plans of each source, and measures what the executions owe to them.
+    """Generate executions of each problem from the plans of each source, and measure how they depend on the plan.
 
-    Under every order a given plan is clean context: the `generate` of a flat model continues it, and without the
-    hierarchical mask a block of the execution sees the plan's blocks up to its own, as in training.
+    In every algorithm a given plan is clean context. A flat model continues it. Without the hierarchical mask, a block
+    of the execution sees the plan's blocks up to its own, as in training.
 
     Args:
-        dataset: has `question`, `plan` and `execution`, which ends with `#### <answer>`.
-        folder: keeps the executions of each source; those that are there are not generated again.
-        max_value: changed plans have values in [1, max_value], as the synthetic problems do.
+        dataset: dataset with the columns `question`, `plan` and `execution`, which ends with `#### <answer>`.
+        folder: folder of the executions of each source. Executions that it already holds are not generated again.
+        max_value: values in changed plans are in [1, max_value], as in the synthetic problems.
         num_draws: see [`~evaluation.likelihood.measure_likelihood`].
-        seed: of exchanged and changed plans, generation and noise.
+        seed: random seed of exchanged and changed plans, of generation and of the noise.
 
     Returns:
-        by source, as `<source>_<name>`:
-        - `exact_match`: strict rate of the problem's answer, for `changed` of the answer that the changed plan has;
-          `n` are the problems, `num_too_long` those among them that are over-long and not answered.
-        - `own`, `oracle` and `changed`: `agreement`, rate of the executions that carry out all steps of their plan,
-          no others, and give the last step's value; `step_agreement`, mean share of the steps that are carried out
-          (steps beyond the plan count as not); `verdicts`, how often each of `VERDICTS` was given.
-        - `oracle`, `other` and `empty`: `execution_nll` of the reference execution in nats per token, and the
-          examples, `execution_nll_n`, that it is measured on.
+        for each source, as `<source>_<name>`:
+        - `exact_match`: rate of strict matches with the problem's answer; for `changed`, with the answer of the
+          changed plan. `n` is the number of problems, `num_too_long` the number of those that are too long and not
+          answered.
+        - for `own`, `oracle` and `changed`: `agreement`, the rate of executions that carry out all steps of their
+          plan and no others, and give the value of the last step; `step_agreement`, the mean fraction of steps that
+          are carried out (additional steps count as not carried out); `verdicts`, the count of each of `VERDICTS`.
+        - for `oracle`, `other` and `empty`: `execution_nll` of the reference execution in nats per token, and
+          `execution_nll_n`, the number of examples that it is measured on.
 
-        and the rates of `SWAP_OUTCOMES` among the `swap_n` problems that are right under the reference plan and
-        have a changed plan; in all `num_without_change` have none. With `swap_n` 0 these rates are left out.
-        A rate comes with its 95 % interval, as `..._interval`. For data without the steps of the synthetic problems
+        and the rates of `SWAP_OUTCOMES` among the `swap_n` problems that are solved under the reference plan and have
+        a changed plan; `num_without_change` problems have none. If `swap_n` is 0, these rates are left out.
+        Each rate has a 95 % interval, `..._interval`. For data that is not in the format of the synthetic problems,
         agreement and changed plans are left out.
 
     Raises:
-        ValueError: for a dataset without plans, or whose plans cannot be exchanged.
+        ValueError: for a dataset without plans, or with plans that cannot be exchanged.
     """
     plans = read_reference_plans(dataset)
     has_steps = can_check(dataset)
     if not has_steps:
-        logger.warning("The plans are not those of the synthetic problems: they are neither changed nor checked")
+        logger.warning("The plans are not in the format of the synthetic problems. They are not changed or checked.")
     changes = draw_changes(dataset, max_value, seed) if has_steps else []
     given = {ORACLE: plans, OTHER: [plans[other] for other in exchange_plans(plans, seed)], EMPTY: [""] * len(plans)}
     predictions = generate_executions(model, tokenizer, dataset, given, changes, folder, batch_size, seed)
@@ -135,9 +136,10 @@ def analyse(
         run_folder.write_lines(Path(folder, SWAPS_FILE), swaps)
         metrics |= measure_swaps(swaps) | {"num_without_change": changes.count(None)}
     for source in MEASURED:
-        examples, _ = prepare_dataset(with_plans(dataset, given[source]), tokenizer, model.config)
+        problems = dataset.remove_columns("plan").add_column("plan", given[source])
+        examples, _ = prepare_dataset(problems, tokenizer, model.config)
         if len(examples) == 0:
-            raise ValueError(f"`dataset` must have a problem that fits under its {source} plan, but all are over-long")
+            raise ValueError(f"`dataset` must have a problem that fits with its {source} plan, but all are too long")
         settings = {"num_draws": num_draws, "batch_size": batch_size, "seed": seed}
         measures = measure_likelihood(model, examples, **settings, plan_is_given=True)
         names = [name for name in measures if name.startswith("execution_nll")]
@@ -147,37 +149,37 @@ def analyse(
 
 
 def read_reference_plans(dataset: Dataset) -> list[str]:
-    """The plan of each problem.
+    """Return the plan of each problem.
 
     Raises:
-        ValueError: for a dataset without plans, or a row without one.
+        ValueError: if the dataset has no plans, or a row has none.
     """
     if "plan" not in dataset.column_names:
         raise ValueError(f"`dataset` must have the column plan, but has {', '.join(dataset.column_names)}")
     plans = dataset["plan"][:]
     for row, plan in enumerate(plans):
         if not plan:
-            raise ValueError(f"row {row}: `plan` must be a text of one step at least, but got {plan!r}")
+            raise ValueError(f"row {row}: `plan` must be a text with at least one step, but got {plan!r}")
     return plans
 
 
 def can_check(dataset: Dataset) -> bool:
-    """Whether every reference execution is seen to carry out its plan: data of the synthetic problems' format."""
+    """Return True if every reference execution is found to carry out its plan, as in the synthetic problems."""
     rows = zip(dataset["question"], dataset["plan"], dataset["execution"], strict=True)
     return all(agrees(check_execution(*row), row[2]) for row in rows)
 
 
 def agrees(verdicts: Sequence[str], execution: str) -> bool:
-    """Whether an execution carries out all steps of a plan, no others, and answers with the last one's value.
+    """Return True if an execution carries out all steps of a plan and no others, and answers with the last value.
 
     Args:
-        verdicts: what [`check_execution`] says of it.
+        verdicts: output of [`check_execution`] for the execution.
     """
     return set(verdicts) == {FOLLOWED} and match_strict(execution, read_steps(execution)[-1].split()[-1])
 
 
 def draw_changes(dataset: Dataset, max_value: int, seed: int) -> list[ChangedPlan | None]:
-    """A changed plan for each problem; see [`change_plan`]."""
+    """Draw a changed plan for each problem; see [`change_plan`]."""
     rows = enumerate(zip(dataset["question"], dataset["plan"], strict=True))
     return [change_plan(random.Random(f"{seed} {row}"), *texts, max_value) for row, texts in rows]
 
@@ -192,7 +194,11 @@ def generate_executions(
     batch_size: int,
     seed: int,
 ) -> dict[str, list[dict[str, Any]]]:
-    """The predictions of each source (see [`predict`]); those of `changed` are of the problems that have a change."""
+    """Return the predictions of each source (see [`predict`]); for `changed`, only of problems with a changed plan."""
+
+    def with_given(dataset: Dataset, plans: Sequence[str]) -> Dataset:
+        return dataset.add_column("given_plans", [[plan] for plan in plans])
+
     datasets = {OWN: dataset} | {source: with_given(dataset, plans) for source, plans in given.items()}
     changed = [row for row, change in enumerate(changes) if change is not None]
     if changed:
@@ -207,24 +213,14 @@ def generate_executions(
     return predictions
 
 
-def with_given(dataset: Dataset, plans: Sequence[str]) -> Dataset:
-    """The dataset with the plans to execute, as [`predict`] takes them."""
-    return dataset.add_column("given_plans", [[plan] for plan in plans])
-
-
-def with_plans(dataset: Dataset, plans: Sequence[str]) -> Dataset:
-    """The dataset with other plans in place of the reference's."""
-    return dataset.remove_columns("plan").add_column("plan", list(plans))
-
-
 def measure_source(
     source: str, predictions: Sequence[dict[str, Any]], is_right: Sequence[bool] | None, is_checked: bool
 ) -> dict[str, Any]:
-    """What [`analyse`] says of the executions under one source's plans.
+    """Compute the metrics of one source; see [`analyse`].
 
     Args:
-        is_right: whether each execution has the answer that it should have; the problem's own answer if omitted.
-        is_checked: whether the executions are compared with their plans step by step.
+        is_right: which executions are correct. If None, those with the problem's answer.
+        is_checked: compare the executions with their plans step by step.
     """
     if is_right is None:
         is_right = [prediction["exact_match_strict"] for prediction in predictions]
@@ -236,10 +232,10 @@ def measure_source(
     if is_checked:
         texts = [(p["question"], p["plan"], cut_at_stops(p["execution"])) for p in predictions]
         verdicts = [check_execution(*text) for text in texts]
-        shares = [steps.count(FOLLOWED) / len(steps) if steps else 0.0 for steps in verdicts]
+        fractions = [steps.count(FOLLOWED) / len(steps) if steps else 0.0 for steps in verdicts]
         agreement = [agrees(steps, execution) for steps, (_, _, execution) in zip(verdicts, texts, strict=True)]
         metrics |= rate(f"{source}_agreement", agreement)
-        metrics |= rate(f"{source}_step_agreement", shares)
+        metrics |= rate(f"{source}_step_agreement", fractions)
         metrics[f"{source}_verdicts"] = dict(Counter(verdict for steps in verdicts for verdict in steps))
     return metrics
 
@@ -247,12 +243,12 @@ def measure_source(
 def judge_swaps(
     predictions: dict[str, list[dict[str, Any]]], changes: Sequence[ChangedPlan | None]
 ) -> list[dict[str, Any]]:
-    """A line of `swaps.jsonl` for each problem that has a changed plan.
+    """Return a line of `swaps.jsonl` for each problem that has a changed plan.
 
     Returns:
         the fields of [`ChangedPlan`]; `index` of the problem, `question`, `reference_plan`, `reference_answer`; the
-        `execution` of the changed plan; whether the answer `is_right_under_reference` plan; the outcomes of
-        `SWAP_OUTCOMES`.
+        `execution` of the changed plan; `is_right_under_reference`, True if the answer under the reference plan is
+        correct; the outcomes of `SWAP_OUTCOMES`.
     """
     rows = [row for row, change in enumerate(changes) if change is not None]
     swaps = []
@@ -275,7 +271,7 @@ def judge_swaps(
 
 
 def measure_swaps(swaps: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The rates of `SWAP_OUTCOMES`; see [`analyse`]. `swap_kinds` has them for each kind of change."""
+    """Compute the rates of `SWAP_OUTCOMES` (see [`analyse`]), and in `swap_kinds` for each kind of change."""
     counted = [swap for swap in swaps if swap["is_right_under_reference"]]
     kinds = {}
     for kind in sorted({swap["kind"] for swap in counted}):
@@ -291,11 +287,11 @@ def _rate_outcomes(swaps: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return metrics
 
 
-# What people read
+# Report
 
 
 def format_tables(metrics: dict[str, Any]) -> str:
-    """The metrics as Markdown: what the executions under each source's plans are like, and what a change does."""
+    """Format the metrics as two Markdown tables: one of the sources, one of the changed plans."""
     lines = ["| plan | exact match | agreement | steps carried out | execution NLL |", "|---" * 5 + "|"]
     for source, meaning in SOURCES.items():
         if f"{source}_n" in metrics:
@@ -306,7 +302,7 @@ def format_tables(metrics: dict[str, Any]) -> str:
     if "swap_n" in metrics:
         columns = {"all": metrics, **metrics["swap_kinds"]}
         heads = [f"{kind} ({rates['swap_n']})" for kind, rates in columns.items()]
-        lines += ["", f"| what was changed (problems): | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+        lines += ["", f"| kind of change (problems) | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
         for name, meaning in SWAP_OUTCOMES.items():
             cells = [format_rate(rates, name) for rates in columns.values()]
             lines.append(f"| the execution {meaning} | {' | '.join(cells)} |")
@@ -314,7 +310,7 @@ def format_tables(metrics: dict[str, Any]) -> str:
 
 
 def format_rate(metrics: dict[str, Any], name: str) -> str:
-    """A rate in per cent with its interval; nothing where it was not measured."""
+    """Format a rate with its interval as percentages; empty if it was not measured."""
     if name not in metrics:
         return ""
     low, high = metrics[f"{name}_interval"]
@@ -322,28 +318,30 @@ def format_rate(metrics: dict[str, Any], name: str) -> str:
 
 
 def format_page(result: dict[str, Any]) -> str:
-    """`analysis.md`."""
+    """Format the content of `analysis.md`."""
     notes = [
-        f"{result['own_n']} problems of {result['dataset']}, {result['split']}; seed {result['seed']}; brackets are "
-        f"95 % intervals. The NLL is of the reference execution, in nats per token; for all but `ar` it is a bound.",
+        f"{result['own_n']} problems of {result['dataset']}, {result['split']}; random seed {result['seed']}. "
+        f"Brackets are 95 % intervals. The NLL of the reference execution is in nats per token; except for `ar` it is "
+        f"an upper bound.",
     ]
     if "swap_n" in result:
         notes.append(
-            f"Under the changed plan, exact match is of the answer that this plan has; no change of "
-            f"{result['num_without_change']} problems has another answer in the range of values. The second table is "
-            f"of the problems that are right under the reference plan."
+            f"For the changed plan, exact match compares with the answer of that plan. "
+            f"{result['num_without_change']} problems have no changed plan: no change gives another answer in the "
+            f"range of values. The second table counts the problems that are solved under the reference plan."
         )
-    figure = f"![Exact match under each plan, and what a changed plan does]({FIGURE_FILE})"
-    return "\n\n".join([f"# {result['model']}: does the plan matter?", *notes, format_tables(result), figure]) + "\n"
+    figure = f"![Exact match under each plan, and outcomes of changed plans]({FIGURE_FILE})"
+    title = f"# {result['model']}: dependence of the execution on the plan"
+    return "\n\n".join([title, *notes, format_tables(result), figure]) + "\n"
 
 
-def draw(metrics: dict[str, Any], path: Path) -> None:
-    """Bars of the rates with their intervals, into an image file."""
+def draw_figure(metrics: dict[str, Any], path: Path) -> None:
+    """Draw bars of the rates with their intervals into an image file."""
     figure = figure_class()(figsize=(9, 3.4), facecolor="white", layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[len(SOURCES), len(SWAP_OUTCOMES)], sharey=True)
     exact_match = {source: f"{source}_exact_match" for source in SOURCES if f"{source}_n" in metrics}
     draw_rates(left, metrics, {f"{source} plan": name for source, name in exact_match.items()}, COLOUR)
-    left.set_title("exact match (changed plan: with its own answer)", fontsize=11, color=INK)
+    left.set_title("exact match (changed plan: with that plan's answer)", fontsize=11, color=INK)
     outcomes = {name.removeprefix("swap_").replace("_", "\n"): name for name in SWAP_OUTCOMES if name in metrics}
     draw_rates(right, metrics, outcomes, SWAP_COLOUR)
     right.set_title("under the changed plan", fontsize=11, color=INK)
@@ -351,10 +349,10 @@ def draw(metrics: dict[str, Any], path: Path) -> None:
 
 
 def draw_rates(axes: "Axes", metrics: dict[str, Any], names: dict[str, str], colour: str) -> None:
-    """A bar for each named rate with its interval, as a percentage; `names` are by what stands below the bar."""
+    """Draw a bar for each rate with its interval, as percentages; `names` maps bar labels to rates."""
     values = [100 * metrics[name] for name in names.values()]
     intervals = [[100 * end for end in metrics[f"{name}_interval"]] for name in names.values()]
-    # At a rate of 0 or 1 the interval may miss the rate by a rounding, and matplotlib takes no negative lengths.
+    # At a rate of 0 or 1 the interval may miss the rate by a rounding error. matplotlib rejects negative lengths.
     below = [max(0.0, value - low) for value, (low, _) in zip(values, intervals, strict=True)]
     above = [max(0.0, high - value) for value, (_, high) in zip(values, intervals, strict=True)]
     labels = [label.replace(" ", "\n") for label in names]
@@ -366,7 +364,7 @@ def draw_rates(axes: "Axes", metrics: dict[str, Any], names: dict[str, str], col
 
 
 def figure_class() -> type:
-    """matplotlib's `Figure`.
+    """Import matplotlib's `Figure`.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -374,15 +372,15 @@ def figure_class() -> type:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("drawing the analysis needs matplotlib: run `pip install 'hierbd3lm[dev]'`") from error
+        raise ImportError("the figure requires matplotlib: run `pip install 'hierbd3lm[dev]'`") from error
     return Figure
 
 
-# The command line
+# Command line
 
 
 def main() -> None:
-    """Parses, analyses, prints."""
+    """Run the command line."""
     args = HfArgumentParser(AnalysisArguments).parse_args_into_dataclasses(sys.argv[1:])[0]
     result = run(args)
     print(f"{args.model} on {result['dataset']}, {args.split} ({args.output_dir}/{ANALYSIS_FILE})")
@@ -390,8 +388,8 @@ def main() -> None:
 
 
 def run(args: AnalysisArguments) -> dict[str, Any]:
-    """Analyses a checkpoint, or goes on with that; returns what `analysis.json` has."""
-    figure_class()  # missed now, not after the work
+    """Analyse a checkpoint, or resume its analysis, and return the content of `analysis.json`."""
+    figure_class()  # fails before the analysis if matplotlib is missing
     model, tokenizer = load_model(args.model, args.device)
     data_args, dataset = load_examples(args)
     settings = describe_run(args, data_args, dataset, model) | {
@@ -414,7 +412,7 @@ def run(args: AnalysisArguments) -> dict[str, Any]:
     result |= {"algorithm": model.config.algorithm, "versions": versions()}
     run_folder.write_json(folder / ANALYSIS_FILE, result)
     run_folder.replace(folder / TABLE_FILE, format_page(result).encode())
-    draw(result, folder / FIGURE_FILE)
+    draw_figure(result, folder / FIGURE_FILE)
     return result
 
 

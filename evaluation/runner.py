@@ -1,7 +1,8 @@
-"""How a model is scored on reasoning problems: what it writes is kept line by line, and every rate is read from that.
+"""Generate and score answers to reasoning problems, and summarize them.
 
-A run has a folder: `settings.json` (what the run is), `predictions.jsonl` (a line per example and sample, appended
-batch by batch) and, in the end, `summary.json`. A run that was interrupted goes on where it stopped.
+The folder of a run holds `settings.json` (all settings that results depend on), `predictions.jsonl` (a line per
+example and sample, appended batch by batch) and, after the last batch, `summary.json`. An interrupted run resumes
+from the last complete batch.
 """
 
 import json
@@ -51,12 +52,12 @@ PromptType = TypeVar("PromptType", bound="Prompt")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is given.
+    """Encoded input of the model.
 
     Args:
-        index: its place among the prompts' sources, such as a row of a dataset.
-        question_ids, plan_ids: its tokens; the plan is None unless it is given.
-        too_long: segments that have more tokens than the model takes; such a prompt is not answered.
+        index: index of the source of the prompt, such as a row of a dataset.
+        question_ids, plan_ids: token ids. The plan is None if the model generates it.
+        too_long: names of the segments that exceed the model's maximum length. Such a prompt is not answered.
     """
 
     index: int
@@ -67,11 +68,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Problem(Prompt):
-    """One example that is answered once.
+    """Prompt with the reference for one answer.
 
     Args:
-        sample: number of the answer among those to the same example.
-        question, reference_answer, reference_plan: texts; the plan is None where there is none.
+        sample: index of the answer among the samples of the same example.
+        question, reference_answer, reference_plan: texts. The plan is None if the example has none.
     """
 
     sample: int
@@ -81,13 +82,13 @@ class Problem(Prompt):
 
     @property
     def key(self) -> tuple[int, int]:
-        """What its line of `predictions.jsonl` is found by."""
+        """Key of the problem's line in `predictions.jsonl`."""
         return self.index, self.sample
 
 
 @dataclass(frozen=True)
 class Written:
-    """What the model wrote for one prompt: content tokens of both segments; for the others see its output's class."""
+    """Output of the model for one prompt: content tokens of both segments; see also `HierBD3LMGenerationOutput`."""
 
     plan_ids: list[int]
     execution_ids: list[int]
@@ -97,7 +98,7 @@ class Written:
 
 
 def load_model(path: str, device: str) -> tuple[HierBD3LMForBlockDiffusion, PreTrainedTokenizerBase]:
-    """A checkpoint, or an adapter merged into its base, on its device, with its tokenizer."""
+    """Load a checkpoint, or an adapter merged into its base, in evaluation mode, with its tokenizer."""
     if is_adapter(path):
         return load_adapter(path, device)
     return HierBD3LMForBlockDiffusion.from_pretrained(path).to(device).eval(), load_tokenizer(path)
@@ -112,28 +113,27 @@ def predict(
     batch_size: int = 32,
     num_samples: int = 1,
 ) -> list[dict[str, Any]]:
-    """Answers every problem of a dataset; those that `folder` has answers of are not answered again.
+    """Generate and score answers to all problems of a dataset. Answers that `folder` already holds are kept.
 
     Args:
-        dataset: has `question` and `execution`, which ends with `#### <answer>`, and may have `plan`.
-        settings: with `stage="execution"` the model is given the plans of [`with_given_plans`]. The seed is that of
-            the run, from which each batch gets one of its own.
-        folder: see [`start_run`].
-        batch_size: problems that are answered together, grouped by length.
-        num_samples: answers to each problem, with a plan of its own each unless it is given.
+        dataset: dataset with the columns `question`, `execution`, which ends with `#### <answer>`, and optionally
+            `plan`.
+        settings: generation settings. With `stage="execution"`, plans are taken from [`with_given_plans`]. The seed
+            of each batch derives from their seed.
+        folder: folder of the run; see [`start_run`].
+        batch_size: batch size. Problems are grouped by length.
+        num_samples: number of answers to each problem, each with its own plan unless plans are given.
 
     Returns:
-        the lines of `predictions.jsonl` (see [`score`]), in the order of the dataset, the samples of a problem
-        together.
+        the lines of `predictions.jsonl` (see [`score_answer`]), in the order of the dataset, then of the samples.
 
     Raises:
-        ValueError: for a dataset without examples, for several samples at temperature 0, and as in
-            [`read_problems`].
+        ValueError: for an empty dataset, for several samples at temperature 0, and as in [`read_problems`].
     """
     check_samples(num_samples, settings)
     problems = read_problems(dataset, tokenizer, model.config, settings.stage == "execution", num_samples)
     path = Path(folder, PREDICTIONS_FILE)
-    # All problems once, then all of them again.
+    # the first sample of all problems, then the second, ...
     batches = chain.from_iterable(
         make_batches(problems[sample::num_samples], batch_size) for sample in range(num_samples)
     )
@@ -141,14 +141,14 @@ def predict(
     with tqdm(total=len(problems), desc="Evaluating", unit="example") as progress, run_folder.Log(path) as log:
         predictions = {_key(prediction): prediction for prediction in log.records}
         for batch in batches:
-            # A batch is answered as a whole or not at all, so that a resumed run draws what an uninterrupted one does.
+            # A batch is always generated as a whole, so that a resumed run draws the same random numbers.
             batch_settings = resolve_settings(settings, {"seed": seeds.getrandbits(62)})
             if any(problem.key not in predictions for problem in batch):
                 answers = answer_batch(model, tokenizer, batch, batch_settings)
                 predictions |= {_key(answer): answer for answer in answers}
                 log.append(*answers)
             progress.update(len(batch))
-        unanswered = [score(problem, "", "") for problem in problems if problem.too_long]
+        unanswered = [score_answer(problem, "", "") for problem in problems if problem.too_long]
         progress.update(len(unanswered))
     predictions |= {_key(prediction): prediction for prediction in unanswered}
     ordered = [predictions[problem.key] for problem in problems]
@@ -157,68 +157,66 @@ def predict(
 
 
 def check_samples(num_samples: int, settings: HierBD3LMGenerationConfig) -> None:
-    """Raises a ValueError for several samples that would all be the same."""
+    """Raise a ValueError for several samples at temperature 0."""
     if num_samples > 1 and settings.temperature == 0:
         raise ValueError(
-            f"`temperature` must be > 0 for num_samples={num_samples}, but got {settings.temperature}: greedy samples "
-            f"are all the same"
+            f"`temperature` must be > 0 for num_samples={num_samples}, but got {settings.temperature}: all greedy "
+            f"samples are the same"
         )
 
 
 def with_given_plans(dataset: Dataset, source: str, num_samples: int = 1) -> Dataset:
-    """The dataset with the plans that its executions are to be generated from, in a new column `given_plans`.
+    """Add the plans to generate executions from as a column `given_plans`.
 
     Args:
-        dataset: has `question`, and `plan` where that is the source.
-        source: `reference` for each example's own `plan`, or a JSON lines file with `question` and `plan`, such as
-            the `predictions.jsonl` of another run.
-        num_samples: a file may have one plan of a question, which all samples share, or so many, one for each.
+        dataset: dataset with the column `question`, and `plan` if that is the source.
+        source: `reference` for the column `plan`, or a JSON lines file with `question` and `plan`, such as the
+            `predictions.jsonl` of another run.
+        num_samples: number of samples. A file may have one plan per question, which all samples share, or one for
+            each sample.
 
     Raises:
-        ValueError: for an example whose plan is missing or of which the file has another number of plans; the message
-            names the row.
+        ValueError: for an example without a plan, or with a wrong number of plans; the message has the row.
     """
     if source == REFERENCE_PLANS:
         if "plan" not in dataset.column_names:
             raise ValueError(f"`dataset` must have the column plan, but has {', '.join(dataset.column_names)}")
         plans = [[plan] if plan else [] for plan in dataset["plan"]]
     else:
-        plans_of = read_plans(Path(source))
+        plans_of: dict[str, list[str]] = {}
+        for question, plan in read_texts(Path(source), "question", "plan"):
+            plans_of.setdefault(question, []).append(plan)
         plans = [plans_of.get(question, []) for question in dataset["question"]]
     for row, given in enumerate(plans):
         if len(given) not in (1, num_samples):
             accepted = "1" if num_samples == 1 else f"1 or num_samples={num_samples}"
             raise ValueError(
-                f"row {row}: `given_plan` must hold {accepted} of its plans, but {source!r} has {len(given)}"
+                f"row {row}: `given_plan` must have {accepted} plan(s) per question, but {source!r} has {len(given)}"
             )
     return dataset.add_column("given_plans", plans)
 
 
-def read_plans(path: Path) -> dict[str, list[str]]:
-    """The plans of each question, in the order of a JSON lines file.
+def read_texts(path: Path, *names: str) -> list[tuple[str, ...]]:
+    """Read the texts with the given names from each line of a JSON lines file.
 
     Raises:
-        ValueError: for a line that is no JSON object with the texts `question` and `plan`; the message names it.
+        ValueError: for a line that is not a JSON object with these texts; the message has the line number.
     """
-    plans: dict[str, list[str]] = {}
+    rows = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                question, plan = _read_plan(line)
+                fields = json.loads(line)
+                texts = tuple(fields[name] for name in names)
+                if not all(isinstance(text, str) for text in texts):
+                    raise TypeError(f"{names} must be texts, but got {texts}")
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"line {number} of {path} must be JSON with the texts `question` and `plan`, but got {line[:80]!r}"
+                    f"line {number} of {path} must be JSON with `{'` and `'.join(names)}` as text, but got "
+                    f"{line[:80]!r}"
                 ) from error
-            plans.setdefault(question, []).append(plan)
-    return plans
-
-
-def _read_plan(line: str) -> tuple[str, str]:
-    row = json.loads(line)
-    question, plan = row["question"], row["plan"]
-    if not isinstance(question, str) or not isinstance(plan, str):
-        raise TypeError(f"`question` and `plan` must be texts, but got {question!r} and {plan!r}")
-    return question, plan
+            rows.append(texts)
+    return rows
 
 
 def read_problems(
@@ -228,21 +226,22 @@ def read_problems(
     plans_are_given: bool,
     num_samples: int = 1,
 ) -> list[Problem]:
-    """Reads and encodes the problems of a dataset, each as often as it is to be answered.
+    """Encode the problems of a dataset, `num_samples` times each.
 
     Args:
-        dataset: has `question`, `execution` and, if plans are given, `given_plans` of [`with_given_plans`].
+        dataset: dataset with the columns `question`, `execution` and, if plans are given, `given_plans` of
+            [`with_given_plans`].
 
     Raises:
-        ValueError: for a dataset without examples or without a column that is needed, and for a row without an answer
-            or with a special token in its prompt; the message names the row.
+        ValueError: for an empty dataset or a missing column, and for a row without an answer or with a special token
+            in its prompt; the message has the row.
     """
     needed = ("question", "execution", "given_plans") if plans_are_given else ("question", "execution")
     missing = [column for column in needed if column not in dataset.column_names]
     if missing:
         raise ValueError(
-            f"`dataset` must have the columns {', '.join(needed)}, but lacks {', '.join(missing)} among "
-            f"{', '.join(dataset.column_names)}"
+            f"`dataset` must have the columns {', '.join(needed)}, but got {', '.join(dataset.column_names)} without "
+            f"{', '.join(missing)}"
         )
     if len(dataset) == 0:
         raise ValueError("`dataset` must have at least one example, but has none")
@@ -256,7 +255,7 @@ def read_problems(
             raise ValueError(f"row {index}: {error}") from error
         texts["reference_plan"] = row.get("plan") or None
         for sample in range(num_samples):
-            prompt = prompts[sample % len(prompts)]  # all samples share one prompt, or each has its own
+            prompt = prompts[sample % len(prompts)]  # one prompt for all samples, or one for each
             problems.append(Problem(**vars(prompt), **texts, sample=sample))
     return problems
 
@@ -264,7 +263,7 @@ def read_problems(
 def encode_prompt(
     index: int, question: str, plan: str | None, tokenizer: PreTrainedTokenizerBase, config: HierBD3LMConfig
 ) -> Prompt:
-    """Encodes what the model is given; `plan` is None where the model writes it.
+    """Encode a question and its plan, which is None if the model generates it.
 
     Raises:
         ValueError: for a special token in one of the texts.
@@ -276,7 +275,7 @@ def encode_prompt(
 
 
 def make_batches(prompts: Iterable[PromptType], batch_size: int) -> list[list[PromptType]]:
-    """Groups the prompts that fit by their length, longest first: memory runs out at once or never."""
+    """Group the prompts that are not too long by length, longest first, so that an OOM occurs in the first batch."""
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, but got {batch_size}")
 
@@ -293,7 +292,7 @@ def answer_batch(
     problems: list[Problem],
     settings: HierBD3LMGenerationConfig,
 ) -> list[dict[str, Any]]:
-    """Generates plan and execution of each problem, and scores them."""
+    """Generate plan and execution of each problem, and score them."""
     start = time.perf_counter()
     batch = generate_batch(model, problems, settings)
     seconds = (time.perf_counter() - start) / len(problems)
@@ -309,18 +308,18 @@ def answer_batch(
             "seconds": seconds,
         }
         texts = (decode(ids, tokenizer) for ids in (written.plan_ids, written.execution_ids))
-        predictions.append(score(problem, *texts, **costs))
+        predictions.append(score_answer(problem, *texts, **costs))
     return predictions
 
 
 def generate_batch(
     model: HierBD3LMForBlockDiffusion, prompts: Sequence[Prompt], settings: HierBD3LMGenerationConfig
 ) -> list[Written]:
-    """What the model writes for each prompt."""
+    """Generate the output of each prompt."""
     pad = model.config.pad_token_id
     prompt = {name: ids.to(model.device) for name, ids in collate_prompts(prompts, pad).items()}
     output = model.generate(**prompt, generation_config=settings)
-    plans, executions, *others = (  # on the CPU from here on, so that a clock has waited for the device
+    plans, executions, *others = (  # copied to the CPU, so that a caller's timer includes the work of the device
         getattr(output, name).tolist()
         for name in ("plan", "execution", "finished", "num_forward_passes", "tokens_per_forward")
     )
@@ -329,12 +328,12 @@ def generate_batch(
 
 
 def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a segment. The backbone's special tokens stay in it: an answer may have to be cut at one of them."""
+    """Decode a segment. Special tokens of the backbone are kept, as an answer may have to be cut at one of them."""
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def collate_prompts(prompts: Sequence[Prompt], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """What `generate` takes: left-padded questions, their mask and right-padded plans if these are given.
+    """Collate prompts for `generate`: left-padded questions, their mask, and right-padded plans if these are given.
 
     Returns:
         `input_ids`, `attention_mask` of shape `(batch, question_length)`, `plan_ids` of `(batch, plan_length)`.
@@ -346,7 +345,7 @@ def collate_prompts(prompts: Sequence[Prompt], pad_token_id: int) -> dict[str, t
     return batch
 
 
-def score(
+def score_answer(
     problem: Problem,
     plan: str,
     execution: str,
@@ -358,13 +357,13 @@ def score(
     tokens_per_forward: float | None = None,
     seconds: float = 0.0,
 ) -> dict[str, Any]:
-    """A line of `predictions.jsonl`; without an answer, plan and execution are empty and every match fails.
+    """Score an answer, and return its line of `predictions.jsonl`. An empty answer fails every match.
 
     Args:
         finished, num_forward_passes, tokens_per_forward: see `HierBD3LMGenerationOutput`.
-        num_tokens: denoised tokens, the `<|end|>` of each segment counted.
-        num_plan_tokens, num_execution_tokens: content of each segment, denoised or given.
-        seconds: the example's share of its batch's time.
+        num_tokens: number of denoised tokens, including the `<|end|>` of each segment.
+        num_plan_tokens, num_execution_tokens: number of content tokens of each segment, denoised or given.
+        seconds: generation time of the batch divided by its number of examples.
     """
     answer, target = cut_at_stops(execution), problem.reference_answer
     must_match_plan = problem.reference_plan is not None and problem.plan_ids is None
@@ -393,26 +392,27 @@ def score(
 
 
 def same_text(text: str, other: str) -> bool:
-    """Whether two texts differ in white space at the most."""
+    """Return True if two texts are equal up to white space."""
     return text.split() == other.split()
 
 
-# What the lines say together
+# Summary
 
 
 def summarize(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rates and speed over all predictions.
+    """Compute rates and speed over all predictions.
 
     Returns:
-        - `n` examples with `num_samples` answers each, and of these examples `num_too_long` with an over-long question
-          and `num_plan_too_long` with an over-long given plan: neither is answered, both stay in `n`.
-        - each of `RATES` as a fraction, and its 95 % interval as `..._interval`. A rate is a mean over examples, of
-          the mean over their samples where there are several: the interval then errs on the wide side. All are of
-          `n`, but `plan_match`, which is of the `num_reference_plans` examples with a plan to match; it is left out
-          where there are none.
-        - for several samples, what [`summarize_samples`] says.
-        - `num_forward_passes` (total), `num_forward_passes_mean` (of the answers), `num_tokens`, `seconds` (totals),
-          `tokens_per_forward`, `tokens_per_second` (ratios of totals); None where nothing was answered.
+        - `n`, the number of examples, and `num_samples`, the number of answers to each. `num_too_long` examples have a
+          question that is too long, `num_plan_too_long` a given plan that is too long. They are not answered, but
+          count in `n`.
+        - each of `RATES` as a fraction, and its 95 % interval as `..._interval`. A rate is a mean over all `n`
+          examples. With several samples, it averages the mean of each example, and the interval is conservative.
+          `plan_match` is over the `num_reference_plans` examples with a plan to match, and left out if there are
+          none.
+        - with several samples, the metrics of [`summarize_samples`].
+        - `num_forward_passes` (total), `num_forward_passes_mean` (NFE per answer), `num_tokens`, `seconds` (totals),
+          `tokens_per_forward`, `tokens_per_second` (ratios of totals); ratios are None if nothing was answered.
     """
     examples = [list(samples) for _, samples in groupby(predictions, key=itemgetter("index"))]
     summary: dict[str, Any] = {
@@ -446,15 +446,15 @@ def summarize(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summarize_samples(examples: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """How the samples of an example do together.
+    """Compute majority vote and pass@k over the samples of each example.
 
     Returns:
-        - `majority_vote`: rate of the examples whose most frequent value is the reference's. A sample votes with the
-          value of its strict answer; of values with equally many votes, that of the first sample wins. Samples
-          without such a value have no vote (`num_unparsable_votes`), and an example without votes is wrong
-          (`num_without_votes`); `num_tied_votes` examples have no single winner.
-        - `pass_at_k` for k = 1 .. samples: rate of the examples that one of k samples answers with the right value,
-          estimated without bias.
+        - `majority_vote`: rate of examples in which the most frequent value equals the reference. A sample votes with
+          the value of its strict answer; on a tie, the value of the earliest sample wins. Samples without a value do
+          not vote (`num_unparsable_votes`), and an example without votes is wrong (`num_without_votes`).
+          `num_tied_votes` examples have no single winner.
+        - `pass_at_k` for k = 1 .. samples: unbiased estimate of the rate of examples for which at least one of k
+          samples has the correct value.
         - the 95 % interval of each, as `..._interval`.
     """
     elections = [count_votes(cut_at_stops(sample["execution"]) for sample in samples) for samples in examples]
@@ -477,7 +477,7 @@ def summarize_samples(examples: Sequence[Sequence[dict[str, Any]]]) -> dict[str,
 
 
 def rate(name: str, values: Sequence[float]) -> dict[str, Any]:
-    """The mean of values in [0, 1] under its name, and its 95 % interval as `..._interval`."""
+    """Compute the mean of values in [0, 1] as `name`, and its 95 % interval as `<name>_interval`."""
     total = sum(values)
     return {name: total / len(values), f"{name}_interval": list(wilson_interval(total, len(values)))}
 
@@ -491,7 +491,7 @@ def _ratio(numerator: float, denominator: float) -> float | None:
 
 
 def format_summary(summary: dict[str, Any]) -> str:
-    """The summary as a table for people."""
+    """Format the summary as a table."""
     lines = []
     num_samples = summary["num_samples"]
     powers = [k for k in (2**i for i in range(num_samples.bit_length())) if k <= num_samples]
@@ -511,7 +511,7 @@ def format_summary(summary: dict[str, Any]) -> str:
 
 
 def format_prediction(prediction: dict[str, Any]) -> str:
-    """A problem with what the model wrote, for people."""
+    """Format a problem with its generated plan and execution."""
     verdict = "right" if prediction["exact_match_numeric"] else "wrong"
     sample = f", sample {prediction['sample']}" if prediction["sample"] else ""
     return "\n".join(
@@ -524,11 +524,11 @@ def format_prediction(prediction: dict[str, Any]) -> str:
     )
 
 
-# The run's folder
+# Run folder
 
 
 def start_run(folder: str | os.PathLike, settings: dict[str, Any], overwrite: bool = False) -> None:
-    """Makes the folder of a run that `settings` decide on, or makes sure that it holds this run.
+    """Create the folder of a run, or check that an existing folder holds a run with the same `settings`.
 
     Raises:
         ValueError: if the folder holds another run.
@@ -541,7 +541,7 @@ def _key(prediction: dict[str, Any]) -> tuple[int, int]:
 
 
 def checksum_of_weights(model: torch.nn.Module) -> int:
-    """Sum of all bytes of the weights: another checkpoint in the same folder is another run."""
+    """Return the sum of all bytes of the weights, which distinguishes runs of different checkpoints."""
     tensors = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in model.state_dict().values()]
     return sum(int(tensor.sum(dtype=torch.int64)) for tensor in tensors)
 
@@ -549,18 +549,13 @@ def checksum_of_weights(model: torch.nn.Module) -> int:
 def describe_run(
     args: CheckpointArguments, data_args: DataArguments, dataset: Dataset, model: HierBD3LMForBlockDiffusion
 ) -> dict[str, Any]:
-    """What decides on a run over a checkpoint's answers, beside the settings that a command has of its own."""
+    """Return the settings that identify a run, except those of a single command."""
     return {
         "data": asdict(data_args),
         "split": args.split,
         "num_examples": len(dataset),
-        "hash_of_data": hash_of_data(dataset),
+        "hash_of_data": run_folder.hash_of(dataset.to_dict()),
         "checksum_of_weights": checksum_of_weights(model),
         "batch_size": args.batch_size,
         "device": str(model.device),
     }
-
-
-def hash_of_data(dataset: Dataset) -> str:
-    """Hash of all that a dataset's columns hold: another file in the same place is another run."""
-    return run_folder.hash_of(dataset.to_dict())

@@ -1,13 +1,12 @@
-"""How texts that a model writes from nothing are judged: `python -m hierbd3lm.evaluation.text_quality --help`.
+"""Quality of unconditional samples: `python -m hierbd3lm.evaluation.text_quality --help`.
 
-Generative perplexity is that of the texts under another, autoregressive model, the scorer. Repeating itself lowers it,
-so that the texts' entropy and their distinct n-grams stand beside it. All three count the scorer's tokens, whatever
-the tokenizer of the model is that wrote the texts.
+Generative perplexity is the perplexity of the samples under another, autoregressive model, the scorer. Repetition
+lowers it, so entropy and distinct n-grams are reported too. All metrics use the scorer's tokenizer, whichever
+tokenizer the sampled model has.
 """
 
 import json
 import math
-import os
 import random
 import sys
 from collections import Counter
@@ -25,12 +24,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from ..data import run_folder
 from ..data.arguments import check_at_least
-from ..data.collator import collate_questions, empty_question
-from ..generation_hierbd3lm import HierBD3LMGenerationOutput, segment_limits
+from ..data.collator import empty_question
+from ..generation_hierbd3lm import segment_limits
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
 from .checkpoints import default_device
-from .runner import check_samples, checksum_of_weights, decode, load_model
+from .runner import (
+    Prompt,
+    Written,
+    check_samples,
+    checksum_of_weights,
+    decode,
+    generate_batch,
+    load_model,
+    read_texts,
+)
 
 SAMPLES_FILE, SETTINGS_FILE, METRICS_SUFFIX = "samples.jsonl", "settings.json", ".metrics.json"
 NGRAM_SIZES = (1, 2, 3)
@@ -38,29 +46,29 @@ NGRAM_SIZES = (1, 2, 3)
 
 @dataclass
 class SampleArguments:
-    """Which texts are judged, or which model writes them first, and who scores them."""
+    """Arguments for the samples, or the model to sample from, and the scorer."""
 
-    scorer: str = field(metadata={"help": "Folder or id of the autoregressive model, such as gpt2-large."})
-    samples: str | None = field(default=None, metadata={"help": "A .jsonl file of texts; in place of `model`."})
+    scorer: str = field(metadata={"help": "Folder or Hub id of an autoregressive model, such as gpt2-large."})
+    samples: str | None = field(default=None, metadata={"help": "A .jsonl file of samples, instead of `model`."})
     model: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint of ours, which writes texts from an empty question."}
+        default=None, metadata={"help": "Folder of a hierbd3lm checkpoint to sample from, with an empty question."}
     )
-    num_samples: int | None = field(default=None, metadata={"help": "Texts that `model` writes."})
+    num_samples: int | None = field(default=None, metadata={"help": "Number of samples to draw from `model`."})
     settings: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Generation settings of `model`, as JSON; those of the checkpoint where they are omitted."},
+        metadata={"help": "Generation settings as JSON. Those that are omitted are taken from the checkpoint."},
     )
-    seed: int = field(default=0, metadata={"help": "Of what `model` writes; each batch's seed follows from it."})
+    seed: int = field(default=0, metadata={"help": "Random seed of sampling; the seed of each batch derives from it."})
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of what `model` writes; `samples` in it if omitted."}
+        default=None, metadata={"help": "Folder of the samples of `model`; defaults to `samples` in `model`."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Throws away the texts that `output_dir` holds."})
+    overwrite: bool = field(default=False, metadata={"help": "Overwrite existing samples in `output_dir`."})
     text_field: str = field(default="text", metadata={"help": "Key of the text in a line of the samples."})
     context: int | None = field(
-        default=None, metadata={"help": "Most tokens that the scorer reads at once; what it can if omitted."}
+        default=None, metadata={"help": "Maximum number of tokens that the scorer reads at once; default: its limit."}
     )
-    batch_size: int = field(default=8, metadata={"help": "Texts that are written, or scored, together."})
-    device: str | None = field(default=None, metadata={"help": "Such as `cpu` or `cuda:0`; a GPU if there is one."})
+    batch_size: int = field(default=8, metadata={"help": "Batch size of sampling and of scoring."})
+    device: str | None = field(default=None, metadata={"help": "Device, such as `cuda:0`; defaults to a GPU, if any."})
 
     def __post_init__(self):
         if (self.samples is None) == (self.model is None) or (self.model is None) != (self.num_samples is None):
@@ -79,62 +87,65 @@ class SampleArguments:
 
 
 def parse_arguments(argv: list[str]) -> SampleArguments:
-    """Reads `--scorer DIR` with `--samples FILE` or `--model DIR --num_samples N`, and `[--setting value ...]`."""
+    """Parse `--scorer DIR` with `--samples FILE` or `--model DIR --num_samples N`, and `[--setting value ...]`."""
     return HfArgumentParser(SampleArguments).parse_args_into_dataclasses(argv)[0]
 
 
 def main() -> None:
-    """Parses, draws if a model is given, measures, prints."""
+    """Run the command line."""
     args = parse_arguments(sys.argv[1:])
-    path = Path(args.samples) if args.model is None else draw(args)
-    metrics = measure(args, path)
+    path = Path(args.samples) if args.model is None else sample_checkpoint(args)
+    metrics = evaluate_samples(args, path)
     print(f"{path} under {args.scorer} ({metrics_path(path)})")
     print(format_metrics(metrics))
 
 
-def measure(args: SampleArguments, path: Path) -> dict[str, Any]:
-    """Judges a file of samples; returns what is written to [`metrics_path`] (see [`judge`])."""
-    texts = read_texts(path, args.text_field)
+def evaluate_samples(args: SampleArguments, path: Path) -> dict[str, Any]:
+    """Compute the metrics of a file of samples (see [`text_metrics`]), and write them to [`metrics_path`]."""
+    texts = [text for (text,) in read_texts(path, args.text_field)]
+    if not texts:
+        raise ValueError(f"`samples` must hold at least one text, but {path} is empty")
     scorer = AutoModelForCausalLM.from_pretrained(args.scorer).to(args.device).eval()
     context = args.context or getattr(scorer.config, "max_position_embeddings", None)
     tokenizer = AutoTokenizer.from_pretrained(args.scorer)
-    metrics = judge(scorer, tokenizer, texts, context, args.batch_size)
+    metrics = text_metrics(scorer, tokenizer, texts, context, args.batch_size)
     metrics |= {"samples": str(path), "text_field": args.text_field, "scorer": args.scorer, "context": context}
     run_folder.write_json(metrics_path(path), metrics)
     return metrics
 
 
 def metrics_path(samples: Path) -> Path:
-    """Where the metrics of a file of samples are written: beside it."""
+    """Return the path of the metrics of a file of samples, in the same folder."""
     return samples.with_suffix(METRICS_SUFFIX)
 
 
-# What samples are worth
+# Metrics
 
 
-def judge(
+def text_metrics(
     scorer: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     context: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """All metrics of some texts.
+    """Compute all metrics of the texts.
 
     Args:
-        scorer: a causal language model of transformers, in evaluation mode; `tokenizer` is its own.
+        scorer: a causal language model of transformers, in evaluation mode.
+        tokenizer: tokenizer of the scorer.
         context, batch_size: see [`nll_of_sequences`].
 
     Returns:
-        - `generative_perplexity`, `nll` (nats per token) and `num_scored_tokens`, that they average over, of all texts
-          together. The first token of a text is given: it is scored only where the tokenizer puts a BOS token before
-          it. `num_unscored` texts have no token to score.
-        - `entropy`: see [`unigram_entropy`], the mean over the texts that have tokens, with its standard error over
-          them; `num_empty` texts have none.
+        - `generative_perplexity` and `nll` (nats per token) over the `num_scored_tokens` of all texts. The first
+          token of a text is not scored, unless the tokenizer adds a BOS token before it. `num_unscored` texts have no
+          token to score.
+        - `entropy`: mean of [`unigram_entropy`] over the non-empty texts, and `entropy_standard_error`; `num_empty`
+          texts have no tokens.
         - `distinct_1`, `distinct_2`, `distinct_3`: see [`distinct_ngrams`].
         - `num_samples`, `num_tokens` (without BOS), `num_longer_than_context`.
 
-        A value is None where it averages over nothing.
+        A mean over nothing is None.
     """
     sequences = [_encode(tokenizer, text, add_special_tokens=True) for text in texts]
     contents = [_encode(tokenizer, text, add_special_tokens=False) for text in texts]
@@ -162,21 +173,21 @@ def judge(
 def nll_of_sequences(
     scorer: torch.nn.Module, sequences: Sequence[Sequence[int]], context: int | None = None, batch_size: int = 8
 ) -> list[float]:
-    """-log p in nats of each sequence of tokens but its first, which is given; 0 for less than two tokens.
+    """Compute the NLL of each token sequence given its first token, in nats; 0 for fewer than two tokens.
 
     Args:
-        context: most tokens that the scorer reads at once, at least 2; None for no limit. A longer sequence is read in
-            windows of so many tokens, each of which starts with the last token of the one before: that one is given,
-            so that every token is scored once.
-        batch_size: windows that are read together.
+        context: maximum number of tokens that the scorer reads at once, at least 2; None for no limit. A longer
+            sequence is split into windows of `context` tokens. Each window starts with the last token of the previous
+            one, which is not scored again.
+        batch_size: number of windows in a forward pass.
 
     Raises:
-        ValueError: for a context or a batch size out of its range.
+        ValueError: if `context` or `batch_size` is out of its range.
     """
     check_at_least("context", context, 2)
     check_at_least("batch_size", batch_size, 1)
     windows = [(index, window) for index, ids in enumerate(sequences) for window in _windows(ids, context)]
-    windows.sort(key=lambda item: len(item[1]), reverse=True)  # little padding; memory runs out at once or never
+    windows.sort(key=lambda item: len(item[1]), reverse=True)  # little padding; an OOM occurs in the first batch
     totals = [0.0] * len(sequences)
     for start in tqdm(range(0, len(windows), batch_size), desc="Scoring", unit="batch"):
         indices, batch = zip(*windows[start : start + batch_size], strict=True)
@@ -186,39 +197,24 @@ def nll_of_sequences(
 
 
 def unigram_entropy(ids: Sequence[int]) -> float:
-    """Entropy in nats of the frequencies of a text's own tokens, as in the evaluations of MDLM and BD3-LM.
+    """Compute the entropy in nats of the token frequencies within a text, as MDLM and BD3-LM report it.
 
-    The most that n tokens can have is log n: compare texts of about the same length.
+    The maximum for n tokens is log n, so only compare texts of about the same length.
     """
     return sum(count / len(ids) * math.log(len(ids) / count) for count in Counter(ids).values())
 
 
 def distinct_ngrams(sequences: Iterable[Sequence[int]], size: int) -> float | None:
-    """Distinct n-grams of all texts together, as a fraction of their n-grams (Li et al. 2016, section 5.2).
+    """Compute the fraction of distinct n-grams among the n-grams of all texts (Li et al. 2016, section 5.2).
 
-    No n-gram reaches from one text into another. None where there is no n-gram.
+    N-grams do not cross text boundaries. The result is None if there are no n-grams.
     """
     ngrams = [tuple(ids[start : start + size]) for ids in sequences for start in range(len(ids) - size + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
-def read_texts(path: str | os.PathLike, text_field: str = "text") -> list[str]:
-    """The texts of a JSON lines file.
-
-    Raises:
-        ValueError: for a line that is no JSON object with the text; the message names it. Also for no line at all.
-    """
-    with Path(path).open(encoding="utf-8") as lines:
-        texts = [
-            _read_text(line, text_field, f"line {number} of {path}") for number, line in enumerate(lines, start=1)
-        ]
-    if not texts:
-        raise ValueError(f"`samples` must hold at least one text, but {path} is empty")
-    return texts
-
-
 def format_metrics(metrics: dict[str, Any]) -> str:
-    """The metrics as a table for people."""
+    """Format the metrics as a table."""
     decimals = {"generative_perplexity": 2, "nll": 4, "entropy": 4, "entropy_standard_error": 4}
     decimals |= {f"distinct_{size}": 4 for size in NGRAM_SIZES}
     lines = []
@@ -230,29 +226,19 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     return "\n".join(f"{name.replace('_', ' '):<26}{value:>12}" for name, value in lines)
 
 
-def _read_text(line: str, text_field: str, place: str) -> str:
-    try:
-        text = json.loads(line)[text_field]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{place} must be JSON with `{text_field}`, but got {line[:80]!r}") from error
-    if not isinstance(text, str):
-        raise ValueError(f"{place} must have a text as `{text_field}`, but got {text!r}")
-    return text
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
     return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
 
 def _windows(ids: Sequence[int], context: int | None) -> Iterable[Sequence[int]]:
-    """Pieces of at most `context` tokens, of which neighbours share one; none without a token to score."""
+    """Split a sequence into windows of at most `context` tokens that overlap by one; none without a token to score."""
     stride = max(len(ids), 1) if context is None else context - 1
     return (ids[start : start + stride + 1] for start in range(0, len(ids) - 1, stride))
 
 
 def _nll_of_batch(scorer: torch.nn.Module, batch: Sequence[Sequence[int]]) -> list[float]:
     rows = [torch.tensor(ids, dtype=torch.long, device=scorer.device) for ids in batch]
-    input_ids = pad_sequence(rows, batch_first=True)  # with token 0, which is as good as any where nothing reads it
+    input_ids = pad_sequence(rows, batch_first=True)
     attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     logits = scorer(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].float()
     nll = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
@@ -269,14 +255,14 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None
     return mean, math.sqrt(variance / len(values))
 
 
-# Drawing them
+# Sampling
 
 
-def draw(args: SampleArguments) -> Path:
-    """Has a checkpoint write texts, or go on with that; returns their file (see [`draw_samples`]).
+def sample_checkpoint(args: SampleArguments) -> Path:
+    """Sample texts from a checkpoint, or resume it, and return their file; see [`draw_samples`].
 
     Raises:
-        ValueError: if the folder holds other texts, and as in [`draw_samples`].
+        ValueError: if the folder holds samples of another run, and as in [`draw_samples`].
     """
     model, tokenizer = load_model(args.model, args.device)
     settings = resolve_settings(model.generation_config, (args.settings or {}) | {"seed": args.seed})
@@ -301,15 +287,15 @@ def draw_samples(
     path: Path,
     batch_size: int = 8,
 ) -> list[dict[str, Any]]:
-    """Has a model write texts from an empty question; those that the file holds are not written again.
+    """Sample texts from a model, with an empty question. Samples that the file already holds are kept.
 
     Args:
-        settings: the seed is that of the run, from which each batch gets one of its own.
-        path: a JSON lines file, which grows batch by batch.
+        settings: generation settings. The seed of each batch derives from their seed.
+        path: a JSON lines file, which is extended batch by batch.
 
     Returns:
-        its lines: `index`, `text` (all that was written, a plan first), `plan` and `execution` (its parts),
-        `finished`, `num_forward_passes`, `tokens_per_forward` (see `HierBD3LMGenerationOutput`).
+        its lines: `index`, `text` (plan and execution together), `plan`, `execution`, `finished`,
+        `num_forward_passes`, `tokens_per_forward` (see `HierBD3LMGenerationOutput`).
 
     Raises:
         ValueError: for several samples at temperature 0.
@@ -320,44 +306,32 @@ def draw_samples(
     with run_folder.Log(path) as log, tqdm(total=num_samples, desc="Drawing", unit="sample") as progress:
         for start, stop in pairwise((*starts, num_samples)):
             batch_settings = resolve_settings(settings, {"seed": seeds.getrandbits(62)})
-            # A kill may have cut a batch: it is drawn as a whole again, as its rows share their random numbers.
+            # An incomplete batch is drawn again as a whole, as its rows depend on the same random generator.
             if len(log.records) < stop:
-                samples = _draw_batch(model, tokenizer, stop - start, batch_settings)
-                numbered = [{"index": start + row, **sample} for row, sample in enumerate(samples)]
-                log.append(*numbered[len(log.records) - start :])
+                samples = generate_unconditional(model, tokenizer, stop - start, batch_settings)
+                lines = [_sample_line(index, written, tokenizer) for index, written in enumerate(samples, start)]
+                log.append(*lines[len(log.records) - start :])
             progress.update(stop - start)
         return log.records
 
 
-def _draw_batch(
+def generate_unconditional(
     model: HierBD3LMForBlockDiffusion,
     tokenizer: PreTrainedTokenizerBase,
     num_samples: int,
     settings: HierBD3LMGenerationConfig,
-) -> list[dict[str, Any]]:
-    output = write_from_nothing(model, tokenizer, num_samples, settings)
-    pad, names = model.config.pad_token_id, ("finished", "num_forward_passes", "tokens_per_forward")
-    plans, executions, *others = (getattr(output, name).tolist() for name in ("plan", "execution", *names))
-    samples = []
-    for plan, execution, *values in zip(plans, executions, *others, strict=True):
-        plan, execution = ([token for token in ids if token != pad] for ids in (plan, execution))
-        parts = {"text": plan + execution, "plan": plan, "execution": execution}
-        texts = {name: decode(ids, tokenizer) for name, ids in parts.items()}
-        samples.append(texts | dict(zip(names, values, strict=True)))
-    return samples
+) -> list[Written]:
+    """Generate `num_samples` texts from an empty question."""
+    question = empty_question(tokenizer)
+    return generate_batch(model, [Prompt(index, question, None, []) for index in range(num_samples)], settings)
 
 
-@torch.no_grad()
-def write_from_nothing(
-    model: HierBD3LMForBlockDiffusion,
-    tokenizer: PreTrainedTokenizerBase,
-    num_samples: int,
-    settings: HierBD3LMGenerationConfig,
-) -> HierBD3LMGenerationOutput:
-    """What a model writes after an empty question, `num_samples` times; see [`draw_samples`]."""
-    prompt = collate_questions([empty_question(tokenizer)] * num_samples, model.config.pad_token_id)
-    prompt = {name: ids.to(model.device) for name, ids in prompt.items()}
-    return model.generate(**prompt, generation_config=settings)
+def _sample_line(index: int, written: Written, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    parts = {"text": written.plan_ids + written.execution_ids}
+    parts |= {"plan": written.plan_ids, "execution": written.execution_ids}
+    texts = {name: decode(ids, tokenizer) for name, ids in parts.items()}
+    costs = ("finished", "num_forward_passes", "tokens_per_forward")
+    return {"index": index, **texts, **{name: getattr(written, name) for name in costs}}
 
 
 if __name__ == "__main__":

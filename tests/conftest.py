@@ -1,11 +1,15 @@
 """Fixtures that every test file shares."""
 
 import os
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+
+import hierbd3lm.training.objectives
+from hierbd3lm.diffusion_hierbd3lm import MaskDraw, draw_mask
 
 from .tiny import make_config, make_model
 
@@ -23,3 +27,18 @@ def config():
 @pytest.fixture
 def model():
     return make_model()
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """Record all noise draws, in order, with their clip intervals."""
+    record = []
+
+    def recording_draw_mask(block_ids, maskable, clip, *args):
+        draw = draw_mask(block_ids, maskable, clip, *args)
+        one_copy = MaskDraw(draw.masked[:, 0], draw.weights[:, 0])
+        record.append(SimpleNamespace(draw=one_copy, clip=clip, block_ids=block_ids, maskable=maskable, copies=draw))
+        return draw
+
+    monkeypatch.setattr(hierbd3lm.training.objectives, "draw_mask", recording_draw_mask)
+    return record

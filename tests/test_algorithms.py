@@ -268,7 +268,7 @@ def test_copies_of_a_joint_batch_are_losses_of_each():
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "ar"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_shares_are_an_unbiased_estimate_of_the_enumerated_bound(name, estimator):
+def test_token_nelbo_is_an_unbiased_estimate_of_the_enumerated_bound(name, estimator):
     sizes = {"plan_len": 2, "execution_len": 4} if name != "bd3lm" else {"plan_len": 4, "execution_len": 4}
     blocks = {"block_size": 2} if name in ("hier", "block by block, with the mask", "block by block, without") else {}
     model = make_model(**(sizes | ALL[name] | blocks))
@@ -278,7 +278,7 @@ def test_shares_are_an_unbiased_estimate_of_the_enumerated_bound(name, estimator
     with torch.no_grad():
         exact = objective.exact(model, first).sum()
         generator = torch.Generator().manual_seed(0)
-        values = torch.cat([objective.shares(model, batch, generator).double().sum(dim=1) for _ in range(24)])
+        values = torch.cat([objective.token_nelbo(model, batch, generator).double().sum(dim=1) for _ in range(24)])
     # The draws of a batch are antithetic: batches are what is independent.
     means = values.view(24, 24).mean(dim=1)
     error = means.std() / math.sqrt(24)
@@ -308,7 +308,7 @@ def test_nll_of_ar_is_the_backbones_own_causal_cross_entropy(backbone):
 def test_the_gradient_of_ar_is_that_of_the_cross_entropy():
     model = make_model(**ALGORITHMS["ar"])
     batch = batch_for(model, make_examples([(3, 2, 2)]))
-    make_objective(model.config).shares(model, batch).sum().backward()
+    make_objective(model.config).token_nelbo(model, batch).sum().backward()
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     ids = batch["input_ids"]
@@ -456,11 +456,11 @@ def test_a_row_has_the_same_bound_in_a_batch_and_alone(name):
         batch = batch_for(model, examples)
         with torch.no_grad():
             if name == "ar":
-                share = objective.shares(model, batch)
+                nelbo = objective.token_nelbo(model, batch)
             else:
                 masked = batch["maskable"]
-                share = torch.zeros(masked.shape).masked_scatter(masked, objective.token_losses(model, batch, masked))
-        return [row[maskable] for row, maskable in zip(share, batch["maskable"], strict=True)]
+                nelbo = torch.zeros(masked.shape).masked_scatter(masked, objective.token_losses(model, batch, masked))
+        return [row[maskable] for row, maskable in zip(nelbo, batch["maskable"], strict=True)]
 
     together = losses(make_examples())
     for row, example in zip(together, make_examples(), strict=True):

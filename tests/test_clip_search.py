@@ -1,4 +1,4 @@
-"""The search finds the interval of mask rates whose training loss varies least, and training goes on with it."""
+"""The clip search selects the interval with the lowest loss variance, and training uses it."""
 
 import json
 
@@ -25,7 +25,7 @@ from hierbd3lm.training.objectives import make_objective
 from .tiny import make_config, make_dataset, make_model
 from .tiny_algorithms import ABLATIONS, ALGORITHMS
 
-LENGTHS = {"question": (1, 5), "plan": (2, 6), "execution": (2, 9)}  # least and most tokens
+LENGTHS = {"question": (1, 5), "plan": (2, 6), "execution": (2, 9)}  # minimum and maximum number of tokens
 
 
 def make_trainer(folder, model=None, **settings):
@@ -49,7 +49,7 @@ def make_trainer(folder, model=None, **settings):
 # Candidates
 
 
-def test_candidates_are_all_intervals_of_the_widths_and_the_whole():
+def test_candidates_are_all_intervals_of_the_widths_and_the_full_range():
     candidates = Candidates((0.5, 0.75), num_levels=4)
     expected = [(0.0, 1.0), (0.0, 0.5), (0.25, 0.75), (0.5, 1.0), (0.0, 0.75), (0.25, 1.0)]
     assert candidates.intervals == expected
@@ -58,7 +58,7 @@ def test_candidates_are_all_intervals_of_the_widths_and_the_whole():
 
 
 @pytest.mark.parametrize("width", [0.0, 1.5, -0.5, 0.3])
-def test_widths_that_are_no_whole_bins_are_refused(width):
+def test_widths_that_are_not_multiples_of_a_bin_are_refused(width):
     with pytest.raises(ValueError, match=r"`widths` must be multiples of 1 / 4 in \(0, 1\]"):
         Candidates((width,), num_levels=4)
     with pytest.raises(ValueError, match="`widths` must be"):
@@ -68,19 +68,19 @@ def test_widths_that_are_no_whole_bins_are_refused(width):
 # Variance
 
 
-def test_costs_are_the_shares_of_each_block_at_each_mask_rate():
+def test_costs_are_the_losses_of_each_block_at_each_mask_rate():
     model = make_model()
     rows = list(make_dataset(3, model.config, **LENGTHS))
     batch = with_predicted_tokens(model, HierarchicalDataCollator(model.config)(rows))
     value = torch.arange(batch["input_ids"].numel(), dtype=torch.float32).view(batch["input_ids"].shape)
     seen = []
 
-    def shares(clip):
+    def token_nelbo(clip):
         assert torch.equal(clip[0, 0], clip[-1, -1])
         seen.append(clip[0, 0].tolist())
         return value * clip[..., 1]
 
-    measured = measure_costs(shares, batch, batch["block_ids"], [(1,), (2,)], num_levels=4)
+    measured = measure_costs(token_nelbo, batch, batch["block_ids"], [(1,), (2,)], num_levels=4)
     assert seen == [[0.0, 0.25], [0.25, 0.5], [0.5, 0.75], [0.75, 1.0]]
     expected, is_plan = [], []
     for row in range(3):
@@ -94,7 +94,7 @@ def test_costs_are_the_shares_of_each_block_at_each_mask_rate():
     assert measured.num_tokens.tolist() == per_segment(batch["labels"] != -100, batch["segment_ids"]).sum(0).tolist()
 
 
-def test_losses_of_a_lone_block_are_its_costs_within_the_interval():
+def test_losses_of_a_single_block_are_its_costs_within_the_interval():
     costs = torch.tensor([[1.0], [2.0], [40.0], [80.0]], dtype=torch.float64)
     measured = BlockCosts(costs, torch.tensor([[True]]), torch.tensor([2]))
     candidates = Candidates((0.5,), num_levels=4)
@@ -105,7 +105,7 @@ def test_losses_of_a_lone_block_are_its_costs_within_the_interval():
 
 
 def test_levels_of_many_blocks_are_spread_evenly_in_every_loss():
-    """With as many blocks of one cost as levels, each level occurs once: nothing varies."""
+    """With twice as many equal blocks as levels, each level occurs equally often: the loss is constant."""
     costs = torch.tensor([1.0, 2.0, 40.0, 80.0], dtype=torch.float64)[:, None].expand(4, 8)
     measured = BlockCosts(costs, torch.ones(1, 8, dtype=torch.bool), torch.tensor([8]))
     losses = draw_losses(measured, Candidates((0.5,), num_levels=4), noisy_copies=1)
@@ -120,8 +120,8 @@ def test_copies_share_one_grid_and_their_loss_is_the_mean():
 
 
 @pytest.mark.parametrize("estimator", ["stratified", "bernoulli"])
-def test_variance_is_that_of_losses_that_are_really_drawn(estimator):
-    """20 draws of the noise for each of 10 batches, under the interval itself, against the search's."""
+def test_variance_agrees_with_that_of_drawn_losses(estimator):
+    """Compare the simulated variance with that of 20 noise draws for each of 10 batches."""
     model = make_model()
     rows = list(make_dataset(40, model.config, **LENGTHS))
     objective, segments = make_objective(model.config, estimator), list(clipped_segments(model.config).values())
@@ -132,14 +132,14 @@ def test_variance_is_that_of_losses_that_are_really_drawn(estimator):
         for start in range(0, 40, 4):
             batch = with_predicted_tokens(model, HierarchicalDataCollator(model.config)(rows[start : start + 4]))
 
-            def shares(clip, batch=batch):
-                return objective.shares(model, batch, generator, clip=clip)
+            def token_nelbo(clip, batch=batch):
+                return objective.token_nelbo(model, batch, generator, clip=clip)
 
-            measured = measure_costs(shares, batch, batch["block_ids"], segments, 20)
+            measured = measure_costs(token_nelbo, batch, batch["block_ids"], segments, 20)
             predicted.append(draw_losses(measured, candidates, 1, generator).var(dim=2))
             for number in chosen:
                 clip = torch.tensor(candidates.intervals[number]).expand(*batch["input_ids"].shape, 2)
-                nats = [per_segment(shares(clip), batch["segment_ids"]).sum(dim=0) for _ in range(20)]
+                nats = [per_segment(token_nelbo(clip), batch["segment_ids"]).sum(dim=0) for _ in range(20)]
                 drawn.setdefault(number, []).append((torch.stack(nats) / measured.num_tokens).var(dim=0))
     variance = torch.stack(predicted).mean(dim=0)
     for number in chosen:
@@ -149,17 +149,17 @@ def test_variance_is_that_of_losses_that_are_really_drawn(estimator):
     assert (variance[chosen[1]] < 0.6 * variance[0]).all()
 
 
-# The choice
+# Selection
 
 
-def test_the_interval_of_least_variance_is_chosen_for_each_group():
+def test_the_interval_with_the_lowest_variance_is_selected_for_each_group():
     search = ClipSearch([0.5], num_levels=4)
     variance = torch.tensor([[1.0, 0.1], [3.0, 2.0], [2.0, 5.0], [4.0, 3.0]], dtype=torch.float64)
     logs = search.choose(["plan", "execution"], variance)
     assert (logs["plan_clip_low"], logs["plan_clip_high"]) == (0.25, 0.75)
     assert (logs["plan_clip_variance"], logs["plan_clip_variance_unclipped"]) == (2.0, 1.0)
-    assert search.chosen_of_segments() == {"plan": [0.25, 0.75], "execution": [0.0, 0.5]}
-    whole = ClipSearch([0.5, 1.0], num_levels=4)  # [0, 1] is a choice where its width is asked for
+    assert search.segment_intervals() == {"plan": [0.25, 0.75], "execution": [0.0, 0.5]}
+    whole = ClipSearch([0.5, 1.0], num_levels=4)  # [0, 1] may be selected if its width is a candidate
     whole.choose(["plan", "execution"], variance)
     assert whole.chosen == {"plan": [0.0, 1.0], "execution": [0.0, 1.0]}
 
@@ -170,16 +170,16 @@ def test_blocks_of_both_segments_have_one_interval():
         assert clipped_segments(config) == {"all": (1, 2)}
         search = ClipSearch([0.5], num_levels=4)
         search.choose(["all"], torch.tensor([[1.0], [3.0], [2.0], [4.0]]))
-        assert search.chosen_of_segments() == {"plan": [0.25, 0.75], "execution": [0.25, 0.75]}
+        assert search.segment_intervals() == {"plan": [0.25, 0.75], "execution": [0.25, 0.75]}
     assert clipped_segments(make_config()) == {"plan": (1,), "execution": (2,)}
 
 
-# In training
+# Training
 
 
 @pytest.fixture
 def clips(monkeypatch):
-    """The clip intervals that every draw of the noise was asked for, of the first and last maskable token."""
+    """Record the clip intervals of the first and the last maskable token in each noise draw."""
     record = []
 
     def recording(block_ids, maskable, clip, *args):
@@ -195,12 +195,12 @@ def searches_of(trainer):
     return [entry for entry in trainer.state.log_history if "plan_clip_low" in entry]
 
 
-def test_every_evaluation_of_training_chooses_what_the_next_steps_draw_from(tmp_path, clips):
+def test_every_evaluation_in_training_selects_the_intervals_of_the_next_steps(tmp_path, clips):
     trainer = make_trainer(tmp_path)
     trainer.train()
     searches = searches_of(trainer)
     assert [entry["step"] for entry in searches] == [2, 4, 6]
-    steps = [pair for pair in clips if pair[0][1] - pair[0][0] >= 0.5]  # searches ask for bins of a quarter
+    steps = [pair for pair in clips if pair[0][1] - pair[0][0] >= 0.5]  # the bins of a search have width 0.25
     assert len(steps) == 6 and len(clips) == 6 + 3 * 4 * 3  # 3 searches of 4 levels over 3 batches
     assert steps[0] == steps[1] == ([0.0, 1.0], [0.0, 1.0])
     for number, entry in enumerate(searches[:2]):
@@ -211,7 +211,7 @@ def test_every_evaluation_of_training_chooses_what_the_next_steps_draw_from(tmp_
     assert trainer.clip_search.chosen["plan"] == [last["plan_clip_low"], last["plan_clip_high"]]
 
 
-def test_the_reported_likelihood_is_never_clipped_nor_changed_by_a_search(tmp_path, clips):
+def test_the_reported_likelihood_is_not_changed_by_a_search(tmp_path, clips):
     settings = {"learning_rate": 0.0}
     searching = make_trainer(tmp_path / "a", **settings)
     searching.train()
@@ -222,14 +222,14 @@ def test_the_reported_likelihood_is_never_clipped_nor_changed_by_a_search(tmp_pa
     assert plain.clip_search is None
 
 
-def test_an_evaluation_by_hand_chooses_nothing(tmp_path):
+def test_an_evaluation_outside_of_training_selects_no_interval(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.evaluate()
     assert not trainer.clip_search.chosen and not searches_of(trainer)
 
 
 @pytest.mark.parametrize("restore", [False, True])
-def test_a_resumed_run_goes_on_with_the_chosen_intervals(tmp_path, restore):
+def test_a_resumed_run_uses_the_selected_intervals(tmp_path, restore):
     settings = {"restore_callback_states_from_checkpoint": restore}
     whole = make_trainer(tmp_path, **settings)
     whole.train()
@@ -246,8 +246,8 @@ def test_a_resumed_run_goes_on_with_the_chosen_intervals(tmp_path, restore):
     assert resumed.clip_search.state() == whole.clip_search.state()
 
 
-def test_a_search_leaves_the_configuration_as_it_is(tmp_path, clips):
-    """What is not searched for, here as no evaluation has been yet, is the configuration's."""
+def test_a_search_does_not_change_the_configuration(tmp_path, clips):
+    """Before the first search, training uses the intervals of the configuration."""
     model = make_model(plan_clip=[0.3, 0.9], execution_clip=[0.2, 1.0])
     trainer = make_trainer(tmp_path, model)
     trainer.train()
@@ -266,11 +266,11 @@ def test_a_search_starts_from_a_checkpoint_that_had_none(tmp_path):
 
 
 def test_a_search_without_noise_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"`clip_search` must be None without noise, but got \[0.5\]"):
+    with pytest.raises(ValueError, match="`clip_search` must be None for an objective without noise"):
         make_trainer(tmp_path, make_model(**ALGORITHMS["ar"]))
 
 
-def test_a_search_takes_the_first_of_several_datasets(tmp_path):
+def test_a_search_uses_the_first_of_several_datasets(tmp_path):
     whole, several = make_trainer(tmp_path / "a", max_steps=2), make_trainer(tmp_path / "b", max_steps=2)
     several.eval_dataset = {"one": several.eval_dataset, "two": several.eval_dataset.select(range(2))}
     whole.train()

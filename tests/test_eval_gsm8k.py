@@ -1,4 +1,4 @@
-"""What the evaluation reports is what the model wrote, however often it was interrupted."""
+"""Evaluation on reasoning problems: scores, samples, given plans, resumption and arguments."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.eval_gsm8k import EvaluationArguments, evaluate, parse_arguments
 from hierbd3lm.evaluation import checkpoints
 from hierbd3lm.evaluation.checkpoints import find_data
-from hierbd3lm.evaluation.runner import format_summary, make_batches, read_plans, read_problems, with_given_plans
+from hierbd3lm.evaluation.runner import format_summary, make_batches, read_problems, read_texts, with_given_plans
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
 
@@ -42,7 +42,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A random model that was "trained" on the synthetic problems."""
+    """A random model whose data arguments are those of the synthetic problems."""
     folder = tmp_path_factory.mktemp("checkpoint")
     tokenizer = train_tokenizer([*vocabulary_texts(SYNTHETIC), " Question: ####"])
     tokenizer.add_special_tokens({"extra_special_tokens": [FOREIGN_TOKEN]}, replace_extra_special_tokens=False)
@@ -96,9 +96,9 @@ def without_time(values):
 
 
 class Scripted:
-    """Stands in for `generate`: writes texts that are looked up by the question, in a pass per 4 tokens.
+    """Mock of `generate` that looks up texts by the question, with one forward pass per 4 tokens.
 
-    A question has a pair of plan and execution, or a list of them of which every call takes the next.
+    A question has a pair of plan and execution, or a list of pairs, one for each call.
     """
 
     def __init__(self, checkpoint, texts):
@@ -169,8 +169,8 @@ CASES = {
 NAMES = ("exact_match_strict", "exact_match_flexible", "exact_match_numeric", "unparsable")
 
 
-def test_summary_is_what_the_lines_say(args, script, dataset_of):
-    """Against cases judged by hand, and sums over the lines."""
+def test_summary_agrees_with_the_predictions(args, script, dataset_of):
+    """Compare with cases scored by hand, and with sums over the predictions."""
     rows = [{"question": f"{i}", "plan": " Mia", "execution": "#### 5"} for i in range(len(CASES))]
     script({f"{i}": ("Mia\n" if i < 2 else "Tom", text) for i, text in enumerate(CASES)})
     run = args(dataset=dataset_of(rows), limit=None)
@@ -196,7 +196,7 @@ def test_summary_is_what_the_lines_say(args, script, dataset_of):
     assert summary == read_summary(run)
 
 
-def test_summary_names_the_run(args, checkpoint):
+def test_summary_records_the_settings(args, checkpoint):
     _, summary = evaluate(args(limit=2, sampler="entropy", entropy_bound=0.5, seed=7))
     named = {"model": checkpoint, "dataset": "synthetic", "split": "test", "seed": 7, "batch_size": 3}
     assert summary == summary | named
@@ -219,8 +219,8 @@ VOTES = [
 ]
 
 
-def test_majority_and_pass_at_k_are_what_the_samples_say(args, script, dataset_of):
-    """Against votes counted by hand, and all subsets of the samples."""
+def test_majority_vote_and_pass_at_k_agree_with_the_samples(args, script, dataset_of):
+    """Compare with votes counted by hand, and with all subsets of the samples."""
     rows = [{"question": f"{i}", "plan": "Mia", "execution": "#### 5"} for i in range(len(VOTES))]
     script({f"{i}": [("Mia", text) for text in texts] for i, (texts, _, _) in enumerate(VOTES)})
     run = args(dataset=dataset_of(rows), limit=None, num_samples=4, temperature=1.0)
@@ -255,7 +255,7 @@ def test_one_sample_has_no_vote(args):
     assert not [name for name in summary if "vote" in name or "pass_at" in name]
 
 
-def test_every_sample_has_a_plan_of_its_own_and_the_first_is_that_of_a_run_with_one(args):
+def test_each_sample_has_its_own_plan_and_the_first_equals_a_run_with_one_sample(args):
     sampling = {"temperature": 1.0, "seed": 3}
     predictions, _ = evaluate(args(num_samples=3, **sampling))
     alone, _ = evaluate(args(overwrite=True, **sampling))
@@ -306,7 +306,7 @@ def test_every_problem_is_answered_as_if_alone(args, checkpoint, rows):
         assert prediction["finished"] == (num_closed == 2) == output.finished.item()
 
 
-def test_problems_of_a_batch_are_alike_in_length_and_the_order_is_restored(args, rows, script):
+def test_batches_are_grouped_by_length_and_the_order_is_restored(args, rows, script):
     scripted = script({row["question"]: (row["plan"], row["execution"]) for row in rows})
     predictions, _ = evaluate(args())
     assert [prediction["question"] for prediction in predictions] == [row["question"] for row in rows]
@@ -323,7 +323,7 @@ def test_limit_takes_the_first_examples(args, rows, dataset_of):
     assert [prediction["question"] for prediction in predictions] == [row["question"] for row in rows[:4]]
 
 
-def test_all_of_a_dataset_is_taken_but_so_many_synthetic_problems(args, rows, dataset_of, script, monkeypatch):
+def test_default_limit_applies_only_to_synthetic_problems(args, rows, dataset_of, script, monkeypatch):
     monkeypatch.setattr(checkpoints, "NUM_SYNTHETIC", 6)
     script({row["question"]: (row["plan"], row["execution"]) for row in rows})
     assert evaluate(args(dataset=dataset_of(rows), limit=None))[1]["n"] == 10
@@ -348,7 +348,7 @@ def test_too_long_prompts_stay_in_n_and_are_wrong(args, rows, dataset_of, script
     assert predictions[1]["execution"] == "" and predictions[1]["num_forward_passes"] == 0
 
 
-def test_nothing_but_too_long_questions_still_gives_a_report(args, rows, dataset_of):
+def test_dataset_of_too_long_questions_gives_a_summary(args, rows, dataset_of):
     rows[0]["question"] *= 20
     _, summary = evaluate(args(dataset=dataset_of(rows[:1])))
     assert (summary["n"], summary["num_too_long"], summary["exact_match_strict"]) == (1, 1, 0.0)
@@ -371,9 +371,9 @@ def test_given_plan_is_used_and_is_not_scored(args, rows, checkpoint):
     assert summary["num_reference_plans"] == 0 and "plan_match" not in summary
 
 
-def test_plan_that_is_not_there_cannot_be_given(args, rows, dataset_of):
+def test_missing_reference_plan_raises(args, rows, dataset_of):
     rows[2]["plan"] = ""
-    with pytest.raises(ValueError, match="row 2: `given_plan` must hold 1 of its plans, but 'reference' has 0"):
+    with pytest.raises(ValueError, match=r"row 2: `given_plan` must have 1 plan.*, but 'reference' has 0"):
         evaluate(args(dataset=dataset_of(rows), given_plan="reference"))
     assert evaluate(args(dataset=dataset_of(rows), overwrite=True))[1]["num_reference_plans"] == 9
 
@@ -385,7 +385,7 @@ def plans_of(tmp_path, plans):
     return str(path)
 
 
-def test_plans_of_a_file_are_found_by_the_question(args, rows, tmp_path):
+def test_plans_in_a_file_are_matched_by_question(args, rows, tmp_path):
     by_reference = evaluate(args(given_plan="reference"))[0]
     plans = [(row["question"], row["plan"]) for row in rows]
     source = plans_of(tmp_path, [("another question", "Mia = 1"), *reversed(plans)])
@@ -394,11 +394,11 @@ def test_plans_of_a_file_are_found_by_the_question(args, rows, tmp_path):
     assert summary["given_plan"] == source and "plan_match" not in summary
 
 
-def test_plans_that_a_run_wrote_give_its_executions_again(args, tmp_path):
+def test_generated_plans_reproduce_their_executions(args, tmp_path):
     written, _ = evaluate(args(output_dir=str(tmp_path / "written")))
     given, _ = evaluate(args(given_plan=str(tmp_path / "written" / "predictions.jsonl")))
     closed = [i for i, line in enumerate(written) if line["num_plan_tokens"] < SHORT["max_plan_len"] - 1]
-    assert len(closed) >= 2  # the others were cut at their limit, and are closed when they are given
+    assert len(closed) >= 2  # the others were truncated at the maximum length, and end with `<|end|>` if given
     assert [given[i]["plan"] for i in closed] == [written[i]["plan"] for i in closed]
     assert [given[i]["execution"] for i in closed] == [written[i]["execution"] for i in closed]
 
@@ -413,7 +413,7 @@ def test_samples_share_one_given_plan_or_have_one_each(args, rows, tmp_path):
     assert [line["plan"] for line in predictions] == [plan for _, plan in own]
 
 
-def test_other_plans_in_the_same_file_are_another_run(args, rows, tmp_path):
+def test_changed_plans_in_the_same_file_are_a_different_run(args, rows, tmp_path):
     plans = [(row["question"], row["plan"]) for row in rows]
     evaluate(args(given_plan=plans_of(tmp_path, plans)))
     plans[3] = (plans[3][0], "Mia = 1")
@@ -425,7 +425,7 @@ def test_other_plans_in_the_same_file_are_another_run(args, rows, tmp_path):
 def test_wrong_number_of_plans_raises(args, rows, tmp_path, num_plans, accepted):
     plans = [(row["question"], row["plan"]) for i, row in enumerate(rows) for _ in range(num_plans if i == 4 else 1)]
     sampling = {"num_samples": 3, "temperature": 1.0} if "3" in accepted else {}
-    with pytest.raises(ValueError, match=f"row 4: `given_plan` must hold {accepted} of its plans, .* has {num_plans}"):
+    with pytest.raises(ValueError, match=f"row 4: `given_plan` must have {accepted} plan.* has {num_plans}"):
         evaluate(args(given_plan=plans_of(tmp_path, plans), **sampling))
     assert not Path(args().output_dir).exists()
 
@@ -436,8 +436,8 @@ def test_wrong_number_of_plans_raises(args, rows, tmp_path, num_plans, accepted)
 def test_line_without_a_plan_raises(tmp_path, line):
     path = tmp_path / "plans.jsonl"
     path.write_text('{"question": "a", "plan": ""}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"line 2 of .* must be JSON with the texts `question` and `plan`"):
-        read_plans(path)
+    with pytest.raises(ValueError, match=r"line 2 of .* must be JSON with `question` and `plan` as text"):
+        read_texts(path, "question", "plan")
 
 
 def test_reference_plans_of_a_dataset_without_plans_raise(args, rows, tmp_path):
@@ -462,7 +462,7 @@ def test_reference_without_an_answer_raises(args, rows, dataset_of):
 
 
 def interrupt(monkeypatch, after):
-    """Lets so many batches through, then fails."""
+    """Raise an error after the given number of batches."""
     generate, calls = HierBD3LMForBlockDiffusion.generate, []
 
     def failing(model, **kwargs):
@@ -479,7 +479,7 @@ def interrupt(monkeypatch, after):
     ("after", "cut", "num_samples"), [(0, 0, 1), (1, 0, 1), (3, 0, 1), (1, 1, 1), (3, 40, 1), (6, 1, 2)]
 )
 def test_resumed_run_equals_an_uninterrupted_one(args, monkeypatch, tmp_path, after, cut, num_samples):
-    """Interrupted after so many batches, with the last bytes of the file cut off."""
+    """The run is interrupted after `after` batches, and the last bytes of the file are removed."""
     sampling = {"temperature": 1.0, "sampler": "first_hitting", "seed": 3, "num_samples": num_samples}
     whole = args(output_dir=str(tmp_path / "whole"), **sampling)
     evaluate(whole)
@@ -489,7 +489,7 @@ def test_resumed_run_equals_an_uninterrupted_one(args, monkeypatch, tmp_path, af
         evaluate(run)
     path = Path(run.output_dir, "predictions.jsonl")
     content = path.read_bytes()
-    assert content.count(b"\n") == 3 * after - 2 * (after > 4)  # the fourth batch has the tenth problem alone
+    assert content.count(b"\n") == 3 * after - 2 * (after > 4)  # the fourth batch has only the tenth problem
     path.write_bytes(content[: len(content) - cut])
     seconds = [json.loads(line)["seconds"] for line in content.splitlines()]
     kept_batches = after if cut == 0 else max(after - 1, 0)
@@ -503,11 +503,11 @@ def test_resumed_run_equals_an_uninterrupted_one(args, monkeypatch, tmp_path, af
     }
     times = [line["seconds"] for line in read_lines(run)]
     num_kept = 3 * kept_batches - 2 * (kept_batches > 3)
-    assert set(seconds[:num_kept]) <= set(times)  # the time of the first part counts
+    assert set(seconds[:num_kept]) <= set(times)  # the time of the first part is included
     assert read_summary(run)["seconds"] == pytest.approx(sum(times))
 
 
-def test_run_that_is_interrupted_again_after_a_torn_line_goes_on(args, monkeypatch):
+def test_run_interrupted_twice_resumes_after_a_truncated_line(args, monkeypatch):
     run = args()
     path = Path(run.output_dir, "predictions.jsonl")
     for after, num_lines in [(2, 6), (1, 5 + 3)]:
@@ -520,7 +520,7 @@ def test_run_that_is_interrupted_again_after_a_torn_line_goes_on(args, monkeypat
     assert [line["index"] for line in read_lines(run)] == list(range(10))
 
 
-def test_answers_are_on_the_disk_before_the_next_batch_begins(args, monkeypatch):
+def test_answers_are_on_disk_before_the_next_batch_starts(args, monkeypatch):
     run, on_disk, generate = args(), [], HierBD3LMForBlockDiffusion.generate
 
     def counting(model, **kwargs):
@@ -537,7 +537,7 @@ def test_batches_draw_different_numbers(args, rows, dataset_of):
     assert len({prediction["execution"] for prediction in evaluate(run)[0]}) > 1
 
 
-def test_finished_run_is_only_summarised_again(args, monkeypatch):
+def test_finished_run_is_only_summarized_again(args, monkeypatch):
     run = args()
     first = evaluate(run)
     calls = interrupt(monkeypatch, after=0)
@@ -560,13 +560,13 @@ def test_other_settings_are_refused_until_overwritten(args, name, value):
     assert evaluate(args(**{name: value}))[0] == second[0] != first[0]
 
 
-def test_refusal_names_what_differs(args):
+def test_error_message_lists_the_different_settings(args):
     evaluate(args())
     with pytest.raises(ValueError, match=r"another one \(threshold: 0\.9 there, 0\.5 now\)"):
         evaluate(args(threshold=0.5))
 
 
-def test_other_weights_and_other_rows_in_the_same_place_are_refused(args, rows, dataset_of, monkeypatch):
+def test_changed_weights_or_rows_at_the_same_path_are_refused(args, rows, dataset_of, monkeypatch):
     evaluate(args(dataset=dataset_of(rows)))
     load_model = eval_gsm8k.load_model
 
@@ -585,7 +585,7 @@ def test_other_weights_and_other_rows_in_the_same_place_are_refused(args, rows, 
         evaluate(args(dataset=dataset_of(rows)))
 
 
-def test_predictions_of_nobody_knows_what_are_refused(args):
+def test_predictions_without_settings_are_refused(args):
     evaluate(args())
     Path(args().output_dir, "settings.json").unlink()
     with pytest.raises(ValueError, match="`output_dir` must be new"):
@@ -595,13 +595,13 @@ def test_predictions_of_nobody_knows_what_are_refused(args):
 # Arguments
 
 
-def test_data_is_what_the_checkpoint_was_trained_on_unless_given(args):
+def test_dataset_defaults_to_that_of_training(args):
     trained_on = DataArguments(synthetic={"num_steps": [1, 2]})
     assert find_data(args()) == find_data(args(dataset="synthetic")) == trained_on
     assert find_data(args(dataset="gsm8k")) == DataArguments(dataset="gsm8k")
 
 
-def test_file_that_was_trained_on_is_no_test_split(args, rows, dataset_of, tmp_path):
+def test_training_file_has_no_test_split(args, rows, dataset_of, tmp_path):
     path = dataset_of(rows)
     DataArguments(dataset=path).save(tmp_path)
     for dataset in (None, path):
@@ -610,7 +610,7 @@ def test_file_that_was_trained_on_is_no_test_split(args, rows, dataset_of, tmp_p
     assert find_data(args(model=str(tmp_path), split="validation")).dataset == path
 
 
-def test_every_generation_setting_can_be_given():
+def test_every_generation_setting_is_an_argument():
     values = {"sampler": "entropy", "num_steps": 3, "threshold": 0.5, "entropy_bound": 0.2, "tokens_per_step": 2}
     values |= {"temperature": 0.7, "top_p": 0.8, "fill_after_end": False, "max_plan_len": 8, "max_execution_len": 8}
     values |= {"seed": 5, "compile_steps": True, "left_to_right": True}
@@ -622,7 +622,7 @@ def test_every_generation_setting_can_be_given():
     assert given == {"stage": "execution", "seed": 0}
 
 
-def test_results_lie_beside_the_checkpoint_by_default():
+def test_results_are_in_the_checkpoint_folder_by_default():
     assert parse_arguments(["--model", "a"]).output_dir == str(Path("a", "eval"))
 
 

@@ -1,4 +1,4 @@
-"""The command line of likelihood: what it measures, counts and writes, and that the trainer measures the same."""
+"""Likelihood command: metrics, counted tokens and output, in agreement with the trainer."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from .tiny_tokenizer import make_config_for, make_tokenizer
 ROWS = [
     {"question": "2 + 3?", "plan": "add", "execution": "5"},
     {"question": "What is 7 * 2?", "plan": "", "execution": "it is 14"},
-    {"question": "?", "plan": "a plan", "execution": "x" * 30},  # longer than an execution may be
+    {"question": "?", "plan": "a plan", "execution": "x" * 30},  # exceeds the maximum length of an execution
     {"question": "1?", "plan": "pq", "execution": "12345678"},
 ]
 COUNTS = {"plan": (3 + 1) + (0 + 1) + (2 + 1), "execution": (1 + 1) + (8 + 1) + (8 + 1)}
@@ -66,7 +66,7 @@ def test_every_algorithm_is_measured_over_the_same_tokens(name, tmp_path, monkey
     assert "1 of them over-long and left out" in printed
 
 
-def test_draws_of_the_noise_agree_with_the_enumeration_within_their_error(tmp_path, monkeypatch):
+def test_noise_draws_agree_with_the_enumeration_within_their_error(tmp_path, monkeypatch):
     model, dataset = make_checkpoint(tmp_path)
     exact = run(tmp_path, monkeypatch, "--exact", "true")
     assert "nll_stderr" not in exact
@@ -101,26 +101,26 @@ def test_the_trainer_measures_the_same(fields, tmp_path):
         assert theirs[f"eval_{name}"] == pytest.approx(ours[name], rel=1e-5)
 
 
-def test_a_seed_is_a_number_and_another_seed_another(tmp_path):
+def test_likelihood_depends_only_on_the_seed(tmp_path):
     model, dataset = make_checkpoint(tmp_path)
     nlls = [measure_likelihood(model, dataset, num_draws=1, seed=seed)["nll"] for seed in (0, 0, 1)]
     assert nlls[0] == nlls[1] != nlls[2]
 
 
-def test_other_counts_than_those_of_every_algorithm_are_an_error(tmp_path):
+def test_a_wrong_number_of_counted_tokens_raises(tmp_path):
     model, dataset = make_checkpoint(tmp_path)
     check_counts(torch.tensor([8.0, 20.0]), dataset, model.config)
     with pytest.raises(RuntimeError, match=r"the counted tokens must be \[8, 20\]"):
         check_counts(torch.tensor([8.0, 21.0]), dataset, model.config)
 
 
-def test_large_blocks_are_not_enumerated(tmp_path, monkeypatch):
+def test_enumeration_of_large_blocks_raises(tmp_path, monkeypatch):
     make_checkpoint(tmp_path, **ALL["mdlm"])
     with pytest.raises(ValueError, match="blocks of at most 8 tokens, got 47"):
         run(tmp_path, monkeypatch, "--exact", "true")
 
 
-def test_the_table_has_an_error_only_where_there_is_noise():
+def test_the_table_has_an_error_only_with_noise():
     metrics = {"nll": 1.0, "bpd": 1.44, "ppl": 2.72, "num_tokens": 12345}
     table = {f"{prefix}{name}": value for prefix in ("", "plan_", "execution_") for name, value in metrics.items()}
     assert "+/-" not in format_likelihood(table)
@@ -137,7 +137,7 @@ def test_settings_out_of_range_are_refused(setting):
 
 @pytest.mark.parametrize("name", ALL)
 def test_no_token_of_a_given_plan_is_masked(name, tmp_path, monkeypatch):
-    """Whatever the order is: what is predicted is content and `<|end|>` of the execution, and the filler behind it."""
+    """In every algorithm only content, `<|end|>` and filler of the execution are predicted."""
     model, dataset = make_checkpoint(tmp_path, **ALL[name])
     forward, predicted = model.forward, []
 
@@ -154,14 +154,14 @@ def test_no_token_of_a_given_plan_is_masked(name, tmp_path, monkeypatch):
     assert predicted and set(predicted) <= in_executions | {model.config.end_token_id}
 
 
-def test_under_the_mask_the_execution_sees_the_plan_clean_anyway(tmp_path):
+def test_execution_nll_is_the_same_with_a_given_plan_under_the_hierarchical_mask(tmp_path):
     model, dataset = make_checkpoint(tmp_path)
     whole = measure_likelihood(model, dataset, exact=True)
     alone = measure_likelihood(model, dataset, exact=True, plan_is_given=True)
     assert alone["execution_nll"] == pytest.approx(whole["execution_nll"], rel=1e-6)
 
 
-def test_the_backbone_itself_gives_the_likelihood_of_an_execution_behind_its_plan(tmp_path):
+def test_execution_nll_of_ar_is_that_of_the_backbone(tmp_path):
     model, dataset = make_checkpoint(tmp_path, **ALL["ar"])
     config, nats = model.config, 0.0
     for row in dataset:

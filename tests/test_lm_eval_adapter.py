@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness is told of a model is what the model generates, and the NELBO by its definition."""
+"""Model for lm-evaluation-harness: generation, likelihood by its definition, and tasks."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ GREEDY = {"until": ["\n\n"], "do_sample": False, "temperature": 0.0}
 
 
 def save_checkpoint(folder, written=DIGITS, seed=0, **fields):
-    """A random model that writes no tokens but `written` and `<|end|>`: the others' logits are 0."""
+    """Save a random model that only generates `written` and `<|end|>`: the logits of other tokens are 0."""
     tokenizer = train_tokenizer(["Mia has apples.", "?", "####"])
     backbone = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
@@ -73,21 +73,21 @@ def written_by(lm, question, **settings):
     return lm.tokenizer.decode(execution)
 
 
-def test_model_is_found_by_its_name():
+def test_model_is_registered():
     assert get_model("hierbd3lm") is HierBD3LMHarnessModel
 
 
 @pytest.mark.parametrize("batch_size", [1, "3"])
-def test_answers_are_the_executions_of_the_bare_questions(checkpoint, batch_size):
+def test_answers_are_the_executions_of_the_questions(checkpoint, batch_size):
     lm = HierBD3LMHarnessModel(checkpoint, batch_size=batch_size, sampler="first_hitting", device="cpu")
     answers = lm.generate_until(requests_of("generate_until", *((question, GREEDY) for question in QUESTIONS)))
     assert answers == [written_by(lm, question, sampler="first_hitting") for question in QUESTIONS]
     assert len({*answers}) == len(QUESTIONS)
 
 
-def test_the_harness_default_device_is_the_cpu_without_cuda(checkpoint, monkeypatch):
+def test_default_device_of_the_harness_falls_back_to_the_cpu(checkpoint, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    lm = HierBD3LMHarnessModel(checkpoint, device="cuda:0")  # what its command line says on its own
+    lm = HierBD3LMHarnessModel(checkpoint, device="cuda:0")  # the default of its command line
     assert lm.device.type == lm.model.device.type == "cpu"
 
 
@@ -112,7 +112,7 @@ def test_answers_have_at_most_max_gen_toks_tokens(checkpoint, max_gen_toks, most
     assert max(lengths) == most
 
 
-def test_requests_with_other_keywords_are_answered_in_their_place(checkpoint):
+def test_requests_with_different_keywords_keep_their_order(checkpoint):
     lm = HierBD3LMHarnessModel(checkpoint, batch_size=4, device="cpu")
     short = GREEDY | {"max_gen_toks": 3}
     arguments = [(QUESTIONS[0], GREEDY), (QUESTIONS[0], short), (QUESTIONS[1], GREEDY), (QUESTIONS[1], short)]
@@ -121,7 +121,7 @@ def test_requests_with_other_keywords_are_answered_in_their_place(checkpoint):
     assert answers[3] == written_by(lm, QUESTIONS[1], max_execution_len=4) != answers[2]
 
 
-def test_sampled_answers_follow_from_the_seed(checkpoint):
+def test_sampled_answers_depend_on_the_seed(checkpoint):
     keywords = {"until": [], "do_sample": True, "temperature": 1.0}
     requests = requests_of("generate_until", *[(QUESTIONS[0], keywords)] * 8)
     first, again, other = (
@@ -132,7 +132,7 @@ def test_sampled_answers_follow_from_the_seed(checkpoint):
     assert len({*first}) > 4
 
 
-def test_too_long_questions_are_answered_by_nothing_and_counted(checkpoint):
+def test_too_long_questions_get_an_empty_answer_and_are_counted(checkpoint):
     lm = HierBD3LMHarnessModel(checkpoint, device="cpu")
     arguments = [(question, GREEDY) for question in ("Mia " * 20, QUESTIONS[0], "1" * 13, "1" * 12)]
     answers = lm.generate_until(requests_of("generate_until", *arguments))
@@ -141,7 +141,7 @@ def test_too_long_questions_are_answered_by_nothing_and_counted(checkpoint):
     assert lm.get_model_info()["num_too_long_questions"] == 2
 
 
-def test_interrupted_answers_are_kept_by_the_cache_of_the_harness(checkpoint, tmp_path, monkeypatch):
+def test_answers_before_an_interruption_are_in_the_cache_of_the_harness(checkpoint, tmp_path, monkeypatch):
     requests = requests_of("generate_until", *((question, GREEDY) for question in QUESTIONS))
     expected = HierBD3LMHarnessModel(checkpoint, device="cpu").generate_until(requests)
     generate, calls = HierBD3LMForBlockDiffusion.generate, []
@@ -168,7 +168,7 @@ def test_interrupted_answers_are_kept_by_the_cache_of_the_harness(checkpoint, tm
 
 
 def next_token_log_probabilities(model, prefix, prefix_blocks, block, block_rank):
-    """Log probabilities at every place of one noisy block, with all clean tokens before it: `(block, vocab)`."""
+    """Log probabilities at each position of a noisy block given all clean tokens before it: `(block, vocab)`."""
     positions = torch.arange(len(prefix) + len(block))[None]
     with torch.no_grad():
         logits = model(
@@ -193,7 +193,7 @@ def nelbo_by_definition(model, question, plan, execution):
     plan_size, size = config.plan_block_size, config.execution_block_size
     plan = [config.plan_token_id, *plan, config.end_token_id]
     plan += [config.end_token_id] * (-len(plan) % plan_size)
-    plan = plan[: config.plan_len]  # of a plan that was cut at its limit, the end
+    plan = plan[: config.plan_len]  # removes the `<|end|>` of a truncated plan
     prefix = [*question, *plan]
     blocks = [0] * len(question) + [1 + i // plan_size for i in range(len(plan))]
     total = 0.0
@@ -211,7 +211,7 @@ def nelbo_by_definition(model, question, plan, execution):
 
 
 def laid_out(lm, text):
-    """An execution by hand: opener, content and `<|end|>` to the end of a block; none behind a full execution."""
+    """Lay out an execution: opener, content and `<|end|>` up to the end of a block, none after a full execution."""
     config = lm.config
     tokens = [config.execution_token_id, *lm.tokenizer(text)["input_ids"]]
     while len(tokens) < config.execution_len:
@@ -242,8 +242,8 @@ def test_exact_loglikelihood_is_the_nelbo_by_its_definition(tmp_path, block_size
     assert len({round(value, 4) for value in values}) == len(PAIRS)
 
 
-def test_loglikelihood_without_noise_to_draw_is_that_of_every_next_token(tmp_path):
-    """At block size 1 the bound is the likelihood, whatever is drawn: the chain rule, one token at a time."""
+def test_loglikelihood_at_block_size_1_is_that_of_next_token_prediction(tmp_path):
+    """At block size 1 every draw gives the exact likelihood: the chain rule over tokens."""
     folder = save_checkpoint(tmp_path, block_size=None, plan_block_size=4, execution_block_size=1)
     lm = HierBD3LMHarnessModel(folder, num_draws=1, likelihood_plan="empty", device="cpu")
     question, tokens = lm.tokenizer("Mia has")["input_ids"], laid_out(lm, "3 4")
@@ -279,7 +279,7 @@ def test_monte_carlo_is_unbiased_and_its_draws_are_fixed(checkpoint):
     assert abs(values.mean() - expected) < 4 * error
 
 
-def test_monte_carlo_depends_on_nothing_that_is_measured_beside(checkpoint):
+def test_monte_carlo_does_not_depend_on_other_requests(checkpoint):
     lm = HierBD3LMHarnessModel(checkpoint, num_draws=5, batch_size=2, device="cpu")
     together = lm.loglikelihood(requests_of("loglikelihood", *PAIRS))
     other = HierBD3LMHarnessModel(checkpoint, num_draws=5, batch_size=5, device="cpu")
@@ -289,7 +289,7 @@ def test_monte_carlo_depends_on_nothing_that_is_measured_beside(checkpoint):
 
 
 @pytest.mark.parametrize("plan", ["generated", "empty"])
-def test_greedy_is_what_generation_writes(checkpoint, plan):
+def test_is_greedy_agrees_with_generation(checkpoint, plan):
     lm = HierBD3LMHarnessModel(checkpoint, num_draws=1, likelihood_plan=plan, device="cpu")
     pairs, expected = [], []
     for question in QUESTIONS:
@@ -306,7 +306,7 @@ def test_greedy_is_what_generation_writes(checkpoint, plan):
 
 
 @pytest.mark.parametrize("plan", ["generated", "empty"])
-def test_rolling_text_is_cut_into_executions_that_follow_each_other(checkpoint, plan):
+def test_rolling_text_is_split_into_consecutive_executions(checkpoint, plan):
     lm = HierBD3LMHarnessModel(checkpoint, likelihood="exact", likelihood_plan=plan, device="cpu")
     ids = [*lm.tokenizer("Mia has 12 apples.\n" * 4)["input_ids"]][:27]
     text = lm.tokenizer.decode(ids)
@@ -355,7 +355,7 @@ def test_exact_likelihood_of_large_blocks_raises(tmp_path):
     ("keywords", "message"),
     [
         ({"num_beams": 4}, "`gen_kwargs` must be one of until, .*, but got 'num_beams'"),
-        ({"max_gen_toks": 2}, "`max_gen_toks` must be at least 3, the tokens of a block, but got 2"),
+        ({"max_gen_toks": 2}, "`max_gen_toks` must be at least 3, the number of tokens of a block, but got 2"),
         ({"do_sample": True, "temperature": -1.0}, r"`temperature` must be a finite number >= 0, but got -1\.0"),
     ],
 )
@@ -382,7 +382,7 @@ def test_target_that_cannot_be_measured_raises(checkpoint, pairs, message):
         HierBD3LMHarnessModel(checkpoint, device="cpu").loglikelihood(requests_of("loglikelihood", *pairs))
 
 
-def test_results_say_how_likelihoods_were_measured(checkpoint):
+def test_results_record_how_likelihoods_were_measured(checkpoint):
     lm = HierBD3LMHarnessModel(checkpoint, num_draws=7, likelihood_plan="empty", threshold=0.5, device="cpu")
     info = json.loads(json.dumps(lm.get_model_info()))
     assert (
@@ -395,7 +395,7 @@ def test_results_say_how_likelihoods_were_measured(checkpoint):
 # The harness itself
 
 
-def test_task_is_scored_like_that_of_the_harness():
+def test_task_is_scored_like_gsm8k_of_the_harness():
     class Loader(yaml.SafeLoader):
         pass
 
@@ -445,8 +445,8 @@ def test_harness_measures_bits_per_byte(checkpoint):
 
 
 @pytest.mark.slow
-def test_command_line_scores_as_our_evaluation_does(tmp_path):
-    """On problems of which the model answers a part: their answers are taken from what it writes."""
+def test_command_line_gives_the_scores_of_eval_gsm8k(tmp_path):
+    """Use problems of which the model solves a part: their answers are taken from its output."""
     written = ["####", *(f" {digit}" for digit in DIGITS)]
     folder = save_checkpoint(tmp_path / "model", written, question_len=16, execution_len=16)
     questions = [f"Mia has {a} apples.\n{b}?" for a in range(10) for b in range(4)]

@@ -1,4 +1,4 @@
-"""Our strict and flexible matches are what lm-evaluation-harness itself makes of its `gsm8k` task."""
+"""Strict and flexible match agree with the `gsm8k` task of lm-evaluation-harness."""
 
 import os
 import random
@@ -34,7 +34,7 @@ MATCHES = {"strict-match": match_strict, "flexible-extract": match_flexible}
 
 GOLD, GOLD_1450, GOLD_MINUS, GOLD_HALF = "9 * 2 = 18\n#### 18", "= $1,450.\n#### 1,450", "2 - 7\n#### -5", "#### 0.5"
 TRICKY = [
-    # what a good output looks like
+    # well-formed outputs
     ("16 - 3 - 4 = 9\n9 * 2 = 18\n#### 18", GOLD),
     ("#### 18\n", GOLD),
     ("\n\n#### 18\n\n", GOLD),
@@ -116,7 +116,7 @@ TRICKY = [
     ("It is $18.", GOLD),
     ("18", GOLD),
     ("5", "#### 5"),
-    # what comes behind the answer
+    # text after the answer
     ("#### 18\nShe had 16 eggs.", GOLD),
     ("#### 18 (of 20)", GOLD),
     ("#### 18...", GOLD),
@@ -133,7 +133,7 @@ TRICKY = [
     ("#### 18 </S> 3", GOLD),
     ("#### 3<|im_end|>Question: </s>#### 18", GOLD),
     ("3 Question:<|im_end|> 18", "#### 3"),
-    # nothing to read
+    # no answer
     ("", GOLD),
     (" ", GOLD),
     ("####", GOLD),
@@ -151,7 +151,7 @@ ROWS = [*TRICKY, *((output, gold) for output, gold, *_ in ANSWERS_BY_HAND)]
 
 
 class Scripted(LM):
-    """Writes the outputs of a table, cut as the harness's models cut theirs."""
+    """Model that returns the outputs of a table, cut at stop strings like those of the harness's models."""
 
     def generate_until(self, requests, disable_tqdm=False):
         return [
@@ -166,7 +166,7 @@ class Scripted(LM):
 
 @pytest.fixture(scope="module")
 def harness():
-    """Scores of the table's rows by filter, from a whole run of the installed harness."""
+    """Scores of the table's rows for each filter, from a run of the installed harness."""
     rows = [{"question": output, "answer": gold} for output, gold in ROWS]
     own_data = {"custom_dataset": lambda **_: {"test": Dataset.from_list(rows)}, "num_fewshot": 0}
     task = ConfigurableTask(config=TASK | own_data | {"training_split": None, "fewshot_split": None})
@@ -175,7 +175,7 @@ def harness():
     return {(sample["doc_id"], sample["filter"]): sample["exact_match"] for sample in samples}
 
 
-def test_table_is_large_has_no_row_twice_and_both_outcomes(harness):
+def test_table_is_large_has_unique_rows_and_both_outcomes(harness):
     assert len(TRICKY) >= 60 and len({*TRICKY}) == len(TRICKY)
     assert len(harness) == 2 * len(ROWS)
     for name in MATCHES:
@@ -185,13 +185,13 @@ def test_table_is_large_has_no_row_twice_and_both_outcomes(harness):
 
 @pytest.mark.parametrize("name", MATCHES)
 @pytest.mark.parametrize("row", range(len(ROWS)), ids=[repr(output) for output, _ in ROWS])
-def test_match_is_that_of_the_harness(harness, row, name):
+def test_match_agrees_with_the_harness(harness, row, name):
     output, gold = ROWS[row]
     assert MATCHES[name](cut_at_stops(output), gold) == harness[row, name]
 
 
 def filter_texts(name, texts):
-    """What a filter of the harness's task reads from texts."""
+    """Apply a filter of the harness's task to texts."""
     steps = next(entry["filter"] for entry in TASK["filter_list"] if entry["name"] == name)
     components = [(step["function"], {k: v for k, v in step.items() if k != "function"}) for step in steps]
     instances = [Instance("generate_until", {}, (text,), i, resps=[text]) for i, text in enumerate(texts)]
@@ -200,7 +200,7 @@ def filter_texts(name, texts):
 
 
 def random_texts(count):
-    """Short texts of what the filters look for, so that these meet in every order."""
+    """Random short texts of the patterns that the filters look for, in any order."""
     pieces, draw = ["#### ", "#", "-", "$", ",", ".", "\n", " ", "%", "x", "\u2212", *"0185"], random.Random(0)
     return ["".join(draw.choices(pieces, k=draw.randint(0, 9))) for _ in range(count)]
 
@@ -208,15 +208,15 @@ def random_texts(count):
 @pytest.mark.parametrize(
     ("name", "extract"), [("strict-match", extract_strict), ("flexible-extract", extract_flexible)]
 )
-def test_random_texts_are_read_as_the_harness_does(name, extract):
+def test_answers_of_random_texts_are_extracted_as_in_the_harness(name, extract):
     texts = random_texts(3000)
     answers = filter_texts(name, texts)
     assert [extract(text) for text in texts] == answers
     assert 300 < sum(answer != "[invalid]" for answer in answers) < 2990
 
 
-def test_random_texts_are_compared_as_the_harness_does():
-    """Every pair of an answer and a gold text, with what `exact_match` is told to ignore."""
+def test_random_texts_are_compared_as_in_the_harness():
+    """Compare all pairs of an answer and a gold text, with the settings of `exact_match` in the task."""
     settings = {name: value for name, value in TASK["metric_list"][0].items() if name.startswith(("ignore", "regex"))}
     assert settings.keys() == {"ignore_case", "ignore_punctuation", "regexes_to_ignore"}
     exact_match, texts = get_metric("exact_match"), random_texts(120)
@@ -229,8 +229,8 @@ def test_random_texts_are_compared_as_the_harness_does():
     assert 50 < sum(outcomes) < len(outcomes) / 2
 
 
-def test_majority_is_that_of_the_harness():
-    """Where every text has a strict answer, written in one way, as its filter counts texts and not values."""
+def test_majority_vote_agrees_with_the_harness():
+    """Every text has a strict answer in the same notation, as the filter of the harness counts texts, not values."""
     draw, ties = random.Random(0), 0
     for _ in range(300):
         texts = [f"#### {draw.randint(0, 3)}" for _ in range(draw.randint(1, 7))]
@@ -245,8 +245,8 @@ def test_majority_is_that_of_the_harness():
 
 
 @pytest.mark.skipif("GSM8K_DIR" not in os.environ, reason="GSM8K_DIR is not set: the real GSM8K is not there")
-def test_answers_that_we_keep_of_gsm8k_are_what_the_harness_compares_with():
-    """The harness compares with the whole gold text; we keep its normalized answer alone."""
+def test_reference_answers_of_gsm8k_match_the_harness():
+    """The harness compares with the whole gold text; the dataset only keeps its normalized answer."""
     for split, count in (("train", 7473), ("test", 1319)):
         golds = load_gsm8k_rows(split)["answer"][:]
         assert len(golds) == count

@@ -1,19 +1,18 @@
-"""What is drawn is the mask, as text and as an image."""
+"""The picture of the mask, as text and as an image."""
 
-import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from hierbd3lm.mask_picture import (
+from hierbd3lm.evaluation.mask_picture import (
     FINISHED,
     LEGEND,
     NOTHING,
     OWN_CLEAN,
     OWN_NOISY,
-    draw_mask,
+    draw_image,
     main,
     picture_mask,
     text_diagram,
@@ -51,12 +50,12 @@ def drawn_cells(diagram: str) -> list[str]:
 
 
 @pytest.mark.parametrize("lengths", [(16, 16, 32, 4), (0, 6, 9, 3), (5, 0, 8, 4), (7, 8, 0, 2), (64, 64, 128, 4)])
-def test_attention_is_drawn_where_the_mask_allows_it_and_nowhere_else(lengths):
+def test_attention_is_drawn_exactly_where_the_mask_allows_it(lengths):
     mask = create_hierarchical_mask(*lengths)
     assert torch.equal(picture_mask(*lengths).kinds != NOTHING, mask)
 
 
-def test_kinds_of_attention_count_as_in_a_sum_by_hand():
+def test_kinds_of_attention_have_the_counts_computed_by_hand():
     kinds = picture_mask(**SMALL).kinds
     # 2 x 2 pairs in each own block of plan and execution, 4 x 4 in the question's
     assert (kinds == OWN_NOISY).sum() == (2 + 3) * 4
@@ -65,7 +64,7 @@ def test_kinds_of_attention_count_as_in_a_sum_by_hand():
     assert (kinds == FINISHED).sum() == 20 * 4 + 2 * (1 * 4 + 6 * 4 + 3 * 4)
 
 
-def test_streams_stand_in_the_published_order_and_empty_ones_are_left_out():
+def test_streams_are_in_the_published_order_without_empty_ones():
     spans = [(stream.name, stream.start, stream.stop) for stream in picture_mask(**SMALL).streams]
     assert spans == [
         ("Question", 0, 4),
@@ -77,14 +76,14 @@ def test_streams_stand_in_the_published_order_and_empty_ones_are_left_out():
     assert [stream.name for stream in picture_mask(0, 0, 4, 2).streams] == ["Execution xt", "Execution x0"]
 
 
-def test_text_diagram_looks_like_this():
+def test_text_diagram_of_small_lengths():
     assert text_diagram(picture_mask(**SMALL)).split("\n\n")[0] + "\n" == SMALL_DIAGRAM
 
 
 @pytest.mark.parametrize("lengths", [(16, 16, 32, 4), (4, 8, 12, 1), (6, 8, 8, 4), (64, 64, 128, 4)])
 def test_text_diagram_has_one_character_for_each_pair_of_blocks(lengths):
     *segments, block_size = lengths
-    first_tokens = []  # of every `block_size` tokens; the question's last run may be shorter
+    first_tokens = []  # of every `block_size` tokens; the last ones of the question may be fewer
     start = 0
     for length in (segments[0], segments[1], segments[1], segments[2], segments[2]):
         first_tokens += range(start, start + length, block_size)
@@ -107,13 +106,13 @@ def test_command_prints_the_diagram_and_its_legend(capsys):
 
 
 def test_image_has_the_colour_of_every_pair_of_tokens(tmp_path):
-    """The axes' pixels are found by the dark lines around the streams; cells are read at their centres."""
+    """The axes are located by the dark lines around the streams; the colour of a cell is read at its centre."""
     pytest.importorskip("matplotlib")
     from matplotlib.colors import to_rgb
     from matplotlib.image import imread
 
     picture = picture_mask(16, 16, 32, 4)
-    draw_mask(picture, tmp_path / "mask.png")
+    draw_image(picture, tmp_path / "mask.png")
     image = torch.tensor(imread(tmp_path / "mask.png"))[..., :3]
     dark = image.sum(dim=-1) < 0.9
     rows, columns = (torch.nonzero(dark.float().mean(dim=1 - axis) > 0.5)[:, 0] for axis in (0, 1))
@@ -125,7 +124,7 @@ def test_image_has_the_colour_of_every_pair_of_tokens(tmp_path):
     x = (columns[0] + centres * (columns[-1] - columns[0])).round().long()
     pixels = image[y][:, x]  # (total, total, 3)
     nearest = (pixels[:, :, None] - colours).abs().sum(dim=-1).argmin(dim=-1)
-    has_attention = picture.kinds != NOTHING  # the rest may have words written on it
+    has_attention = picture.kinds != NOTHING  # other regions may be annotated
     assert torch.equal(nearest[has_attention], picture.kinds[has_attention])
     assert (nearest == picture.kinds).float().mean() > 0.98
 
@@ -145,21 +144,21 @@ def test_image_names_every_stream_on_both_axes_and_every_kind_in_the_legend(tmp_
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        draw_mask(picture_mask(**SMALL), output)
+        draw_image(picture_mask(**SMALL), output)
     drawing = output.read_text()
     for text, times in (("Question", 2), ("noisy", 4), ("clean", 4), (">Plan<", 4), (">Execution<", 4)):
         assert drawing.count(text) >= times, text
     assert all(meaning in drawing for _, _, meaning in LEGEND.values())
 
 
-def test_text_needs_no_matplotlib_and_an_image_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_text_works_without_matplotlib_and_an_image_raises_an_import_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     main(SMALL_ARGUMENTS)
     assert capsys.readouterr().out.startswith(SMALL_DIAGRAM)
-    with pytest.raises(ImportError, match=r"needs matplotlib: run `pip install 'hierbd3lm\[dev\]'`"):
-        draw_mask(picture_mask(**SMALL), tmp_path / "mask.png")
-    with pytest.raises(SystemExit, match=r"error: .* needs matplotlib"):
+    with pytest.raises(ImportError, match=r"requires matplotlib: run `pip install 'hierbd3lm\[dev\]'`"):
+        draw_image(picture_mask(**SMALL), tmp_path / "mask.png")
+    with pytest.raises(SystemExit, match=r"error: .* requires matplotlib"):
         main(["-o", str(tmp_path / "mask.png")])
 
 
@@ -172,20 +171,12 @@ def test_text_needs_no_matplotlib_and_an_image_says_what_to_install(tmp_path, mo
         (["-o", "mask.unknown"], "unknown"),
     ],
 )
-def test_command_says_what_is_wrong_in_one_line(arguments, message):
+def test_command_reports_an_error_in_one_line(arguments, message):
     pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         main(arguments)
 
 
-def test_masking_run_as_a_module_draws(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["masking_hierbd3lm", *SMALL_ARGUMENTS])
-    monkeypatch.delitem(sys.modules, "hierbd3lm.masking_hierbd3lm")
-    monkeypatch.delitem(sys.modules, "hierbd3lm.mask_picture")
-    runpy.run_module("hierbd3lm.masking_hierbd3lm", run_name="__main__")
-    assert capsys.readouterr().out.startswith(SMALL_DIAGRAM)
-
-
-def test_importing_the_picture_imports_no_matplotlib():
-    code = "import sys, hierbd3lm.mask_picture; sys.exit('matplotlib' in sys.modules)"
+def test_importing_the_module_does_not_import_matplotlib():
+    code = "import sys, hierbd3lm.evaluation.mask_picture; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

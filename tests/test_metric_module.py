@@ -1,4 +1,4 @@
-"""The metric that `evaluate` loads scores as lm-evaluation-harness and our evaluation do."""
+"""The metric for `evaluate` agrees with lm-evaluation-harness and the evaluation."""
 
 import doctest
 import importlib
@@ -19,7 +19,7 @@ NAMES = {"exact_match_strict": "strict-match", "exact_match_flexible": "flexible
 
 @pytest.fixture(scope="module")
 def metric(tmp_path_factory):
-    """The metric as `evaluate` loads it: a copy in a folder of modules, here one of its own."""
+    """The metric as loaded by `evaluate`, which copies it into a modules folder, here a temporary one."""
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", cache)
@@ -27,7 +27,7 @@ def metric(tmp_path_factory):
         yield evaluate.load(str(FOLDER), cache_dir=str(cache))
 
 
-def test_metric_scores_the_table_as_the_harness_does(metric, harness):  # noqa: F811
+def test_metric_agrees_with_the_harness(metric, harness):  # noqa: F811
     outputs, golds = zip(*ROWS, strict=True)
     scores = metric.compute(predictions=outputs, references=golds)
     for name, filter_name in NAMES.items():
@@ -49,7 +49,7 @@ def test_results_are_added_batch_by_batch(metric):
     }
 
 
-def test_examples_of_card_and_description_are_what_the_metric_gives(metric, monkeypatch, capsys):
+def test_examples_in_card_and_description_are_correct(metric, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "load", lambda path: metric)
     card = (FOLDER / "README.md").read_text()
     code, printed = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", card, re.DOTALL).groups()
@@ -64,14 +64,14 @@ def test_no_prediction_raises(metric):
         metric.compute(predictions=[], references=[])
 
 
-def test_package_that_is_not_installed_is_asked_for(metric, monkeypatch):
+def test_missing_package_is_reported(metric, monkeypatch):
     monkeypatch.setitem(sys.modules, "hierbd3lm", None)
     with pytest.raises(ImportError, match=r"you need to install the following dependencies.*hierbd3lm"):
         evaluate.load(str(FOLDER))
 
 
-def test_rules_are_written_in_one_place(metric):
+def test_rules_are_defined_in_one_place(metric):
     module = importlib.import_module(type(metric).__module__)
     answers = importlib.import_module("hierbd3lm.data.gsm8k.answers")
     assert module.match_strict is answers.match_strict and module.match_flexible is answers.match_flexible
-    assert Path(module.__file__).parent != FOLDER  # a copy that is alone in its folder
+    assert Path(module.__file__).parent != FOLDER  # a copy, alone in its folder

@@ -1,4 +1,4 @@
-"""Muon and AdamW together take the steps that each takes alone, and resume from a saved state."""
+"""Muon and AdamW combined take the same steps as each alone, and resume from a saved state."""
 
 import copy
 
@@ -31,7 +31,7 @@ def assert_same(first, second):
         assert torch.equal(first[name], second[name]), name
 
 
-def test_it_takes_the_steps_of_muon_and_of_adamw():
+def test_steps_equal_those_of_muon_and_adamw():
     model = make_model()
     alone = copy.deepcopy(model)
     together = take_steps(model, [MuonAdamW(*split_parameters(model), **SETTINGS)], 3)
@@ -43,7 +43,7 @@ def test_it_takes_the_steps_of_muon_and_of_adamw():
 
 
 @pytest.mark.parametrize("at_once", [1, 10**9])
-def test_stacked_matrices_take_the_steps_of_torch(at_once, monkeypatch):
+def test_steps_of_stacked_matrices_equal_those_of_torch(at_once, monkeypatch):
     monkeypatch.setattr(muon, "STACKED_ELEMENTS", at_once)
     generator = torch.Generator().manual_seed(0)
     shapes = [(12, 12), (12, 30), (30, 12), (12, 12)]
@@ -59,7 +59,7 @@ def test_stacked_matrices_take_the_steps_of_torch(at_once, monkeypatch):
         for optimizer in optimizers:
             optimizer.step()
     for before, mine, other in zip(start, ours, theirs, strict=True):
-        assert (mine - other).norm() < 0.02 * (other - before).norm()  # theirs is rounded to bfloat16
+        assert (mine - other).norm() < 0.02 * (other - before).norm()  # torch rounds to bfloat16
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 20), (2, 20, 5)])
@@ -74,7 +74,7 @@ def test_orthogonalizing_applies_its_polynomial_to_the_singular_values(shape):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_embeddings_head_and_positions_are_no_matrices(tied):
+def test_embeddings_head_and_positions_do_not_count_as_matrices(tied):
     sizes = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     model = make_model(backbone_config=GPT2Config(**sizes, tie_word_embeddings=tied))
     matrices, others = split_parameters(model)
@@ -104,7 +104,7 @@ def test_one_schedule_sets_both_rates_before_and_after_a_resume():
     assert optimizer.parts[1].param_groups[0]["lr"] == 0.005
 
 
-def test_a_saved_state_goes_on_as_if_it_had_not_been_saved():
+def test_a_restored_state_gives_the_same_steps():
     model = make_model()
     optimizer = MuonAdamW(*split_parameters(model), **SETTINGS)
     take_steps(model, [optimizer], 2)

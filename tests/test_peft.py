@@ -1,4 +1,4 @@
-"""A LoRA adapter trains what it should and nothing else, and comes back as the model that was trained."""
+"""LoRA adapters: trained weights, saving, merging and resumption."""
 
 import json
 import shutil
@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PhiConfig, PreTrainedTokenizerFast, Qwen
 from hierbd3lm import eval_gsm8k, train
 from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from hierbd3lm.order_hierbd3lm import BlockOrder
 from hierbd3lm.trainer import HierBD3LMTrainer
 from hierbd3lm.training.arguments import HierBD3LMTrainingArguments
 from hierbd3lm.training.checkpoints import EMA_FILE
@@ -53,7 +54,7 @@ SETTINGS = {
 
 
 def make_base(folder, **fields):
-    """An autoregressive checkpoint whose tokenizer and embeddings know none of our special tokens."""
+    """An autoregressive checkpoint without the special tokens of the model."""
     alphabet = Tokenizer(BPE(vocab={byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
     alphabet.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=alphabet, pad_token="<|pad|>")
@@ -75,7 +76,7 @@ def tied_base(tmp_path):
 
 @pytest.fixture
 def own_base(base, tmp_path):
-    """A whole checkpoint of ours: two runs from it start from the same rows."""
+    """A converted checkpoint: runs from it start from the same embedding rows."""
     for part in convert(base):
         part.save_pretrained(tmp_path / "own")
     return str(tmp_path / "own")
@@ -83,7 +84,7 @@ def own_base(base, tmp_path):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Trains as the command line does; returns the run's folder."""
+    """Train with the command line, and return the folder of the run."""
 
     def run(name, init_from, *arguments, **settings):
         settings = SETTINGS | {"output_dir": str(tmp_path / name), "init_from": init_from} | settings
@@ -97,7 +98,7 @@ def run(tmp_path, monkeypatch):
 
 
 def convert(base, seed=0):
-    """The base as a model of ours, with its tokenizer; the new rows depend on the seed."""
+    """Convert the base, with its tokenizer. The new embedding rows depend on the seed."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
     fields = {name: SETTINGS[name] for name in ("question_len", "plan_len", "execution_len", "block_size")}
@@ -105,7 +106,7 @@ def convert(base, seed=0):
 
 
 def adapted(base, seed=0, **settings):
-    """A fresh adapter whose matrices and rows are random, so that all of them count."""
+    """A new adapter with random matrices and rows, so that all of them affect the output."""
     model = add_adapter(convert(base, seed)[0], base, AdapterArguments(use_peft=True, lora_r=2, **settings))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -115,7 +116,7 @@ def adapted(base, seed=0, **settings):
 
 
 def logits_of(model):
-    """Of every row of a fixed batch, noisy and clean stream."""
+    """Logits of a fixed batch, of the noisy and the clean stream."""
     batch = make_batch([(9, 2, 3), (5, 1, 2)], model.config)
     noise = torch.rand(batch["input_ids"].shape, generator=torch.Generator().manual_seed(1))
     xt = batch["input_ids"].masked_fill(noise < 0.5, model.config.mask_token_id)
@@ -135,7 +136,7 @@ def final_state(folder):
     return load_file(f"{folder}/adapter_model.safetensors")
 
 
-# What is trained
+# Training
 
 
 def test_only_the_adapter_and_the_rows_of_the_new_tokens_change(own_base, run):
@@ -143,7 +144,7 @@ def test_only_the_adapter_and_the_rows_of_the_new_tokens_change(own_base, run):
     out = run("out", own_base, ema_decay=0.0)
     model, _ = load_adapter(out, "cpu")
     after, new_rows = model.state_dict(), special_rows(model.config)
-    assert new_rows == list(range(NUM_OLD_ROWS, len(after[EMBEDDINGS])))  # the vocabulary has grown by them
+    assert new_rows == list(range(NUM_OLD_ROWS, len(after[EMBEDDINGS])))  # the rows added to the vocabulary
     assert changed_rows(before[EMBEDDINGS], after[EMBEDDINGS]) == new_rows
     if model.config.tie_word_embeddings:
         assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
@@ -156,7 +157,7 @@ def test_only_the_adapter_and_the_rows_of_the_new_tokens_change(own_base, run):
         assert torch.equal(before[name], after[name]) is (name not in linear), name
 
 
-def test_chosen_modules_alone_are_adapted_or_trained_in_full(base):
+def test_only_chosen_modules_are_adapted_or_trained_in_full(base):
     settings = {"lora_target_modules": ["q_proj", "v_proj"], "lora_modules_to_save": ["model.norm"]}
     model = add_adapter(convert(base)[0], base, AdapterArguments(use_peft=True, **settings))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -192,14 +193,14 @@ def test_checkpointed_activations_give_the_same_gradients(tied_base):
     torch.testing.assert_close(*gradients)
 
 
-# What is saved
+# Saving
 
 
 def test_a_saved_adapter_gives_the_logits_of_the_trained_model_on_any_conversion(base, tmp_path):
     model = adapted(base, seed=1)
     expected = logits_of(model)
     model.save_pretrained(tmp_path / "adapter")
-    torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=0)  # saving has changed nothing
+    torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=0)  # saving does not change the model
     other = convert(base, seed=2)[0]
     assert not torch.allclose(logits_of(other), expected, atol=1e-2)
     loaded = PeftModel.from_pretrained(other, tmp_path / "adapter")
@@ -226,7 +227,7 @@ def special_rows_in_order(config):
     return [getattr(config, f"{role}_token_id") for role in SPECIAL_TOKENS]
 
 
-def test_what_is_saved_is_the_average(tied_base, run):
+def test_the_averaged_adapter_is_saved(tied_base, run):
     out = run("out", tied_base)
     average = {
         name.removeprefix("average.").replace(".default", ""): tensor
@@ -238,7 +239,7 @@ def test_what_is_saved_is_the_average(tied_base, run):
     assert all(torch.equal(saved[name], average[name]) for name in saved)
 
 
-# Going on
+# Resuming
 
 
 def test_an_interrupted_run_ends_with_the_adapter_of_an_uninterrupted_one(own_base, run, monkeypatch):
@@ -260,12 +261,12 @@ def test_an_interrupted_run_ends_with_the_adapter_of_an_uninterrupted_one(own_ba
     assert all(torch.equal(adapter[name], expected[name]) for name in expected)
 
 
-def test_an_adapter_is_evaluated_as_the_checkpoint_that_it_merges_into(tied_base, run, tmp_path):
+def test_an_adapter_is_evaluated_like_its_merged_checkpoint(tied_base, run, tmp_path):
     out = run("out", tied_base)
     merged, tokenizer = load_adapter(out, "cpu")
     for part in (merged, tokenizer):
         part.save_pretrained(tmp_path / "merged")
-    shutil.copy(Path(out, "data_config.json"), tmp_path / "merged")  # so that both see the same problems
+    shutil.copy(Path(out, "data_config.json"), tmp_path / "merged")  # for the same problems
     options = ["--dataset", "synthetic", "--limit", "3", "--max_plan_len", "16", "--max_execution_len", "16"]
     answers = []
     for model in (out, str(tmp_path / "merged")):
@@ -276,7 +277,7 @@ def test_an_adapter_is_evaluated_as_the_checkpoint_that_it_merges_into(tied_base
     assert answers[0] == answers[1]
 
 
-def test_a_new_run_goes_on_from_an_adapter_in_full_or_under_another(tied_base, run):
+def test_a_new_run_starts_from_an_adapter_in_full_or_with_a_new_adapter(tied_base, run):
     first = run("first", tied_base)
     whole = run("whole", first, use_peft=False, max_steps=1, save_strategy="no")
     start, end = load_adapter(first, "cpu")[0], HierBD3LMForBlockDiffusion.from_pretrained(whole)
@@ -286,6 +287,7 @@ def test_a_new_run_goes_on_from_an_adapter_in_full_or_under_another(tied_base, r
     both = load_adapter(second, "cpu")[0]
     assert both.config.plan_block_size == 8
     start.config.plan_block_size = start.config.execution_block_size = 8
+    start.order = BlockOrder.from_config(start.config)
     on_the_first = PeftModel.from_pretrained(start, second)
     torch.testing.assert_close(logits_of(both), logits_of(on_the_first), rtol=1e-4, atol=1e-5)
 
@@ -315,12 +317,12 @@ def test_a_head_with_a_bias_is_refused():
         add_adapter(make_model(backbone_config=backbone), "somewhere", AdapterArguments(use_peft=True))
 
 
-def test_an_adapter_needs_a_base():
+def test_an_adapter_requires_a_base():
     with pytest.raises(ValueError, match="`use_peft` must be False without `init_from`"):
         train.ModelArguments(use_peft=True)
 
 
-def test_shards_are_refused(tied_base, tmp_path, monkeypatch):
+def test_fsdp_is_refused(tied_base, tmp_path, monkeypatch):
     def create_sharded(trainer):
         create(trainer)
         trainer.is_fsdp_enabled = True
@@ -328,7 +330,7 @@ def test_shards_are_refused(tied_base, tmp_path, monkeypatch):
     create = HierBD3LMTrainer.create_accelerator_and_postprocess
     monkeypatch.setattr(HierBD3LMTrainer, "create_accelerator_and_postprocess", create_sharded)
     arguments = HierBD3LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, ema_decay=0.0)
-    with pytest.raises(ValueError, match="`args` must be without FSDP for an adapter"):
+    with pytest.raises(ValueError, match="`args` must not enable FSDP for an adapter"):
         HierBD3LMTrainer(adapted(tied_base), arguments)
     HierBD3LMTrainer(make_model(), arguments)
 

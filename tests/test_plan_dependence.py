@@ -1,4 +1,4 @@
-"""What the analysis says of executions and plans is true of generators that are known to follow plans, or not to."""
+"""Analysis of plan dependence, on generators that are known to follow or to ignore plans."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from hierbd3lm.evaluation.plan_dependence import (
     TABLE_FILE,
     AnalysisArguments,
     analyse,
-    draw,
+    draw_figure,
     format_tables,
     run,
 )
@@ -47,7 +47,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory):
-    """Random models that were "trained" on the synthetic problems."""
+    """Random models whose data arguments are those of the synthetic problems."""
 
     def make(**fields):
         folder = tmp_path_factory.mktemp("checkpoint")
@@ -62,7 +62,7 @@ def make_checkpoint(tmp_path_factory):
         torch.manual_seed(0)
         lengths = {"question_len": 96, "plan_len": 32, "execution_len": 32}
         model = make_model(**special_token_ids(tokenizer), backbone_config=backbone, **(lengths | fields))
-        model.generation_config.sampler, model.generation_config.num_steps = "ancestral", 2  # few passes
+        model.generation_config.sampler, model.generation_config.num_steps = "ancestral", 2  # few forward passes
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         DataArguments(synthetic=SYNTHETIC).save(folder)
@@ -91,7 +91,7 @@ def rows():
 
 
 def follow(row, plan):
-    """Carries out a plan with Python's own arithmetic; a quantity that is not known counts as 1."""
+    """Carry out a plan with Python's arithmetic; unknown quantities are 1."""
     variables = {name: int(n) for name, n in re.findall(r"(\w+) (?:has|owns|keeps) (\d+) \w+\.", row["question"])}
     lines = []
     for line in filter(None, plan.split("\n")):
@@ -107,12 +107,12 @@ def ignore(row, plan):
 
 
 class Writer:
-    """Stands in for `generate`: its own plan is the reference's, its execution is `execute(row, plan)`."""
+    """Mock of `generate` that returns the reference plan and the execution `execute(row, plan)`."""
 
     def __init__(self, checkpoint, rows, execute):
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
         self.rows, self.execute = {row["question"]: row for row in rows}, execute
-        self.given = []  # a pair of question and plan for each row of each call; no plan where the model writes it
+        self.given = []  # (question, plan) for each row of each call; the plan is None if the model generates it
 
     def __call__(self, model, input_ids, attention_mask, plan_ids=None, generation_config=None):
         assert (plan_ids is not None) == (generation_config.stage == "execution")
@@ -161,7 +161,7 @@ def without_time(value):
     return {name: entry for name, entry in value.items() if name != "seconds"}
 
 
-# What is measured
+# Metrics
 
 
 def test_a_model_that_follows_plans_has_sensitivity_one(args, write):
@@ -191,7 +191,7 @@ def test_a_model_that_ignores_plans_has_sensitivity_zero(args, write):
     assert (result["oracle_agreement"], result["changed_agreement"], result["changed_exact_match"]) == (1, 0, 0)
 
 
-def test_a_model_that_copies_the_changed_step_and_answers_as_before_is_told_apart(args, write, rows):
+def test_a_model_that_follows_the_changed_step_but_not_its_answer_is_distinguished(args, write, rows):
     def half_hearted(row, plan):
         return follow(row, plan).rpartition(" ")[0] + " " + row["answer"]
 
@@ -201,8 +201,8 @@ def test_a_model_that_copies_the_changed_step_and_answers_as_before_is_told_apar
     assert (result["changed_step_agreement"], result["changed_agreement"], result["changed_exact_match"]) == (1, 0, 0)
 
 
-def test_sensitivity_is_of_the_problems_that_are_right_under_the_reference_plan(args, write, rows):
-    """A third of the problems is followed, a third is ignored, and a third is never right."""
+def test_sensitivity_counts_problems_solved_under_the_reference_plan(args, write, rows):
+    """A third of the plans is followed, a third is ignored, and a third of the answers is always wrong."""
     place = {row["question"]: number for number, row in enumerate(rows)}
 
     def mixed(row, plan):
@@ -221,7 +221,7 @@ def test_sensitivity_is_of_the_problems_that_are_right_under_the_reference_plan(
     assert result["changed_n"] == len(swaps)
 
 
-def test_without_a_right_answer_there_is_no_sensitivity(args, write):
+def test_sensitivity_is_left_out_without_a_correct_answer(args, write):
     write(lambda row, plan: "Mia")
     result = run(args())
     assert result["swap_n"] == 0
@@ -230,7 +230,7 @@ def test_without_a_right_answer_there_is_no_sensitivity(args, write):
     assert "| the execution gives the original answer |  |" in format_tables(result)
 
 
-def test_every_problem_is_executed_under_the_plans_that_the_sources_name(args, write, rows):
+def test_every_problem_is_executed_under_the_plan_of_each_source(args, write, rows):
     writer = write(follow)
     run_args = args()
     run(run_args)
@@ -252,7 +252,7 @@ def test_every_problem_is_executed_under_the_plans_that_the_sources_name(args, w
     assert dict(changes) == changed and len(changes) == len(changed)
 
 
-def test_changed_plans_stay_in_the_range_of_the_runs_own_data(args, write):
+def test_changed_plans_stay_in_the_value_range_of_the_dataset(args, write):
     write(follow)
     run_args = args()
     run(run_args)
@@ -263,7 +263,7 @@ def test_changed_plans_stay_in_the_range_of_the_runs_own_data(args, write):
 # Data of other formats
 
 
-def test_plans_of_another_format_are_neither_changed_nor_checked(args, tmp_path):
+def test_plans_in_another_format_are_not_changed_or_checked(args, tmp_path):
     path = tmp_path / "rows.jsonl"
     texts = [{"question": f"{i}", "plan": f"Mia {i}", "execution": f"Tom {i}\n#### {i}"} for i in range(5)]
     path.write_text("".join(json.dumps(text) + "\n" for text in texts))
@@ -279,22 +279,25 @@ def test_plans_of_another_format_are_neither_changed_nor_checked(args, tmp_path)
     "columns, message",
     [
         ({"question": ["1"], "execution": ["#### 1"]}, "`dataset` must have the column plan"),
-        ({"question": ["1"], "plan": [""], "execution": ["#### 1"]}, "row 0: `plan` must be a text of one step"),
+        (
+            {"question": ["1"], "plan": [""], "execution": ["#### 1"]},
+            "row 0: `plan` must be a text with at least",
+        ),
         ({"question": ["1"], "plan": ["Mia"], "execution": ["#### 1"]}, "`plans` must not be one text in more than"),
     ],
 )
-def test_data_without_plans_to_compare_are_refused(columns, message, checkpoint, tmp_path):
+def test_data_without_comparable_plans_is_refused(columns, message, checkpoint, tmp_path):
     model = HierBD3LMForBlockDiffusion.from_pretrained(checkpoint)
     with pytest.raises(ValueError, match=message):
         analyse(model, None, datasets.Dataset.from_dict(columns), tmp_path)
 
 
-# The run
+# Run
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_algorithm_and_ablation_is_analysed(name, make_checkpoint, args):
-    """Under every order the plan that is given is the plan that comes back, and the likelihood depends on it."""
+    """In every algorithm the given plan is returned, and the likelihood depends on it."""
     run_args = args(model=make_checkpoint(**ALL[name]), limit=6)
     result = run(run_args)
     rows = load_split(DataArguments(synthetic=SYNTHETIC), "test", 6).to_list()
@@ -334,7 +337,7 @@ def test_command_writes_json_table_and_figure(args, monkeypatch, capsys):
     assert [line.split(" | ")[0] for line in table.splitlines()[2:7]] == [f"| {text}" for text in SOURCES.values()]
 
 
-def test_tables_say_what_was_measured():
+def test_tables_of_given_metrics():
     rates = {f"{name}{suffix}": value for name in SWAP_OUTCOMES for suffix, value in INTERVALS.items()}
     metrics = {f"own_exact_match{suffix}": value for suffix, value in INTERVALS.items()} | {"own_n": 4}
     metrics |= {"oracle_n": 4, "oracle_execution_nll": 0.12345}
@@ -345,7 +348,7 @@ def test_tables_say_what_was_measured():
         "| the model's own plan | 50.0 % [15.0, 85.0] |  |  |  |",
         "| the reference plan |  |  |  | 0.1235 |",
         "",
-        "| what was changed (problems): | all (3) | number (2) | operand (1) |",
+        "| kind of change (problems) | all (3) | number (2) | operand (1) |",
         "|---|---|---|---|",
         *(
             f"| the execution {text} | 50.0 % [15.0, 85.0] | 50.0 % [15.0, 85.0] |  |"
@@ -355,17 +358,17 @@ def test_tables_say_what_was_measured():
 
 
 @pytest.mark.parametrize("n", range(1, 40))
-def test_rates_at_the_ends_of_the_scale_are_drawn(n, tmp_path):
-    """Where the interval misses the rate by a rounding, as it does for some numbers of problems."""
+def test_rates_of_0_and_1_are_drawn(n, tmp_path):
+    """For some numbers of problems the interval misses the rate by a rounding error."""
     metrics = {"swap_n": n}
     for name, count in {"own_exact_match": n, "empty_exact_match": 0, "swap_ignores_change": n}.items():
         metrics |= rate(name, [True] * count + [False] * (n - count))
     metrics |= {"own_n": n, "empty_n": n}
-    draw(metrics, tmp_path / "figure.png")
+    draw_figure(metrics, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
-def test_an_interrupted_run_goes_on_to_the_same_result(args, monkeypatch, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_result(args, monkeypatch, tmp_path):
     whole = without_time(run(args(output_dir=str(tmp_path / "whole"))))
     generate, calls = HierBD3LMForBlockDiffusion.generate, []
 
@@ -391,14 +394,14 @@ def test_an_interrupted_run_goes_on_to_the_same_result(args, monkeypatch, tmp_pa
     assert not calls
 
 
-def test_another_run_is_not_mixed_in(args):
+def test_a_folder_with_another_run_is_refused(args):
     run(args(limit=4))
     with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
         run(args(limit=4, seed=1))
     assert run(args(limit=4, seed=1, overwrite=True))["seed"] == 1
 
 
-def test_without_matplotlib_nothing_is_started(args, monkeypatch):
+def test_without_matplotlib_the_run_does_not_start(args, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"hierbd3lm\[dev\]"):
         run(args())

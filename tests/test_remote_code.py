@@ -18,7 +18,10 @@ from .tiny_tokenizer import make_config_for, make_tokenizer
 
 CODE = {
     f"{name}_hierbd3lm.py"
-    for name in ("attention", "configuration", "diffusion", "dit", "generation", "masking", "modeling", "orders")
+    for name in (
+        *("cache", "configuration", "denoising", "diffusion", "dit", "generation"),
+        *("masking", "modeling", "order", "samplers", "settings"),
+    )
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_hierbd3lm.HierBD3LMConfig",

@@ -1,4 +1,4 @@
-"""What is reported of samples is what can be counted by hand, and a drawing that was interrupted goes on the same."""
+"""Text quality metrics agree with direct computations, and interrupted sampling resumes."""
 
 import json
 import math
@@ -10,18 +10,18 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hierbd3lm.evaluation import text_quality
+from hierbd3lm.evaluation.runner import Written, read_texts
 from hierbd3lm.evaluation.text_quality import (
     SampleArguments,
     distinct_ngrams,
-    draw,
     draw_samples,
-    judge,
+    evaluate_samples,
+    generate_unconditional,
     nll_of_sequences,
-    read_texts,
+    sample_checkpoint,
+    text_metrics,
     unigram_entropy,
-    write_from_nothing,
 )
-from hierbd3lm.generation_hierbd3lm import HierBD3LMGenerationOutput
 from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
 
 from .tiny import make_model
@@ -50,32 +50,32 @@ def write_lines(path, rows):
 
 @torch.no_grad()
 def nll_token_by_token(scorer, ids, context):
-    """One forward pass for every token, over what its window holds before it."""
+    """Score each token in its own forward pass, given the tokens before it in its window."""
     total = 0.0
-    for place in range(1, len(ids)):
-        start = (place - 1) // (context - 1) * (context - 1)
-        logits = scorer(torch.tensor([ids[start:place]])).logits[0, -1].double()
-        total -= logits.log_softmax(-1)[ids[place]].item()
+    for position in range(1, len(ids)):
+        start = (position - 1) // (context - 1) * (context - 1)
+        logits = scorer(torch.tensor([ids[start:position]])).logits[0, -1].double()
+        total -= logits.log_softmax(-1)[ids[position]].item()
     return total
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("context", [2, 5, CONTEXT])
-def test_the_likelihood_is_that_of_a_loop_over_tokens(scorer, context, batch_size):
+def test_nll_equals_a_loop_over_tokens(scorer, context, batch_size):
     expected = [nll_token_by_token(scorer, ids, context) for ids in SEQUENCES]
     assert [nll > 0 for nll in expected] == [True, False, False, True, True]
     assert nll_of_sequences(scorer, SEQUENCES, context, batch_size) == pytest.approx(expected, rel=1e-5)
 
 
-def test_without_a_limit_a_text_is_one_window(scorer):
+def test_a_text_without_a_limit_is_one_window(scorer):
     short = [ids[:CONTEXT] for ids in SEQUENCES]
     assert nll_of_sequences(scorer, short) == nll_of_sequences(scorer, short, CONTEXT)
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_the_first_token_is_scored_only_behind_a_bos_token(scorer, adds_bos):
+def test_the_first_token_is_scored_only_after_a_bos_token(scorer, adds_bos):
     tokenizer = make_tokenizer(adds_bos)
-    metrics = judge(scorer, tokenizer, TEXTS, CONTEXT)
+    metrics = text_metrics(scorer, tokenizer, TEXTS, CONTEXT)
     assert metrics["num_tokens"] == sum(map(len, TEXTS))  # a token per letter
     counts = [len(text) if adds_bos else max(len(text) - 1, 0) for text in TEXTS]
     assert metrics["num_scored_tokens"] == sum(counts)
@@ -86,15 +86,15 @@ def test_the_first_token_is_scored_only_behind_a_bos_token(scorer, adds_bos):
     assert metrics["num_longer_than_context"] == 1
 
 
-def test_a_scorer_that_knows_nothing_has_the_perplexity_of_its_vocabulary(scorer):
+def test_perplexity_of_a_uniform_scorer_is_its_vocabulary_size(scorer):
     ignorant = GPT2LMHeadModel(scorer.config).eval()
     torch.nn.init.zeros_(ignorant.get_output_embeddings().weight)
-    metrics = judge(ignorant, make_tokenizer(), TEXTS, CONTEXT)
+    metrics = text_metrics(ignorant, make_tokenizer(), TEXTS, CONTEXT)
     assert metrics["generative_perplexity"] == pytest.approx(scorer.config.vocab_size, rel=1e-5)
 
 
 @pytest.mark.parametrize(("setting", "accepted"), [({"context": 1}, 2), ({"batch_size": 0}, 1)])
-def test_windows_without_room_are_refused(scorer, setting, accepted):
+def test_window_settings_out_of_range_are_refused(scorer, setting, accepted):
     with pytest.raises(ValueError, match=f"must be at least {accepted}, but got"):
         nll_of_sequences(scorer, SEQUENCES, **setting)
 
@@ -112,27 +112,27 @@ def test_windows_without_room_are_refused(scorer, setting, accepted):
         ([1, 2, 1, 2, 1, 2, 3, 3], 2 * 3 / 8 * math.log(8 / 3) + math.log(4) / 4),
     ],
 )
-def test_the_entropy_is_that_of_the_texts_own_frequencies(ids, entropy):
+def test_entropy_is_that_of_the_token_frequencies_of_a_text(ids, entropy):
     assert unigram_entropy(ids) == pytest.approx(entropy, abs=1e-12)
     counts = torch.unique(torch.tensor(ids), return_counts=True)[1].double()
     assert torch.special.entr(counts / counts.sum()).sum().item() == pytest.approx(entropy, abs=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("sequences", "shares"),
+    ("sequences", "fractions"),
     [
         ([[1, 2, 1, 2], [1, 2]], (2 / 6, 2 / 4, 2 / 2)),
         ([[1, 1, 1, 1]], (1 / 4, 1 / 3, 1 / 2)),
-        ([[1, 2, 3], [4, 5, 6]], (1.0, 1.0, 1.0)),  # nothing reaches from one text into the next
+        ([[1, 2, 3], [4, 5, 6]], (1.0, 1.0, 1.0)),  # n-grams do not cross texts
         ([[1], [], [1]], (1 / 2, None, None)),
     ],
 )
-def test_distinct_ngrams_are_counted_over_all_texts(sequences, shares):
-    assert tuple(distinct_ngrams(sequences, size) for size in (1, 2, 3)) == shares
+def test_distinct_ngrams_are_counted_over_all_texts(sequences, fractions):
+    assert tuple(distinct_ngrams(sequences, size) for size in (1, 2, 3)) == fractions
 
 
-def test_the_metrics_of_several_texts_are_means_over_those_that_have_tokens(scorer):
-    metrics = judge(scorer, make_tokenizer(), ["abab", "", "cccc", "abcd"], CONTEXT)
+def test_metrics_are_means_over_non_empty_texts(scorer):
+    metrics = text_metrics(scorer, make_tokenizer(), ["abab", "", "cccc", "abcd"], CONTEXT)
     entropies = [math.log(2), 0.0, math.log(4)]
     mean = sum(entropies) / 3
     assert metrics["entropy"] == pytest.approx(mean)
@@ -144,8 +144,8 @@ def test_the_metrics_of_several_texts_are_means_over_those_that_have_tokens(scor
     assert metrics["distinct_3"] == 5 / 6  # aba bab ccc abc bcd
 
 
-def test_texts_without_tokens_have_no_metrics(scorer):
-    metrics = judge(scorer, make_tokenizer(), ["", ""], CONTEXT)
+def test_empty_texts_have_no_metrics(scorer):
+    metrics = text_metrics(scorer, make_tokenizer(), ["", ""], CONTEXT)
     assert metrics["num_empty"] == metrics["num_unscored"] == 2
     names = ("generative_perplexity", "nll", "entropy", "distinct_1", "distinct_2", "distinct_3")
     assert [metrics[name] for name in names] == [None] * 6
@@ -154,26 +154,27 @@ def test_texts_without_tokens_have_no_metrics(scorer):
 # Files and the command
 
 
-def test_every_line_is_a_text_whatever_it_holds(tmp_path):
+def test_texts_with_line_separators_are_read_as_one_line(tmp_path):
     texts = ["one\ntwo", "\u2028\x85", ""]
-    assert read_texts(write_lines(tmp_path / "samples.jsonl", [{"text": text} for text in texts])) == texts
-    assert read_texts(write_lines(tmp_path / "other.jsonl", [{"execution": "a", "text": "b"}]), "execution") == ["a"]
+    path = write_lines(tmp_path / "samples.jsonl", [{"text": text, "execution": "a"} for text in texts])
+    assert read_texts(path, "text") == [(text,) for text in texts]
+    assert read_texts(path, "execution", "text") == [("a", text) for text in texts]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a"}\n{"txt": "b"}\n', "line 2 of .* must be JSON with `text`"),
-        ('{"text": 3}\n', "line 1 of .* must have a text as `text`, but got 3"),
+        ('{"text": "a"}\n{"txt": "b"}\n', "line 2 of .* must be JSON with `text` as text, but got"),
+        ('{"text": 3}\n', 'line 1 of .* must be JSON with `text` as text, but got \'{"text": 3}'),
         ("plain\n", "line 1 of .* must be JSON"),
         ("", "must hold at least one text"),
     ],
 )
-def test_a_file_that_is_none_of_samples_is_refused(tmp_path, content, message):
+def test_an_invalid_file_of_samples_is_refused(tmp_path, content, message):
     path = tmp_path / "samples.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_texts(path)
+        evaluate_samples(SampleArguments(scorer="none", samples=str(path)), path)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_a_file_that_is_none_of_samples_is_refused(tmp_path, content, message):
         ({"samples": "a.jsonl", "context": 1}, "`context` must be at least 2"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(arguments, message):
+def test_inconsistent_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         SampleArguments(scorer="gpt2", **arguments)
 
@@ -197,13 +198,13 @@ def run_command(monkeypatch, capsys, **arguments):
     return capsys.readouterr().out
 
 
-def test_the_command_judges_a_file_and_writes_beside_it(scorer, tmp_path, monkeypatch, capsys):
+def test_the_command_evaluates_a_file(scorer, tmp_path, monkeypatch, capsys):
     scorer.save_pretrained(tmp_path / "scorer")
     make_tokenizer().save_pretrained(tmp_path / "scorer")
     samples = write_lines(tmp_path / "some.jsonl", [{"text": text} for text in TEXTS])
     printed = run_command(monkeypatch, capsys, scorer=tmp_path / "scorer", samples=samples, device="cpu")
     metrics = json.loads((tmp_path / "some.metrics.json").read_text())
-    expected = judge(scorer, make_tokenizer(), TEXTS, CONTEXT)
+    expected = text_metrics(scorer, make_tokenizer(), TEXTS, CONTEXT)
     assert {name: metrics[name] for name in expected} == expected
     assert metrics["context"] == CONTEXT
     for name in ("generative_perplexity", "entropy", "distinct_1"):
@@ -211,7 +212,7 @@ def test_the_command_judges_a_file_and_writes_beside_it(scorer, tmp_path, monkey
         assert f"{name.replace('_', ' '):<26}{metrics[name]:12,.{decimals}f}" in printed
 
 
-# Drawing
+# Sampling
 
 
 @pytest.fixture(scope="module")
@@ -243,8 +244,8 @@ def read_rows(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def test_as_many_texts_are_drawn_as_asked_for(arguments):
-    rows = read_rows(draw(arguments()))
+def test_the_given_number_of_samples_is_drawn(arguments):
+    rows = read_rows(sample_checkpoint(arguments()))
     assert [row["index"] for row in rows] == list(range(5))
     assert len({row["text"] for row in rows}) == 5
     for row in rows:
@@ -252,18 +253,11 @@ def test_as_many_texts_are_drawn_as_asked_for(arguments):
         assert row["num_forward_passes"] > 0
 
 
-def test_a_text_is_its_plan_followed_by_its_execution(model, tmp_path, monkeypatch):
-    tokenizer, pad = make_tokenizer(), [model.config.pad_token_id]
-    plans, executions = [["ab", "c"], ["xyz", "defg"]]
-    ids = [[tokenizer(text)["input_ids"] for text in texts] for texts in (plans, executions)]
-    written = HierBD3LMGenerationOutput(
-        plan=torch.tensor([ids[0][0], ids[0][1] + pad]),
-        execution=torch.tensor([ids[1][0] + pad, ids[1][1]]),
-        finished=torch.tensor([True, False]),
-        num_forward_passes=torch.tensor([3, 4]),
-        tokens_per_forward=torch.tensor([2.0, 1.5]),
-    )
-    monkeypatch.setattr(text_quality, "write_from_nothing", lambda *args: written)
+def test_the_text_of_a_sample_is_its_plan_and_execution(model, tmp_path, monkeypatch):
+    tokenizer = make_tokenizer()
+    ids = [tokenizer(text)["input_ids"] for text in ("ab", "xyz", "c", "defg")]
+    written = [Written(ids[0], ids[1], True, 3, 2.0), Written(ids[2], ids[3], False, 4, 1.5)]
+    monkeypatch.setattr(text_quality, "generate_unconditional", lambda *args: written)
     settings = HierBD3LMGenerationConfig(temperature=1.0, seed=0)
     assert draw_samples(model, tokenizer, 2, settings, tmp_path / "samples.jsonl") == [
         {"index": 0, "text": "abxyz", "plan": "ab", "execution": "xyz"}
@@ -273,8 +267,8 @@ def test_a_text_is_its_plan_followed_by_its_execution(model, tmp_path, monkeypat
     ]
 
 
-def test_settings_are_those_of_the_checkpoint_unless_given(arguments, tmp_path):
-    draw(arguments(settings='{"max_plan_len": 12, "top_p": 0.9}', seed=3))
+def test_settings_default_to_those_of_the_checkpoint(arguments, tmp_path):
+    sample_checkpoint(arguments(settings='{"max_plan_len": 12, "top_p": 0.9}', seed=3))
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     expected = {"sampler": "entropy", "entropy_bound": 5.0, "max_plan_len": 12, "top_p": 0.9, "seed": 3}
     expected |= {"max_execution_len": 8}
@@ -282,38 +276,38 @@ def test_settings_are_those_of_the_checkpoint_unless_given(arguments, tmp_path):
 
 
 @pytest.mark.parametrize("num_kept", [0, 2, 3])
-def test_a_drawing_that_was_interrupted_goes_on_with_the_same_texts(arguments, tmp_path, monkeypatch, num_kept):
-    whole = read_rows(draw(arguments(output_dir=str(tmp_path / "whole"))))
-    path = draw(arguments())
+def test_interrupted_sampling_resumes_with_the_same_texts(arguments, tmp_path, monkeypatch, num_kept):
+    whole = read_rows(sample_checkpoint(arguments(output_dir=str(tmp_path / "whole"))))
+    path = sample_checkpoint(arguments())
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:num_kept]) + lines[num_kept][:10])  # killed while it wrote the next line
+    path.write_bytes(b"".join(lines[:num_kept]) + lines[num_kept][:10])  # killed while writing the next line
     batches = []
-    write = text_quality.write_from_nothing
-    monkeypatch.setattr(text_quality, "write_from_nothing", lambda *args: batches.append(args[2]) or write(*args))
-    draw(arguments())
+    write = text_quality.generate_unconditional
+    monkeypatch.setattr(text_quality, "generate_unconditional", lambda *args: batches.append(args[2]) or write(*args))
+    sample_checkpoint(arguments())
     assert read_rows(path) == whole
     assert sum(batches) == {0: 5, 2: 3, 3: 3}[num_kept]
 
 
-def test_other_settings_are_another_drawing(arguments):
-    draw(arguments())
+def test_samples_of_other_settings_are_refused_until_overwritten(arguments):
+    sample_checkpoint(arguments())
     with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
-        draw(arguments(seed=1))
-    draw(arguments(seed=1, overwrite=True))
+        sample_checkpoint(arguments(seed=1))
+    sample_checkpoint(arguments(seed=1, overwrite=True))
 
 
 def test_greedy_samples_are_refused_before_anything_is_written(arguments, tmp_path):
     with pytest.raises(ValueError, match="`temperature` must be > 0 for num_samples=5"):
-        draw(arguments(settings={"temperature": 0.0}))
+        sample_checkpoint(arguments(settings={"temperature": 0.0}))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("algorithm", ["hier", "bd3lm", "mdlm", "ar"])
-def test_a_model_without_a_plan_writes_none(algorithm):
+def test_a_model_without_a_plan_generates_none(algorithm):
     sizes = {} if algorithm in ("hier", "bd3lm") else {"block_size": None}
     model = make_model(algorithm=algorithm, plan_len=0, **sizes)
     settings = HierBD3LMGenerationConfig(sampler="first_hitting", temperature=1.0, seed=0)
-    output = write_from_nothing(model, make_tokenizer(), 24, settings)
+    output = model.generate(torch.zeros(24, 0, dtype=torch.long), generation_config=settings)
     assert torch.equal(output.finished, (output.sequences == model.config.end_token_id).any(dim=1))
     assert output.finished.any() and not output.finished.all()
     assert (output.sequences[:, 0] == model.config.execution_token_id).all()
@@ -321,14 +315,16 @@ def test_a_model_without_a_plan_writes_none(algorithm):
     assert output.plan.shape == (24, 0) and output.execution.shape[1] > 1
 
 
-def test_a_full_text_is_what_generate_writes(model):
-    settings = HierBD3LMGenerationConfig(temperature=1.0, seed=0)
-    output = write_from_nothing(model, make_tokenizer(), 2, settings)
+def test_unconditional_samples_are_those_of_generate(model):
+    settings, pad = HierBD3LMGenerationConfig(temperature=1.0, seed=0), model.config.pad_token_id
     expected = model.generate(torch.zeros(2, 0, dtype=torch.long), generation_config=settings)
-    assert torch.equal(output.sequences, expected.sequences)
+    for row, written in enumerate(generate_unconditional(model, make_tokenizer(), 2, settings)):
+        for segment in ("plan", "execution"):
+            tokens = getattr(expected, segment)[row]
+            assert getattr(written, f"{segment}_ids") == tokens[tokens != pad].tolist()
 
 
-def test_the_command_draws_and_judges(scorer, checkpoint, tmp_path, monkeypatch, capsys):
+def test_the_command_samples_and_evaluates(scorer, checkpoint, tmp_path, monkeypatch, capsys):
     scorer.save_pretrained(tmp_path / "scorer")
     make_tokenizer().save_pretrained(tmp_path / "scorer")
     folder = tmp_path / "drawn"

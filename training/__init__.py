@@ -1,1 +1,1 @@
-"""What a model is trained with: arguments, objectives, optimizer, adapters, and the trainer's callbacks."""
+"""Training: arguments, objectives, optimizer, adapters, and the trainer's callbacks."""

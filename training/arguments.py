@@ -1,4 +1,4 @@
-"""The settings of training: the trainer's, a model's, and the command's."""
+"""Arguments of the trainer."""
 
 from dataclasses import dataclass, field
 
@@ -12,56 +12,55 @@ LOWER_IS_BETTER = ("loss", "nll", "bpd", "ppl")
 
 @dataclass
 class HierBD3LMTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the settings of block diffusion, and batches grouped by length."""
+    """`TrainingArguments` with the settings of block diffusion. Batches are grouped by length."""
 
     estimator: str = field(
         default="stratified",
-        metadata={"help": "Estimator of the NELBO: `stratified` mask counts or `bernoulli` (a time and coins)."},
+        metadata={"help": "Estimator of the NELBO: `stratified` (mask counts) or `bernoulli` (one time per block)."},
     )
     muon_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Trains the backbone's matrices by Muon at this rate, all else by AdamW; > 0."},
+        metadata={"help": "Learning rate of Muon for the backbone's matrices, > 0; AdamW trains all other weights."},
     )
     noisy_copies: int = field(
         default=1,
-        metadata={"help": "Noisy copies of each example in a training pass; they share its clean tokens; >= 1."},
+        metadata={"help": "Noisy copies of each example in a training step, which share its clean tokens; >= 1."},
     )
     filler_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight in the training loss of the <|end|> tokens behind a segment's first; >= 0."},
+        metadata={"help": "Weight in the training loss of the <|end|> tokens after a segment's first one; >= 0."},
     )
     clip_search: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Widths in (0, 1] of the intervals of mask rates, such as 0.5: every evaluation during training "
-            "chooses that of least variance of the loss for each segment. None: the intervals stay as they are."
+            "help": "Widths in (0, 1] of candidate clip intervals, such as 0.5. Every evaluation during training "
+            "selects for each segment the interval with the lowest variance of the loss. If None, the intervals of "
+            "the model's configuration are used."
         },
     )
     clip_search_levels: int = field(
         default=20,
-        metadata={"help": "Mask rates that a search measures, a pass each; the intervals start and end between them."},
+        metadata={"help": "Bins of mask rates in a clip search, one forward pass each; intervals end at bin edges."},
     )
     ema_decay: float = field(
         default=0.9999,
-        metadata={"help": "Decay of the weights' average, used to evaluate and to save; in [0, 1), 0 for none."},
+        metadata={"help": "Decay of the EMA of the weights, which is evaluated and saved; in [0, 1), 0 for none."},
     )
-    eval_noise_draws: int = field(
-        default=4, metadata={"help": "Draws of the noise for each example of an evaluation; >= 1."}
-    )
-    eval_seed: int = field(default=0, metadata={"help": "Seed of the noise of every evaluation."})
+    eval_noise_draws: int = field(default=4, metadata={"help": "Noise draws per example in an evaluation; >= 1."})
+    eval_seed: int = field(default=0, metadata={"help": "Random seed of the noise in evaluations."})
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "As in TrainingArguments; grouped by length here."}
+        default="group_by_length", metadata={"help": "See TrainingArguments; grouped by length by default."}
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "As in TrainingArguments; the collator reads columns that the model lacks."}
+        default=False, metadata={"help": "See TrainingArguments; the collator reads columns that the model lacks."}
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "As in TrainingArguments; a loss that is not finite is shown here."}
+        default=False, metadata={"help": "See TrainingArguments; by default, a NaN or infinite loss is logged."}
     )
 
     def __post_init__(self):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LOWER_IS_BETTER):
-            self.greater_is_better = False  # TrainingArguments knows this of names in "loss" only
+            self.greater_is_better = False  # TrainingArguments only does this for names that end in "loss"
         super().__post_init__()
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATORS)}, but got {self.estimator!r}")
@@ -72,7 +71,7 @@ class HierBD3LMTrainingArguments(TrainingArguments):
         if not self.filler_weight >= 0:
             raise ValueError(f"`filler_weight` must be >= 0, but got {self.filler_weight}")
         if self.clip_search is not None:
-            Candidates(tuple(self.clip_search), self.clip_search_levels)  # raises
+            Candidates(tuple(self.clip_search), self.clip_search_levels)  # validates both
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), but got {self.ema_decay}")
         if self.eval_noise_draws < 1:
@@ -80,7 +79,7 @@ class HierBD3LMTrainingArguments(TrainingArguments):
         if self.label_smoothing_factor != 0:
             raise ValueError(f"`label_smoothing_factor` must be 0 for a NELBO, but got {self.label_smoothing_factor}")
         if self.dataloader_drop_last:
-            raise ValueError("`dataloader_drop_last` must be False, but got True: evaluations would lose examples")
+            raise ValueError("`dataloader_drop_last` must be False, but got True: evaluations would drop examples")
         for name in ("fp16_full_eval", "bf16_full_eval"):
             if getattr(self, name):
-                raise ValueError(f"`{name}` must be False, but got True: evaluations use the precision of training")
+                raise ValueError(f"`{name}` must be False, but got True: evaluations run in the training precision")

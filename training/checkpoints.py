@@ -1,4 +1,4 @@
-"""What a checkpoint's folder holds beside the files of transformers."""
+"""Checkpoints of the trainer: find the latest, detect a weight average, save sharded models."""
 
 import contextlib
 import json
@@ -18,9 +18,9 @@ EMA_FILE = "ema.safetensors"
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The checkpoint to resume from: the latest that was written to its end, or None.
+    """Return the latest complete checkpoint to resume from, or None.
 
-    The Trainer writes trainer_state.json last, so a checkpoint whose file is missing or torn is passed over.
+    The Trainer writes trainer_state.json last, so a checkpoint in which that file is missing or truncated is skipped.
     """
     folders = [
         path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
@@ -29,22 +29,22 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
         try:
             json.loads((folder / TRAINER_STATE_NAME).read_text())
         except (OSError, ValueError):
-            logger.warning(f"{folder} was not written to its end: an earlier checkpoint is looked for.")
+            logger.warning(f"{folder} is incomplete. Looking for an earlier checkpoint.")
             continue
         return str(folder)
     return None
 
 
 def has_average(checkpoint: str) -> bool:
-    """Whether a checkpoint is of a run with an average of the weights."""
+    """Return True if a checkpoint was saved with an average of the weights."""
     return os.path.isfile(os.path.join(checkpoint, EMA_FILE))
 
 
 @contextlib.contextmanager
-def of_own_class(model: nn.Module) -> Iterator[None]:
-    """Within the context a model that FSDP2 has sharded is not of the class that torch has derived from its own.
+def original_class(model: nn.Module) -> Iterator[None]:
+    """Restore the class of a model within the context if FSDP2 has replaced it by a subclass.
 
-    transformers writes the file of a model's class, and its name as that to load, into a checkpoint.
+    transformers writes the name of a model's class and its source file into a checkpoint.
     """
     sharded = type(model)
     model.__class__ = next(cls for cls in sharded.__mro__ if not issubclass(cls, FSDPModule))

@@ -1,9 +1,9 @@
-"""Which interval of mask rates gives the training loss the least variance (BD3-LM: Arriola et al. 2025, section 5.2).
+"""Search for the clip interval with the lowest training loss variance (BD3-LM: Arriola et al. 2025, section 5.2).
 
-The variance is over the noise, for a given batch, and its mean is taken over the batches: how much batches differ from
-each other is no matter of the interval. A block's cost is measured once in each of `num_levels` even bins of mask
-rates. From these costs any interval's training loss is drawn as often as wanted without another pass of the model: as
-in training, the levels of all blocks of a batch lie on one even grid, in random order.
+The variance is over the noise of a given batch; it is averaged over batches. Differences between batches do not
+depend on the interval and are left out. The loss of each block is measured once in each of `num_levels` equal bins of
+mask rates. From these measurements the training loss under any interval is drawn many times without another forward
+pass: as in training, the levels of all blocks of a batch lie on an even grid, in random order.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,21 +20,21 @@ from ..masking_hierbd3lm import SEGMENT_NAMES
 from ..order_hierbd3lm import BlockOrder
 from .objectives import Batch
 
-NUM_REPLICATES = 64  # losses that are drawn of each batch
+NUM_REPLICATES = 64  # simulated losses per batch
 
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Intervals whose ends lie between bins; the first is [0, 1], for comparison.
+    """Candidate intervals that start and end at bin edges. The first is [0, 1], for comparison.
 
     Args:
-        widths: of the intervals, multiples of 1 / num_levels in (0, 1].
-        num_levels: bins of mask rates.
+        widths: widths of the intervals, multiples of 1 / num_levels in (0, 1].
+        num_levels: number of bins of mask rates, >= 1.
 
     Raises:
-        ValueError: for a width that is none, or less than one bin.
+        ValueError: if a width or `num_levels` is out of its range.
     """
 
     widths: tuple[float, ...]
@@ -52,7 +52,7 @@ class Candidates:
 
     @property
     def bins(self) -> list[tuple[int, int]]:
-        """First bin and number of bins of every interval."""
+        """First bin and number of bins of each interval."""
         counts = [round(width * self.num_levels) for width in sorted(set(self.widths) - {1.0})]
         return [(0, self.num_levels)] + [
             (first, count) for count in counts for first in range(self.num_levels - count + 1)
@@ -64,19 +64,22 @@ class Candidates:
 
 
 def clipped_segments(config: HierBD3LMConfig) -> dict[str, tuple[int, ...]]:
-    """Segments that have an interval together: name -> segment ids; a plan that there is not has none."""
+    """Return the groups of segments that share a clip interval, as name -> segment ids.
+
+    A model without a plan has no group for it.
+    """
     groups = BlockOrder.from_config(config).noise_groups
     return {"all" if len(group) > 1 else SEGMENT_NAMES[group[0]]: group for group in groups}
 
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """What the blocks of a batch cost at each mask rate.
+    """Losses of the blocks of a batch in each bin of mask rates.
 
     Args:
-        costs (`torch.DoubleTensor` of shape `(levels, blocks)`): nats, weighted as in the training loss.
-        groups (`torch.BoolTensor` of shape `(groups, blocks)`): blocks of the segments that share an interval.
-        num_tokens (`torch.LongTensor` of shape `(groups,)`): tokens that the groups' losses average over.
+        costs (`torch.DoubleTensor` of shape `(levels, blocks)`): losses in nats, weighted as in training.
+        groups (`torch.BoolTensor` of shape `(groups, blocks)`): which blocks belong to which group of segments.
+        num_tokens (`torch.LongTensor` of shape `(groups,)`): number of tokens that each group's loss averages over.
     """
 
     costs: torch.Tensor
@@ -85,18 +88,19 @@ class BlockCosts:
 
 
 def measure_costs(
-    shares: Callable[[torch.Tensor], torch.Tensor],
+    token_nelbo: Callable[[torch.Tensor], torch.Tensor],
     batch: Batch,
     noise_blocks: torch.Tensor,
     segments: Sequence[tuple[int, ...]],
     num_levels: int,
 ) -> BlockCosts:
-    """One pass of the model for each bin of mask rates.
+    """Measure the loss of each block, with one forward pass per bin of mask rates.
 
     Args:
-        shares: maps clip intervals of shape `(batch, length, 2)` to each token's share of the training loss in nats.
+        token_nelbo: maps clip intervals of shape `(batch, length, 2)` to the contribution of each token to the
+            training loss in nats, of shape `(batch, length)`.
         noise_blocks (`torch.LongTensor` of shape `(batch, length)`): see `BlockDiffusion.noise_blocks`.
-        segments: see [`clipped_segments`].
+        segments: segment ids of each group; see [`clipped_segments`].
     """
     maskable, segment_ids = batch["maskable"], batch["segment_ids"]
     blocks = number_blocks(noise_blocks, maskable)
@@ -104,7 +108,7 @@ def measure_costs(
     costs = torch.zeros(num_levels, len(blocks.size), dtype=torch.float64, device=slots.device)
     for level in range(num_levels):
         clip = costs.new_tensor([level / num_levels, (level + 1) / num_levels]).expand(*maskable.shape, 2)
-        costs[level].scatter_add_(0, slots, shares(clip)[maskable].double())
+        costs[level].scatter_add_(0, slots, token_nelbo(clip)[maskable].double())
     groups, num_tokens = [], []
     for ids in segments:
         inside = torch.isin(segment_ids, segment_ids.new_tensor(ids))
@@ -118,9 +122,12 @@ def measure_costs(
 def draw_losses(
     measured: BlockCosts, candidates: Candidates, noisy_copies: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Training losses of one batch in nats per token: `torch.DoubleTensor`, `(intervals, groups, NUM_REPLICATES)`.
+    """Simulate training losses of one batch under each candidate interval.
 
-    All intervals are drawn with the same random numbers, so that they differ by nothing else.
+    All intervals use the same random numbers.
+
+    Returns:
+        `torch.DoubleTensor` of shape `(intervals, groups, NUM_REPLICATES)`: losses in nats per token.
     """
     costs, device = measured.costs, measured.costs.device
     num_blocks, draws = costs.shape[1], NUM_REPLICATES
@@ -137,7 +144,7 @@ def draw_losses(
 
 
 class ClipSearch(TrainerCallback, ExportableState):
-    """The intervals that the last search chose, which training draws from; a part of the trainer's saved state.
+    """Clip intervals that the last search selected. They are saved and restored with the trainer's state.
 
     Args:
         widths, num_levels: see [`Candidates`].
@@ -145,18 +152,18 @@ class ClipSearch(TrainerCallback, ExportableState):
 
     def __init__(self, widths: Sequence[float], num_levels: int = 20):
         self.candidates = Candidates(tuple(widths), num_levels)
-        # name of `clipped_segments` -> [[low, high, variance], ...] of the last search, and the interval of least
+        # group of `clipped_segments` -> [[low, high, variance], ...] of the last search, and the selected [low, high]
         self.variances: dict[str, list[list[float]]] = {}
         self.chosen: dict[str, list[float]] = {}
 
     def choose(self, names: Sequence[str], variance: torch.Tensor) -> dict[str, float]:
-        """Takes the interval of least variance for each group; returns what is logged of it.
+        """Select the interval with the lowest variance for each group, and return the values to log.
 
         Args:
-            names: of the groups.
-            variance (`torch.DoubleTensor` of shape `(intervals, groups)`): of the loss in nats per token.
+            names: names of the groups.
+            variance (`torch.DoubleTensor` of shape `(intervals, groups)`): variance of the loss in nats per token.
         """
-        logs, first = {}, 0 if 1.0 in self.candidates.widths else 1  # [0, 1] may be there for comparison alone
+        logs, first = {}, 0 if 1.0 in self.candidates.widths else 1  # [0, 1] may be there only for comparison
         for group, name in enumerate(names):
             column = variance[:, group].tolist()
             best = min(range(first, len(column)), key=column.__getitem__)
@@ -170,8 +177,8 @@ class ClipSearch(TrainerCallback, ExportableState):
             logs[f"{prefix}clip_variance_unclipped"] = column[0]
         return logs
 
-    def chosen_of_segments(self) -> dict[str, list[float]]:
-        """The chosen interval of each segment that has one: `plan`, `execution`."""
+    def segment_intervals(self) -> dict[str, list[float]]:
+        """Return the selected interval of each segment, `plan` and `execution`, that has one."""
         if "all" in self.chosen:
             return dict.fromkeys(SEGMENT_NAMES.values(), self.chosen["all"])
         return self.chosen
@@ -183,7 +190,7 @@ class ClipSearch(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Goes on with the intervals of the checkpoint that training is resumed from."""
+        """Restore the intervals of the checkpoint that training resumes from."""
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         for name, value in saved["attributes"].items():
             setattr(self, name, value)

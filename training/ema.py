@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights that is evaluated and saved."""
+"""Exponential moving average of the weights."""
 
 import contextlib
 import os
@@ -16,10 +16,11 @@ from .checkpoints import EMA_FILE, has_average
 
 
 class EMACallback(TrainerCallback):
-    """An exponential moving average of the trainable weights, in float32.
+    """Exponential moving average (EMA) of the trainable weights, in float32.
 
     The decay warms up as min(decay, (1 + n) / (10 + n)) over the updates n, so that early weights are forgotten.
-    A checkpoint's model.safetensors holds the average; the weights that training goes on with are beside it.
+    A checkpoint's model.safetensors holds the averaged weights; `EMA_FILE` beside it holds the weights that training
+    resumes from.
     """
 
     def __init__(self, decay: float):
@@ -30,7 +31,7 @@ class EMACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        if state.global_step == 0:  # a resumed run has read its average already
+        if state.global_step == 0:  # a resumed run has already loaded its average
             self.restart(model)
 
     def on_step_end(
@@ -42,13 +43,13 @@ class EMACallback(TrainerCallback):
             self.average[name].lerp_(parameter.detach().float(), 1 - decay)
 
     def restart(self, model: nn.Module) -> None:
-        """Takes the model's weights as the average, which warms up anew."""
+        """Reset the average to the model's weights, and restart the warm-up of the decay."""
         self.num_updates = 0
         self.average = {name: parameter.detach().float().clone() for name, parameter in _trainable(model)}
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Within the context the model has the averaged weights, if there are any yet."""
+        """Load the averaged weights, if there are any, into the model within the context."""
         if not self.average:
             yield
             return
@@ -60,7 +61,7 @@ class EMACallback(TrainerCallback):
             _copy_into(model, trained)
 
     def save(self, model: nn.Module, folder: str, is_writer: bool = True) -> None:
-        """Writes the average and the weights it is of, for [`resume`]. Every process that has a shard must call it."""
+        """Save the average and the trained weights for [`resume`]. Every process that holds a shard must call it."""
         weights = {f"average.{name}": tensor for name, tensor in self.average.items()}
         weights |= {f"trained.{name}": parameter.detach() for name, parameter in _trainable(model)}
         tensors = {}
@@ -72,10 +73,10 @@ class EMACallback(TrainerCallback):
             save_file(tensors, os.path.join(folder, EMA_FILE), metadata={"num_updates": str(self.num_updates)})
 
     def resume(self, model: nn.Module, folder: str) -> None:
-        """Reads what [`save`] wrote.
+        """Load what [`save`] wrote.
 
         Raises:
-            ValueError: for a checkpoint of a run without an average.
+            ValueError: if the checkpoint has no average.
         """
         if not has_average(folder):
             raise ValueError(
@@ -89,7 +90,7 @@ class EMACallback(TrainerCallback):
 
 
 def _placed_like(parameter: nn.Parameter, tensor: torch.Tensor) -> torch.Tensor:
-    """A whole tensor on the device of a parameter, or sharded as that is."""
+    """Move an unsharded tensor to the device of a parameter, and shard it like the parameter."""
     tensor = tensor.to(parameter.device)
     if isinstance(parameter, DTensor):
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)

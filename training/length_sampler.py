@@ -1,4 +1,4 @@
-"""The order of examples in batches of like lengths."""
+"""Sampler of batches grouped by length."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,13 +8,13 @@ from .seeding import seeded_generator
 
 
 class EpochLengthSampler(LengthGroupedSampler):
-    """Batches of like lengths, in an order that depends on seed and epoch only.
+    """Sampler of batches grouped by length, in an order that depends only on the random seed and the epoch.
 
-    The order of its base class depends on all that torch's global generator was used for before: a resumed run would
-    repeat some examples of its epoch and miss others, and so would processes whose generators are not in step.
+    The order of the base class depends on the state of torch's global generator: a resumed run would repeat some
+    examples of its epoch and miss others, as would processes whose generators have diverged.
 
     Args:
-        epoch: gives the number of the epoch when its iteration starts.
+        epoch: function that returns the number of the current epoch; called when an iteration starts.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]):

@@ -1,4 +1,4 @@
-"""Liger's kernels for the backbone."""
+"""Liger kernels for the backbone."""
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -8,16 +8,16 @@ from transformers.utils import is_liger_kernel_available
 
 
 def apply_liger_kernel_to_backbone(model: PreTrainedModel | PeftModel, kernel_config: dict[str, bool]) -> None:
-    """Gives the backbone Liger's kernels; transformers would look for some of the whole model, and find none.
+    """Apply Liger kernels to the backbone. transformers looks them up by the type of the whole model, and finds none.
 
-    The loss is not Liger's, which takes its gradient in the forward pass, before it is known what a token weighs.
+    Liger's fused loss is not used: it computes the gradient in the forward pass, before the token weights are known.
 
     Args:
-        kernel_config: Liger's names of kernels, and whether each is used.
+        kernel_config: names of Liger kernels, and whether to use each.
 
     Raises:
-        ImportError: without `liger-kernel`.
-        ValueError: for a backbone that Liger has no kernels for, or if its fused loss is asked for.
+        ImportError: if `liger-kernel` is not installed.
+        ValueError: if Liger does not support the backbone, or if `kernel_config` requests the fused loss.
     """
     backbone = unwrap_peft_model(model).backbone
     if kernel_config.get("fused_linear_cross_entropy"):
@@ -27,7 +27,7 @@ def apply_liger_kernel_to_backbone(model: PreTrainedModel | PeftModel, kernel_co
 
         if backbone.config.model_type not in known:
             raise ValueError(
-                f"`use_liger_kernel` must be False for a backbone of type {backbone.config.model_type!r}: Liger has "
-                f"kernels for {', '.join(sorted(known))}"
+                f"`use_liger_kernel` must be False for a backbone of type {backbone.config.model_type!r}: Liger "
+                f"supports {', '.join(sorted(known))}"
             )
     apply_liger_kernel(backbone, {"fused_linear_cross_entropy": False} | kernel_config)

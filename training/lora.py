@@ -1,4 +1,4 @@
-"""How a checkpoint becomes a model to train: whole, or frozen under a LoRA adapter, and back from such an adapter."""
+"""Load a checkpoint of any kind for training, and add or merge LoRA adapters."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,10 +7,10 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
+from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig, config_fields
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
-ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the head
+ALL_LINEAR = "all-linear"  # peft's name for every linear layer except the head
 
 
 @dataclass
@@ -19,23 +19,23 @@ class AdapterArguments:
 
     use_peft: bool = field(
         default=False,
-        metadata={"help": "Trains a LoRA adapter and the special tokens' embedding rows; all else is frozen."},
+        metadata={"help": "Train a LoRA adapter and the embedding rows of the special tokens; freeze the rest."},
     )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter's matrices; >= 1."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapter's product is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapter; in [0, 1)."})
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank; >= 1."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha; updates are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout, in [0, 1)."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules that are adapted; every linear layer but the head if omitted."}
+        default=None, metadata={"help": "LoRA target modules. If omitted, every linear layer except the head."}
     )
     lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that are trained in full and saved with the adapter."}
+        default=None, metadata={"help": "Modules to train in full and to save with the adapter."}
     )
 
 
 class HierBD3LMAdapter(PeftModel):
-    """A `PeftModel` of ours whose folder is complete: the model's configuration lies beside the adapter.
+    """A `PeftModel` that saves the model's configuration with the adapter, and only the trained embedding rows.
 
-    peft would save both embedding matrices of a vocabulary that has grown; here the trained rows are enough.
+    After the vocabulary has grown, peft would save both embedding matrices in full.
     """
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -47,13 +47,13 @@ class HierBD3LMAdapter(PeftModel):
 
 
 def add_adapter(model: HierBD3LMForBlockDiffusion, base: str, args: AdapterArguments) -> HierBD3LMAdapter:
-    """Freezes a model under a new LoRA adapter; the rows of the special tokens are trained too.
+    """Freeze a model and add a new LoRA adapter. The embedding rows of the special tokens are trained too.
 
     Args:
-        base: the checkpoint that the model is of, as [`load_checkpoint`] takes it; the adapter remembers it.
+        base: checkpoint that the model was loaded from, as [`load_checkpoint`] takes it; saved with the adapter.
 
     Raises:
-        ValueError: for a setting out of its range, and for embeddings that the rows cannot be trained of.
+        ValueError: if a setting is out of its range, or if single embedding rows of the model cannot be trained.
     """
     check_adapter(args)
     rows = sorted({getattr(model.config, f"{role}_token_id") for role in SPECIAL_TOKENS})
@@ -75,7 +75,7 @@ def add_adapter(model: HierBD3LMForBlockDiffusion, base: str, args: AdapterArgum
 
 
 def check_adapter(args: AdapterArguments) -> None:
-    """Raises a ValueError for a setting out of its range."""
+    """Raise a ValueError if a setting is out of its range."""
     for name in ("lora_r", "lora_alpha"):
         if getattr(args, name) < 1:
             raise ValueError(f"`{name}` must be >= 1, but got {getattr(args, name)}")
@@ -84,10 +84,10 @@ def check_adapter(args: AdapterArguments) -> None:
 
 
 def token_modules(model: HierBD3LMForBlockDiffusion) -> list[str]:
-    """Names of the modules that hold a row per token: the embeddings, and the head where it has rows of its own.
+    """Return the names of the modules that hold a row per token: the embeddings, and the head if it is not tied.
 
     Raises:
-        ValueError: for a head with a bias, which peft leaves out where it trains single rows.
+        ValueError: if the head has a bias, which peft ignores when it trains single rows.
     """
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
@@ -101,13 +101,14 @@ def token_modules(model: HierBD3LMForBlockDiffusion) -> list[str]:
 def load_checkpoint(
     path: str, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], **kwargs: Any
 ) -> HierBD3LMForBlockDiffusion:
-    """A model from a checkpoint: of this model, an adapter that is merged into its base, or an autoregressive one.
+    """Load a model from a checkpoint of this model, from an adapter (merged into its base), or convert an
+    autoregressive checkpoint.
 
     Args:
-        path: folder or id.
-        tokenizer: the checkpoint's; an autoregressive one gets the special tokens that it lacks, in place.
-        fields: those of [`HierBD3LMConfig`] that replace the checkpoint's.
-        kwargs: `dtype`, `attn_implementation`, ... for `from_pretrained`.
+        path: folder or Hub id.
+        tokenizer: tokenizer of the checkpoint. Special tokens that an autoregressive one lacks are added in place.
+        fields: fields of [`HierBD3LMConfig`] that override the checkpoint's.
+        kwargs: passed to `from_pretrained`, such as `dtype` and `attn_implementation`.
     """
     if is_adapter(path):
         return _load_merged(path, tokenizer, fields, **kwargs)
@@ -117,25 +118,25 @@ def load_checkpoint(
 
 
 def load_adapter(path: str, device: str) -> tuple[HierBD3LMForBlockDiffusion, PreTrainedTokenizerBase]:
-    """An adapter merged into its base, on a device and in evaluation mode, with its tokenizer."""
+    """Load an adapter merged into its base, on a device and in evaluation mode, with its tokenizer."""
     tokenizer = load_tokenizer(path)
     return load_checkpoint(path, tokenizer, {}).to(device).eval(), tokenizer
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint of any kind."""
-    # Without a configuration AutoTokenizer asks whether it may run the code that travels with ours.
+    """Load the tokenizer of a checkpoint of any kind."""
+    # Without a configuration, AutoTokenizer asks for `trust_remote_code` if the checkpoint carries its own code.
     config = HierBD3LMConfig.from_pretrained(path) if is_own_checkpoint(path) else None
     return AutoTokenizer.from_pretrained(path, config=config)
 
 
 def is_adapter(path: str) -> bool:
-    """Whether a folder or id holds an adapter, not a whole model."""
+    """Return True if a folder or Hub id holds an adapter."""
     return find_adapter_config_file(path) is not None
 
 
 def is_own_checkpoint(path: str) -> bool:
-    """Whether a checkpoint is of this model, not of an autoregressive one."""
+    """Return True if a checkpoint is of this model, False if it is autoregressive."""
     return HierBD3LMConfig.get_config_dict(path)[0].get("model_type") == HierBD3LMConfig.model_type
 
 
@@ -143,8 +144,8 @@ def _load_merged(
     path: str, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], **kwargs: Any
 ) -> HierBD3LMForBlockDiffusion:
     config = HierBD3LMConfig.from_pretrained(path, **fields)
-    fields = {name: getattr(config, name) for name in HierBD3LMConfig.__annotations__ if name != "backbone_config"}
+    fields = {name: getattr(config, name) for name in config_fields().keys() - {"backbone_config", "block_size"}}
     base = PeftConfig.from_pretrained(path).base_model_name_or_path
     model = load_checkpoint(base, tokenizer, fields, **({"dtype": config.dtype} | kwargs))
     merged = PeftModel.from_pretrained(model, path).merge_and_unload()
-    return merged.requires_grad_(True)  # the base of an adapter is frozen
+    return merged.requires_grad_(True)  # adding an adapter has frozen the base

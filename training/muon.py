@@ -1,4 +1,4 @@
-"""How matrices and all other weights get an optimizer each, under one learning rate schedule."""
+"""Optimizer that combines Muon for matrices with AdamW for all other weights."""
 
 import math
 from collections.abc import Iterable
@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-STACKED_ELEMENTS = 2**22  # of matrices that are orthogonalised at once
+STACKED_ELEMENTS = 2**22  # maximum number of elements that are orthogonalised at once
 
 
 class StackedMuon(torch.optim.Muon):
-    """`torch.optim.Muon` for many small matrices: those of one shape are orthogonalised together.
+    """`torch.optim.Muon` for many small matrices: matrices of the same shape are orthogonalised together.
 
-    On a CPU in float32, as bfloat16 is slow there without AMX; elsewhere in bfloat16, as the parent does.
+    Orthogonalisation runs in bfloat16 as in the parent class, but in float32 on a CPU, where bfloat16 is slow without
+    AMX.
     """
 
     @torch.no_grad()
@@ -32,7 +33,7 @@ class StackedMuon(torch.optim.Muon):
         return loss
 
     def _step_together(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """One step of matrices of one shape."""
+        """Update matrices of the same shape."""
         grads = [parameter.grad for parameter in parameters]
         buffers = [self._momentum_buffer(parameter) for parameter in parameters]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
@@ -51,7 +52,7 @@ class StackedMuon(torch.optim.Muon):
 
 
 def _loss_of(closure: Any) -> Any:
-    """What an optimizer's `step` returns: the loss that its closure computes anew, if it is given one."""
+    """Return the loss that a closure of `step` computes, or None without a closure."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -61,15 +62,15 @@ def _loss_of(closure: Any) -> Any:
 def orthogonalize(
     matrices: torch.Tensor, coefficients: tuple[float, float, float], num_steps: int, eps: float
 ) -> torch.Tensor:
-    """Brings all singular values near 1 by Newton-Schulz iterations (Jordan et al. 2024, the quintic one).
+    """Bring all singular values close to 1 by quintic Newton-Schulz iterations (Jordan et al. 2024).
 
     Args:
         matrices (`torch.Tensor` of shape `(count, rows, columns)`).
         coefficients: a, b, c of the polynomial a s + b s^3 + c s^5 that each step applies to the singular values.
-        eps: least norm that a matrix is divided by.
+        eps: lower bound of the norm that a matrix is divided by.
 
     Returns:
-        `torch.Tensor` of the shape and type of `matrices`.
+        `torch.Tensor` with the shape and dtype of `matrices`.
     """
     a, b, c = coefficients
     is_tall = matrices.shape[-2] > matrices.shape[-1]
@@ -85,14 +86,14 @@ def orthogonalize(
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the backbone's matrices, AdamW for embeddings, head, norms and biases.
 
-    Muon (Jordan et al. 2024) orthogonalises the momentum of a matrix; a small model learns the same in fewer steps.
+    Muon (Jordan et al. 2024) orthogonalises the momentum of a matrix. A small model then needs fewer steps.
 
     Args:
-        matrices: weights of two dimensions.
-        others: all other weights; they have no weight decay.
-        muon_lr, lr: learning rates of the two.
-        betas, eps: of AdamW.
-        weight_decay: of the matrices.
+        matrices: two-dimensional weights.
+        others: all other weights, without weight decay.
+        muon_lr, lr: learning rates of Muon and of AdamW.
+        betas, eps: settings of AdamW.
+        weight_decay: weight decay of the matrices.
     """
 
     def __init__(
@@ -110,10 +111,10 @@ class MuonAdamW(torch.optim.Optimizer):
             torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=0.0),
         ]
         super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self._share()
+        self._link_parts()
 
-    def _share(self) -> None:
-        """Has the parts work on the groups and the state of this optimizer: one of each."""
+    def _link_parts(self) -> None:
+        """Make both parts use the parameter groups and the state of this optimizer."""
         for part, group in zip(self.parts, self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state
 
@@ -126,11 +127,14 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._share()
+        self._link_parts()
 
 
 def split_parameters(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The trainable matrices of a model without those that hold a row per token or position, and all other weights."""
+    """Split the trainable weights into matrices and others.
+
+    Matrices that hold a row per token or position (embeddings and head) count as others.
+    """
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()
     by_row = embeddings if head is None else embeddings | {head.weight}

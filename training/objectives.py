@@ -1,7 +1,7 @@
-"""Objectives: the contribution of every token of a batch to the bound on the negative log-likelihood.
+"""Training objectives: the contribution of each token of a batch to the bound on the negative log-likelihood.
 
-A batch is what [`HierarchicalDataCollator`] returns, with `maskable`, the tokens that the model predicts (see
-[`~evaluation.likelihood.with_predicted_tokens`]).
+A batch is the output of [`HierarchicalDataCollator`] with `maskable`, which marks the tokens that the model predicts
+(see [`~evaluation.likelihood.with_predicted_tokens`]).
 """
 
 from typing import Any
@@ -18,20 +18,20 @@ Batch = dict[str, torch.Tensor]
 
 
 class BlockDiffusion:
-    """The NELBO over noisy blocks that see the clean ones before them.
+    """NELBO of noisy blocks given the clean blocks before them.
 
     Args:
-        config: gives the schedule of the noise, the mask token and the order over blocks.
-        estimator: see `ESTIMATORS`.
+        config: configuration with the noise schedule, the mask token and the order over blocks.
+        estimator: one of `ESTIMATORS`.
     """
 
-    has_noise = True  # whether two calls of `shares` differ
+    has_noise = True  # two calls of `token_nelbo` differ
 
     def __init__(self, config: HierBD3LMConfig, estimator: str = "stratified"):
         self.config, self.estimator = config, estimator
         self.order = BlockOrder.from_config(config)
 
-    def shares(
+    def token_nelbo(
         self,
         model: Any,
         batch: Batch,
@@ -39,10 +39,13 @@ class BlockDiffusion:
         clip: torch.Tensor | None = None,
         noisy_copies: int = 1,
     ) -> torch.Tensor:
-        """Each token's share of one estimate of the batch's bound in nats: `torch.FloatTensor` of `(batch, length)`.
+        """Estimate the contribution of each token to the NELBO from one draw of the noise.
 
         Args:
-            generator, clip, noisy_copies: see [`draw_mask`]; without `clip` the estimate is unbiased.
+            generator, clip, noisy_copies: see [`draw_mask`]. Without `clip` the estimate is unbiased.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, length)`, in nats.
         """
         config = self.config
         draw = draw_mask(
@@ -59,21 +62,32 @@ class BlockDiffusion:
         return draw.weights.masked_scatter(draw.masked, losses * draw.weights[draw.masked]).sum(dim=1)
 
     def exact(self, model: Any, batch: Batch) -> torch.Tensor:
-        """The bound by enumeration of all masks, for blocks of at most 8 tokens: `torch.DoubleTensor`, as `shares`."""
+        """Compute the NELBO by enumeration of all masks, for blocks of at most 8 tokens.
+
+        Returns:
+            `torch.DoubleTensor` of shape `(batch, length)`: the contribution of each token in nats.
+        """
         return exact_nelbo(
             lambda masked: self.token_losses(model, batch, masked), self.noise_blocks(batch), batch["maskable"]
         )
 
     def noise_blocks(self, batch: Batch) -> torch.Tensor:
-        """Ids of the blocks that have a noise level of their own, `(batch, length)`."""
+        """Return block ids such that tokens with the same id share a noise level: `(batch, length)`."""
         return self.order.noise_blocks(batch["block_ids"])
 
     def token_losses(self, model: Any, batch: Batch, masked: torch.Tensor) -> torch.Tensor:
-        """Loss in nats of each masked token: `(num_masked,)`; `masked` is `(batch, length)` or with copies between."""
+        """Return the loss of each masked token in nats.
+
+        Args:
+            masked (`torch.BoolTensor` of shape `(batch, length)` or `(batch, noisy_copies, length)`).
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_masked,)`.
+        """
         layout = {name: batch[name] for name in ("block_ids", "position_ids")}
         if not self.order.is_joint:
             return masked_nll(model, masked, batch["input_ids"], self.config.mask_token_id, **layout)
-        # One stream, as no token is clean but the question's: a later block attends to earlier ones as they are.
+        # One stream, as only the question is clean: a block attends to earlier noisy blocks.
         copies = 1 if masked.ndim == 2 else masked.shape[1]
         masked, x0 = masked.flatten(0, -2), batch["input_ids"].repeat_interleave(copies, dim=0)
         layout = {name: ids.repeat_interleave(copies, dim=0) for name, ids in layout.items()}
@@ -82,31 +96,33 @@ class BlockDiffusion:
 
 
 class Autoregression:
-    """The negative log-likelihood itself, by the next token: `ar`."""
+    """Exact negative log-likelihood by next-token prediction, for `ar`."""
 
     has_noise = False
 
-    def shares(self, model: Any, batch: Batch, generator: torch.Generator | None = None, **noise: Any) -> torch.Tensor:
-        """As in [`BlockDiffusion`]; there is no noise to draw."""
+    def token_nelbo(
+        self, model: Any, batch: Batch, generator: torch.Generator | None = None, **noise: Any
+    ) -> torch.Tensor:
+        """Return the negative log-likelihood of each token, `(batch, length)`. Settings of the noise are ignored."""
         predicted, x0 = batch["maskable"], batch["input_ids"]
         nll = model(
             input_ids=x0,
             attention_mask=(batch["segment_ids"] != PADDING).long(),
             position_ids=batch["position_ids"],
-            logits_to_keep=F.pad(predicted[:, 1:], (0, 1)),  # a token is predicted where the one before it stands
+            logits_to_keep=F.pad(predicted[:, 1:], (0, 1)),  # a token is predicted at the position before it
             target_ids=F.pad(x0[:, 1:], (0, 1)),
         ).nll
         return nll.new_zeros(x0.shape).masked_scatter(predicted, nll)
 
     def exact(self, model: Any, batch: Batch) -> torch.Tensor:
-        return self.shares(model, batch).double()
+        return self.token_nelbo(model, batch).double()
 
 
 Objective = BlockDiffusion | Autoregression
 
 
 def make_objective(config: HierBD3LMConfig, estimator: str = "stratified") -> Objective:
-    """The objective of a model's configuration."""
+    """Return the objective for a model's configuration."""
     if BlockOrder.from_config(config).is_causal:
         return Autoregression()
     return BlockDiffusion(config, estimator)

@@ -1,4 +1,4 @@
-"""What is logged of training: each segment's loss, and tokens per second."""
+"""Training metrics for the log: loss of each segment, and tokens per second."""
 
 import time
 from typing import Any
@@ -9,28 +9,28 @@ from ..masking_hierbd3lm import SEGMENT_NAMES
 
 
 class TrainingProgress:
-    """The figures since the last log."""
+    """Accumulate training metrics between two logs."""
 
     def __init__(self):
         self._reset()
 
     def add(self, nats: torch.Tensor, num_counted: torch.Tensor, num_tokens: torch.Tensor) -> None:
-        """Counts a micro-batch. Nothing is read back from the device before `take`.
+        """Add a micro-batch. Nothing is copied from the device before `take`.
 
         Args:
             nats, num_counted (`torch.DoubleTensor` of shape `(segments,)`): loss and counted tokens of each segment.
-            num_tokens (`torch.LongTensor` of shape `()`): all tokens but padding.
+            num_tokens (`torch.LongTensor` of shape `()`): number of tokens without padding.
         """
         sums = torch.stack([nats, num_counted])
         self._sums = sums if self._sums is None else self._sums + sums
         self._num_tokens = self._num_tokens + num_tokens
 
     def pause(self, seconds: float) -> None:
-        """Leaves time that was not spent on training out of the throughput."""
+        """Exclude time that was not spent on training from the throughput."""
         self._start += seconds
 
     def take(self, accelerator: Any) -> dict[str, float]:
-        """The figures over all processes; counting starts anew."""
+        """Return the metrics over all processes, and reset them."""
         if self._sums is None:
             return {}
         nats, num_tokens = accelerator.reduce(self._sums).tolist()

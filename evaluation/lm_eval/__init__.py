@@ -1,1 +1,1 @@
-"""The model and the tasks of this package in lm-evaluation-harness."""
+"""Model and tasks for lm-evaluation-harness."""

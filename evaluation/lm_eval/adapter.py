@@ -1,9 +1,9 @@
-"""How lm-evaluation-harness runs a model of this package: its model `hierbd3lm`, and its command line with that.
+"""Model `hierbd3lm` for lm-evaluation-harness, and the harness's command line with this model registered.
 
     python -m hierbd3lm.evaluation.lm_eval.adapter --model hierbd3lm --model_args pretrained=outputs/gsm8k_small \
         --include_path evaluation/lm_eval/tasks --tasks gsm8k_hier --batch_size 32
 
-The command line takes what `lm_eval` takes, which by itself finds no models of other packages.
+The arguments are those of `lm_eval`, which by itself does not find models of other packages.
 """
 
 import json
@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 
 LIKELIHOODS = ("monte_carlo", "exact")
 LIKELIHOOD_PLANS = ("generated", "empty")
-# Of generation; the others are the task's to set, or are set by what is asked of the model.
+# Generation settings that are not model arguments: they are set by the task or by the type of request.
 OTHER_SETTINGS = ("stage", "temperature", "top_p", "seed")
 GENERATION_SETTINGS = tuple(name for name in SETTINGS if name not in OTHER_SETTINGS)
 GENERATION_KWARGS = ("until", "do_sample", "temperature", "top_p", "max_gen_toks")
@@ -42,7 +42,7 @@ Question = tuple[int, ...]
 
 
 class Target(NamedTuple):
-    """An execution whose likelihood is asked for, and the question that it follows: content tokens of both."""
+    """Content tokens of an execution to measure the likelihood of, and of its question."""
 
     question_ids: Question
     execution_ids: list[int]
@@ -51,45 +51,45 @@ class Target(NamedTuple):
 @register_model("hierbd3lm")
 class HierBD3LMHarnessModel(LM):
     """
-    A checkpoint as lm-evaluation-harness sees it. The context of a request is the question, word for word: a task that
-    puts `Question:` or solved examples around it (as the harness's own `gsm8k` does) asks what the model was not
-    trained on; `tasks/gsm8k_hier.yaml` gives the bare question.
+    Hierarchical block diffusion model for lm-evaluation-harness.
 
-    **`generate_until`** returns the execution up to the first stop string. The plan is written first and not returned.
-    It is greedy unless the task or `--gen_kwargs` sets a temperature. A question over `question_len` is answered with
-    an empty text, and counted in the results' `config` as `num_too_long_questions` (those that the harness had in its
-    cache are not asked again, and not counted).
+    The context of a request is used as the question, unchanged. Tasks that add `Question:` or few-shot examples (such
+    as the harness's own `gsm8k`) do not match the training data; `tasks/gsm8k_hier.yaml` uses the bare question.
 
-    **`loglikelihood`** is minus the NELBO, in nats, of the continuation as the whole execution: a lower bound on
-    log p(execution | question, plan), unclipped and unweighted. It counts every token of the execution's blocks: the
+    **`generate_until`** generates a plan, which is not returned, and then returns the execution up to the first stop
+    string. Decoding is greedy unless the task or `--gen_kwargs` sets a temperature. A question of more than
+    `question_len` tokens is answered with an empty text, and counted in the results' `config` as
+    `num_too_long_questions`. Answers from the harness's cache are not counted.
+
+    **`loglikelihood`** returns the negative NELBO in nats of the continuation as the whole execution: a lower bound on
+    log p(execution | question, plan), unclipped and unweighted. It includes every token of the execution's blocks: the
     continuation as it is given (with the space that the harness puts before it, unless the task sets
-    `target_delimiter: ""`), the `<|end|>` behind it and those that fill its last block. A continuation of
-    `execution_len - 1` tokens is an execution that was cut at its limit, without `<|end|>`. The plan is given and not
-    counted: it is what the model writes greedily from the question, or empty. Either way it depends on the question
-    alone, so that continuations of one question compare.
+    `target_delimiter: ""`), the `<|end|>` after it and those that fill its last block. A continuation of
+    `execution_len - 1` tokens is an execution truncated at the maximum length, without `<|end|>`. The plan is given
+    and not included: it is generated greedily from the question, or empty. In both cases it depends only on the
+    question, so that continuations of the same question are comparable. `is_greedy` is True if greedy decoding, with
+    the model's sampler, from the same question and plan, generates exactly the continuation.
 
-    `is_greedy` is answered by generation: whether the model, greedily, with its sampler, from the same question and
-    plan, writes exactly the continuation.
-
-    **`loglikelihood_rolling`** sums the same over a text cut into executions of `execution_len - 1` tokens. The
-    question of the first is empty; that of a later one is the text before it, as much of it as `question_len` takes.
+    **`loglikelihood_rolling`** returns the sum of the same over a text split into executions of `execution_len - 1`
+    tokens. The question of the first one is empty. The question of a later one is the preceding text, truncated on
+    the left to `question_len` tokens.
 
     Args:
-        pretrained: folder or id of a checkpoint, with its tokenizer.
-        batch_size: questions that are answered together, and noisy copies of a target in a forward pass.
-        device: such as `cpu` or `cuda:0`; a GPU if there is one. The harness itself says `cuda:0` where its user says
-            nothing: without CUDA that is the CPU, with a warning, as for the harness's own models.
+        pretrained: folder or Hub id of a checkpoint, with its tokenizer.
+        batch_size: number of questions in a batch, and of noisy copies of a target in a forward pass.
+        device: device, such as `cpu` or `cuda:0`. If None, a GPU if one is available. `cuda:0`, the default of the
+            harness, falls back to the CPU with a warning if CUDA is not available, as in the harness's own models.
         likelihood: `monte_carlo`, an unbiased estimate of the NELBO, or `exact`, by enumeration of the masks, for
             execution blocks of at most 8 tokens.
-        num_draws: of the noise, for `monte_carlo`; stratified over blocks and draws. They are fixed: those of a target
-            follow from `seed` and its length, whatever else is measured.
+        num_draws: number of noise draws for `monte_carlo`, stratified over blocks and draws. The draws of a target
+            depend only on `seed` and its length, not on other requests.
         likelihood_plan: `generated` or `empty`.
-        seed: of the noise, and of generation at a temperature.
-        settings: `GENERATION_SETTINGS`; those of the checkpoint if omitted.
+        seed: random seed of the noise, and of generation at a temperature > 0.
+        settings: settings among `GENERATION_SETTINGS`. Those that are omitted are taken from the checkpoint.
 
     Raises:
-        ValueError: for an unknown argument or a value out of its range. When called: for a keyword of generation that
-            is not among `GENERATION_KWARGS`, a special token in a text, or a target over its length.
+        ValueError: for an unknown argument or a value out of its range. Methods raise it for a generation keyword
+            that is not among `GENERATION_KWARGS`, a special token in a text, or a target that is too long.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class HierBD3LMHarnessModel(LM):
             _check_choice("model_args", name, GENERATION_SETTINGS)
         self.likelihood, self.likelihood_plan = likelihood, likelihood_plan
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-            logger.warning(f"`device` is {device}, but there is no CUDA here: the model runs on the CPU.")
+            logger.warning(f"`device` is {device}, but CUDA is not available. The model runs on the CPU.")
             device = None
         self._device = torch.device(device or default_device())
         self.model, self.tokenizer = load_model(pretrained, str(self._device))
@@ -128,16 +128,16 @@ class HierBD3LMHarnessModel(LM):
         self.num_too_long_questions = 0
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes into the `config` of its results."""
+        """Return the values that the harness writes into the `config` of its results."""
         settings = {name: getattr(self.settings, name) for name in GENERATION_SETTINGS}
         names = ("likelihood", "num_draws", "likelihood_plan", "seed", "num_too_long_questions")
         info = {name: getattr(self, name) for name in names}
         return {"model_num_parameters": self.model.num_parameters(), "generation_settings": settings, **info}
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The execution of each request's question; see the class."""
+        """Generate the execution of each request's question; see the class."""
         texts = [""] * len(requests)
-        indices_of: dict[str, list[int]] = {}  # of the requests with the same keywords
+        indices_of: dict[str, list[int]] = {}  # generation keywords -> requests with these keywords
         for index, request in enumerate(requests):
             indices_of.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
         with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as progress:
@@ -154,7 +154,7 @@ class HierBD3LMHarnessModel(LM):
         return texts
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Minus the NELBO of each request's continuation, and whether it is what the model writes; see the class."""
+        """Return the negative NELBO and `is_greedy` of each request's continuation; see the class."""
         targets = [self._read_pair(*request.args) for request in requests]
         self._check_lengths(targets)
         plans = self._write_plans(targets)
@@ -167,7 +167,7 @@ class HierBD3LMHarnessModel(LM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Minus the NELBO of each request's text, cut into executions; see the class."""
+        """Return the negative NELBO of each request's text, split into executions; see the class."""
         windows = [self._read_text(*request.args) for request in requests]
         targets = [target for windows_of_text in windows for target in windows_of_text]
         self._check_lengths(targets)
@@ -179,34 +179,34 @@ class HierBD3LMHarnessModel(LM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
         return results
 
-    # What the requests hold
+    # Requests
 
     def _prompt(self, index: int, question: str) -> Prompt:
         return encode_prompt(index, question, None, self.tokenizer, self.config)
 
     def _read_keywords(self, gen_kwargs: dict[str, Any]) -> tuple[HierBD3LMGenerationConfig, list[str]]:
-        """Settings and stop strings of `gen_kwargs`, read as the harness's other models read them."""
+        """Parse `gen_kwargs` like other models of the harness, and return generation settings and stop strings."""
         block_size = self.config.execution_block_size
-        most = segment_limits(self.config, self.settings)[1]
-        keywords = normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=most)
+        limit = segment_limits(self.config, self.settings)[1]
+        keywords = normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=limit)
         for name in keywords:
             _check_choice("gen_kwargs", name, GENERATION_KWARGS)
-        allowed = (keywords["max_gen_toks"] + 1) // block_size * block_size  # the opener is not generated
-        if allowed < 2:
+        length = (keywords["max_gen_toks"] + 1) // block_size * block_size  # with the opener, which is not generated
+        if length < 2:
             raise ValueError(
-                f"`max_gen_toks` must be at least {max(block_size - 1, 1)}, the tokens of a block, but got "
+                f"`max_gen_toks` must be at least {max(block_size - 1, 1)}, the number of tokens of a block, but got "
                 f"{keywords['max_gen_toks']}"
             )
         settings = {name: keywords[name] for name in ("temperature", "top_p") if name in keywords}
-        return resolve_settings(self.settings, settings | {"max_execution_len": min(allowed, most)}), keywords["until"]
+        return resolve_settings(self.settings, settings | {"max_execution_len": min(length, limit)}), keywords["until"]
 
     def _count_too_long(self, prompts: Sequence[Prompt]) -> int:
         count = sum(bool(prompt.too_long) for prompt in prompts)
         self.num_too_long_questions += count
         if count:
             logger.warning(
-                f"{count} of {len(prompts)} questions have more than question_len={self.config.question_len} tokens: "
-                f"their answer is an empty text"
+                f"{count} of {len(prompts)} questions have more than question_len={self.config.question_len} tokens. "
+                f"They are answered with an empty text."
             )
         return count
 
@@ -233,26 +233,26 @@ class HierBD3LMHarnessModel(LM):
                     f"{sum(length > limit for length in lengths)} of {len(lengths)} have more, up to {max(lengths)}"
                 )
 
-    # What the model writes
+    # Generation
 
     def _generate(
         self, prompts: Sequence[Prompt], settings: HierBD3LMGenerationConfig
     ) -> Iterator[tuple[Prompt, Written]]:
-        """What is written for each prompt that is not too long, in the order of the batches."""
+        """Generate the output of each prompt that is not too long, in the order of the batches."""
         seeds = random.Random(self.seed)
         for batch in make_batches(prompts, self.batch_size):
             batch_settings = resolve_settings(settings, {"seed": seeds.getrandbits(62)})
             yield from zip(batch, generate_batch(self.model, batch, batch_settings), strict=True)
 
     def _write_plans(self, targets: Sequence[Target]) -> dict[Question, list[int]]:
-        """The plan of each question."""
+        """Return the plan of each question."""
         if self.likelihood_plan == "empty":
             return {target.question_ids: [] for target in targets}
         written = self._write({target.question_ids: None for target in targets}, stage="plan")
         return {question: content.plan_ids for question, content in written.items()}
 
     def _write_executions(self, plans: dict[Question, list[int]]) -> dict[Question, list[int]]:
-        """The greedy execution of each question with its plan, up to the model's greatest length."""
+        """Generate the greedy execution of each question with its plan, up to the model's maximum length."""
         written = self._write(plans, stage="execution", max_execution_len=None)
         return {question: content.execution_ids for question, content in written.items()}
 
@@ -269,7 +269,7 @@ class HierBD3LMHarnessModel(LM):
             yield -self._nelbo(*self._lay_out(target, plans[target.question_ids]))
 
     def _lay_out(self, target: Target, plan_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and segment ids of question, plan and execution as generation leaves them: `(1, length)`."""
+        """Lay out question, plan and execution as generation does: token ids and segment ids, `(1, length)`."""
         config, block_size = self.config, self.config.execution_block_size
         question = torch.tensor([target.question_ids], dtype=torch.long)
         plan, _ = lay_out_plan(config, self.model.order, torch.tensor([plan_ids], dtype=torch.long))
@@ -285,7 +285,7 @@ class HierBD3LMHarnessModel(LM):
 
     @torch.no_grad()
     def _nelbo(self, input_ids: torch.LongTensor, segment_ids: torch.LongTensor) -> float:
-        """NELBO in nats of the execution of one row, `(1, length)`, given its question and plan."""
+        """Compute the NELBO in nats of the execution of one row, `(1, length)`, given its question and plan."""
         row = with_predicted_tokens(self.model, {"input_ids": input_ids, "segment_ids": segment_ids})
         block_ids, maskable = row["block_ids"], row.pop("maskable") & (row.pop("segment_ids") == EXECUTION)
 
@@ -296,7 +296,7 @@ class HierBD3LMHarnessModel(LM):
         if self.likelihood == "exact":
             return exact_nelbo(nll_of_masks, block_ids, maskable).sum().item()
         shape = self.num_draws, -1
-        generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same draws on every device
+        generator = torch.Generator().manual_seed(self.seed)  # on the CPU, for the same draws on every device
         draw = draw_mask(block_ids.expand(shape), maskable.expand(shape), noise=self.config.noise, generator=generator)
         nats = 0.0
         for masked, weights in zip(*(x.split(self.batch_size) for x in (draw.masked, draw.weights)), strict=True):
@@ -316,7 +316,7 @@ def _to_integer(name: str, value: int | str, low: int) -> int:
 
 
 def main() -> None:
-    """The harness's command line, with `--model hierbd3lm` among its models."""
+    """Run the harness's command line with `hierbd3lm` among its models."""
     cli_evaluate()
 
 

@@ -241,7 +241,10 @@ def train(model: str, settings: dict[str, Any], fields: dict[str, Any]) -> dict[
     history = trainer.state.log_history
     values = {name: [entry[name] for entry in history if name in entry] for name in LOGGED}
     values = {name: logged for name, logged in values.items() if logged}
-    return values | {"plan_clip": trained.config.plan_clip, "execution_clip": trained.config.execution_clip}
+    searches = [one for one in trainer.callback_handler.callbacks if type(one).__name__ == "ClipSearch"]
+    chosen = searches[0].chosen if searches else {}
+    clips = {name: chosen.get(name, chosen.get("all")) for name in ("plan", "execution")}
+    return values | {f"{name}_clip": clip or getattr(trained.config, f"{name}_clip") for name, clip in clips.items()}
 
 
 def collate(model: str, fixed_length: bool) -> dict[str, Any]:

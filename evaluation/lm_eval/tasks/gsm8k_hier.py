@@ -1,4 +1,4 @@
-"""Where the task `gsm8k_hier` of lm-evaluation-harness has its problems from: GSM8K_DIR, else the Hub."""
+"""Data of the task `gsm8k_hier` of lm-evaluation-harness, from GSM8K_DIR or the Hub."""
 
 from typing import Any
 
@@ -8,5 +8,5 @@ from hierbd3lm.data.gsm8k.problems import load_gsm8k_rows
 
 
 def load_test_split(**metadata: Any) -> dict[str, Dataset]:
-    """The test split as the harness takes it; it passes the task's `metadata`, of which nothing is needed."""
+    """Load the test split for the harness, which passes the task's `metadata`; it is not used."""
     return {"test": load_gsm8k_rows("test")}

@@ -1,4 +1,4 @@
-"""The exact match of GSM8K answers as a metric of `evaluate`, by the rules of `hierbd3lm.data.gsm8k.answers`."""
+"""Exact match of GSM8K answers as a metric for `evaluate`; the rules are in `hierbd3lm.data.gsm8k.answers`."""
 
 import datasets
 import evaluate
@@ -6,15 +6,14 @@ import evaluate
 from hierbd3lm.data.gsm8k.answers import cut_at_stops, match_flexible, match_numeric, match_strict
 
 DESCRIPTION = """
-Whether generated solutions of GSM8K problems have the right final answer: `exact_match_strict` and
-`exact_match_flexible` are the filters `strict-match` and `flexible-extract` of the task `gsm8k` (version 3.0) of
-lm-evaluation-harness with its stop strings; `exact_match_numeric` compares the value of the strict answer, so that
-`#### 18.00` is 18.
+Fraction of generated GSM8K solutions with the correct final answer. `exact_match_strict` and `exact_match_flexible`
+are the filters `strict-match` and `flexible-extract` of the task `gsm8k` (version 3.0) of lm-evaluation-harness, with
+its stop strings. `exact_match_numeric` compares the value of the strict answer, so that `#### 18.00` equals 18.
 """
 
 INPUTS = """
 Args:
-    predictions (list of `str`): generated solutions, uncut.
+    predictions (list of `str`): generated solutions, not yet cut at stop strings.
     references (list of `str`): gold solutions, which end with `#### <answer>`, or the answers alone.
 
 Returns:
@@ -45,7 +44,7 @@ MATCHES = {
 
 
 class GSM8KExactMatch(evaluate.Metric):
-    """Fractions of predictions with the right answer, one for each of `MATCHES`."""
+    """Fractions of predictions with the correct answer, one for each of `MATCHES`."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")

@@ -1,7 +1,6 @@
-"""How the training mask of fixed lengths is drawn: as text for a terminal, or as an image with matplotlib.
+"""Picture of the training mask at fixed lengths: `python -m hierbd3lm.evaluation.mask_picture --help`.
 
-Run it as `python -m hierbd3lm.masking_hierbd3lm`. What may attend to what is read from [`create_hierarchical_mask`];
-this file only chooses characters, colours and lines.
+The mask itself comes from [`create_hierarchical_mask`]. It is drawn as text or as an image with matplotlib.
 """
 
 import argparse
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .masking_hierbd3lm import CLEAN, create_hierarchical_mask, fixed_length_layout
+from ..masking_hierbd3lm import CLEAN, create_hierarchical_mask, fixed_length_layout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,10 +30,10 @@ INK, FAINT_INK, BLOCK_LINE = "#22303c", "#59626b", "#e3e1da"
 
 @dataclass(frozen=True)
 class Stream:
-    """Neighbouring rows and columns `start` to `stop` that hold one segment in one stream."""
+    """Rows and columns `start` to `stop` (exclusive) of one segment in one stream."""
 
     segment: str
-    noise: str  # "xt", "x0", or "" for the question, which is never noised
+    noise: str  # "xt", "x0", or "" for the question, which is always clean
     start: int
     stop: int
 
@@ -45,13 +44,13 @@ class Stream:
 
 @dataclass(frozen=True)
 class MaskPicture:
-    """What every drawing of the mask needs.
+    """Content of a picture of the mask.
 
     Args:
-        kinds (`torch.LongTensor` of shape `(total, total)`): how a row's token attends to a column's.
+        kinds (`torch.LongTensor` of shape `(total, total)`): kind of attention from each row to each column.
         block_ids (`torch.LongTensor` of shape `(total,)`): block of each token.
-        streams: in the order of rows and columns; those without tokens are left out.
-        block_size: tokens per block of plan and execution.
+        streams: non-empty streams in the order of rows and columns.
+        block_size: block size of plan and execution.
     """
 
     kinds: torch.Tensor
@@ -61,10 +60,10 @@ class MaskPicture:
 
 
 def picture_mask(question_len: int, plan_len: int, execution_len: int, block_size: int) -> MaskPicture:
-    """Sorts the attention that [`create_hierarchical_mask`] allows into kinds.
+    """Classify the attention that [`create_hierarchical_mask`] allows.
 
     Raises:
-        ValueError: for lengths that the mask refuses, or if there is no token at all.
+        ValueError: for lengths that the mask does not accept, or if all lengths are 0.
     """
     mask = create_hierarchical_mask(question_len, plan_len, execution_len, block_size)
     if not len(mask):
@@ -78,10 +77,10 @@ def picture_mask(question_len: int, plan_len: int, execution_len: int, block_siz
 
 
 def text_diagram(picture: MaskPicture) -> str:
-    """The mask with one character per `block_size` tokens of either side; all tokens of a block attend alike."""
+    """Draw the mask as text, with one character per block (`block_size` tokens) of rows and columns."""
     streams, kinds = picture.streams, picture.kinds.tolist()
     cells = [list(range(stream.start, stream.stop, picture.block_size)) for stream in streams]
-    gap = " " if sum(map(len, cells)) <= 48 else ""  # large masks are drawn narrow
+    gap = " " if sum(map(len, cells)) <= 48 else ""  # to fit a large mask
     margin = max(len(stream.name) for stream in streams) + 1
 
     def line(name: str, groups: list[str]) -> str:
@@ -98,28 +97,28 @@ def text_diagram(picture: MaskPicture) -> str:
         lines += [row(stream.name if query == stream.start else "", query) for query in queries]
     legend = "   ".join(f"{character} {meaning}" for character, _, meaning in LEGEND.values())
     size = picture.block_size
-    scale = f"Rows attend to columns; one character stands for up to {size} x {size} tokens."
+    scale = f"Rows attend to columns. Each character represents up to {size} x {size} tokens."
     return "\n".join([*lines, "", legend, scale])
 
 
-def draw_mask(picture: MaskPicture, output: str | Path) -> None:
-    """Draws the mask into an image file; the suffix of `output` chooses its format.
+def draw_image(picture: MaskPicture, output: str | Path) -> None:
+    """Draw the mask into an image file. The format is inferred from the suffix of `output`.
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: for a suffix that matplotlib cannot write.
+        ValueError: for a suffix that matplotlib does not support.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("drawing an image needs matplotlib: run `pip install 'hierbd3lm[dev]'`") from error
+        raise ImportError("the image requires matplotlib: run `pip install 'hierbd3lm[dev]'`") from error
     figure = Figure(figsize=(8.4, 8.5), facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     axes = figure.add_subplot()
     _draw_cells(axes, picture)
     _draw_lines(axes, picture)
     _label_streams(axes, picture)
-    _name_what_is_hidden(axes, picture)
+    _annotate_hidden_regions(axes, picture)
     _draw_legend(figure)
     figure.savefig(output, dpi=150)
 
@@ -176,8 +175,8 @@ def _label_streams(axes: "Axes", picture: MaskPicture) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _name_what_is_hidden(axes: "Axes", picture: MaskPicture) -> None:
-    """Writes the two rules that make the mask hierarchical into the empty regions that show them, where they fit."""
+def _annotate_hidden_regions(axes: "Axes", picture: MaskPicture) -> None:
+    """Write the two rules of the hierarchical mask into the empty regions that show them, if they fit."""
     spans = {stream.name: (stream.start, stream.stop) for stream in picture.streams}
     if not {"Plan xt", "Execution xt"} <= spans.keys():
         return
@@ -217,13 +216,13 @@ def _draw_legend(figure: "Figure") -> None:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m hierbd3lm.masking_hierbd3lm", description="Draw the training mask of fixed lengths."
+        prog="python -m hierbd3lm.evaluation.mask_picture", description="Draw the training mask at fixed lengths."
     )
-    parser.add_argument("--question-len", type=int, default=16, help="tokens of the question (default: %(default)s)")
-    parser.add_argument("--plan-len", type=int, default=16, help="tokens of the plan (default: %(default)s)")
-    parser.add_argument("--execution-len", type=int, default=32, help="tokens of the execution (default: %(default)s)")
-    parser.add_argument("--block-size", type=int, default=4, help="tokens of a block (default: %(default)s)")
-    parser.add_argument("-o", "--output", type=Path, help="image file to write; without it, text is printed")
+    parser.add_argument("--question-len", type=int, default=16, help="question length (default: %(default)s)")
+    parser.add_argument("--plan-len", type=int, default=16, help="plan length (default: %(default)s)")
+    parser.add_argument("--execution-len", type=int, default=32, help="execution length (default: %(default)s)")
+    parser.add_argument("--block-size", type=int, default=4, help="block size (default: %(default)s)")
+    parser.add_argument("-o", "--output", type=Path, help="image file to write; if omitted, text is printed")
     return parser.parse_args(arguments)
 
 
@@ -232,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         picture = picture_mask(options.question_len, options.plan_len, options.execution_len, options.block_size)
         if options.output is not None:
-            draw_mask(picture, options.output)
+            draw_image(picture, options.output)
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     print(text_diagram(picture) if options.output is None else f"Wrote {options.output}")

@@ -1,0 +1,50 @@
+"""What people pass to `generate`, as they pass it to other models: it works, or one sentence says what to use."""
+
+import pytest
+import torch
+from transformers import BatchEncoding
+
+from hierbd3lm.settings_hierbd3lm import NOT_APPLICABLE, HierBD3LMGenerationConfig
+
+IDS = torch.tensor([[0, 0, 7, 8, 9], [11, 5, 6, 7, 30]])
+MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+
+
+def test_an_encoding_is_taken_by_position_and_by_name(model):
+    expected = model.generate(input_ids=IDS, attention_mask=MASK)
+    encoding = BatchEncoding({"input_ids": IDS, "attention_mask": MASK, "token_type_ids": torch.zeros_like(IDS)})
+    for output in (
+        model.generate(encoding),
+        model.generate(dict(encoding)),
+        model.generate(**encoding),
+        model.generate(inputs=IDS, attention_mask=MASK),
+        model.generate(IDS.int(), attention_mask=MASK),
+    ):
+        assert torch.equal(output.sequences, expected.sequences)
+        assert torch.equal(output[0], output.sequences)
+
+
+@pytest.mark.parametrize("inputs", [None, [[5, 6, 7]], "How many?", torch.ones(1, 3), {"attention_mask": MASK}])
+def test_anything_else_is_refused_with_what_is_accepted(model, inputs):
+    with pytest.raises(ValueError, match=r"`input_ids` must be a tensor of token ids of shape \(batch, length\)"):
+        model.generate(inputs)
+
+
+def test_an_empty_batch_is_refused(model):
+    with pytest.raises(ValueError, match="`input_ids` must have at least one row"):
+        model.generate(torch.zeros(0, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", NOT_APPLICABLE)
+def test_an_argument_that_does_not_apply_is_refused_with_what_to_use_instead(model, name):
+    with pytest.raises(ValueError, match=f"`{name}` does not apply to block diffusion: "):
+        model.generate(IDS, **{name: 1})
+    with pytest.raises(ValueError, match=f"`{name}` does not apply"):
+        HierBD3LMGenerationConfig(**{name: 1})
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**70, -1])
+def test_a_seed_that_torch_does_not_take_is_refused(model, seed):
+    with pytest.raises(ValueError, match="`seed` must be an integer >= 0 or None, below 2"):
+        model.generate(IDS, temperature=0.5, seed=seed)
+    model.generate(IDS, temperature=0.5, seed=2**63 - 1)
