@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on the nodes of a Slurm job; a job that was requeued goes on where its last checkpoint is:
+# Trains on the nodes of a Slurm job; a requeued job resumes from its last checkpoint:
 #   sbatch --nodes 2 configs/slurm.sh configs/gsm8k_qwen.yaml [--setting value ...]
 #SBATCH --job-name=hierbd3lm
 #SBATCH --ntasks-per-node=1
