@@ -15,7 +15,7 @@ SEGMENTS = ("question", "plan", "execution")  # in the order of a sequence
 ID_KEYS = tuple(f"{segment}_ids" for segment in SEGMENTS)
 IGNORED_LABEL = -100
 
-ExampleIds = Mapping[str, Any]  # `question_ids`, `plan_ids`, `execution_ids`, and `goes_on` where it is cut
+ExampleIds = Mapping[str, Any]  # `question_ids`, `plan_ids`, `execution_ids`, and `continues` where it is cut
 
 
 class Columns(NamedTuple):
@@ -30,7 +30,7 @@ class HierarchicalDataCollator:
     """Makes model inputs from examples.
 
     An example is a dict with `question_ids`, `plan_ids`, `execution_ids` (content only: no openers, no `<|end|>`; see
-    [`encode_example`]), or with the texts `question`, `plan`, `execution`, or with `text` alone. Where `goes_on` is
+    [`encode_example`]), or with the texts `question`, `plan`, `execution`, or with `text` alone. Where `continues` is
     true beside the ids, the execution is a piece of text that goes on in another row: nothing closes or fills it, and
     an `<|end|>` in it closes a document.
 
@@ -88,7 +88,7 @@ class HierarchicalDataCollator:
     def _read_ids(self, feature: dict[str, Any]) -> ExampleIds:
         if all(key in feature for key in ID_KEYS):
             ids = {key: [int(token) for token in feature[key]] for key in ID_KEYS}
-            return ids | {"goes_on": bool(feature.get("goes_on"))}
+            return ids | {"continues": bool(feature.get("continues"))}
         if self.tokenizer is None:
             raise ValueError(
                 f"an example must have the keys {', '.join(ID_KEYS)}, as the collator has no `tokenizer` for texts, "
@@ -179,7 +179,7 @@ def segment_lengths(example: ExampleIds, config: HierBD3LMConfig) -> dict[str, i
     """
     question, plan, execution = (len(example[key]) for key in ID_KEYS)
     needs_plan = config.plan_len > 0 or plan > 0
-    closed = not example.get("goes_on")
+    closed = not example.get("continues")
     return {"question": question, "plan": (1 + plan + 1) * needs_plan, "execution": 1 + execution + closed}
 
 
@@ -219,7 +219,7 @@ def check_content(example: ExampleIds, config: HierBD3LMConfig) -> None:
         found = special.keys() & set(example[key])
         if segment == "question":
             found -= {config.pad_token_id} - {config.end_token_id}
-        if segment == "execution" and example.get("goes_on"):
+        if segment == "execution" and example.get("continues"):
             found -= {config.end_token_id}
         if found:
             names = ", ".join(f"{special[token]} ({token})" for token in sorted(found))
@@ -235,14 +235,14 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: b
 def _lay_out_segments(example: ExampleIds, config: HierBD3LMConfig, order: BlockOrder) -> list[Columns]:
     """Question, plan, execution, each without padding."""
     question, plan, execution = (list(example[key]) for key in ID_KEYS)
-    lengths, end, goes_on = segment_lengths(example, config), [config.end_token_id], bool(example.get("goes_on"))
+    lengths, end, continues = segment_lengths(example, config), [config.end_token_id], bool(example.get("continues"))
     fillers = order.fillers({PLAN: lengths["plan"], EXECUTION: lengths["execution"]})
-    plan_filler, execution_filler = end * fillers[PLAN], end * fillers[EXECUTION] * (not goes_on)
+    plan_filler, execution_filler = end * fillers[PLAN], end * fillers[EXECUTION] * (not continues)
     no_plan = Columns([], [], [])
     return [
         Columns(question, [QUESTION] * len(question), [IGNORED_LABEL] * len(question)),
         _lay_out_segment(config.plan_token_id, plan + end, plan_filler, PLAN) if lengths["plan"] else no_plan,
-        _lay_out_segment(config.execution_token_id, execution + end * (not goes_on), execution_filler, EXECUTION),
+        _lay_out_segment(config.execution_token_id, execution + end * (not continues), execution_filler, EXECUTION),
     ]
 
 

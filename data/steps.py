@@ -38,7 +38,7 @@ def render_steps(steps: Sequence[str], answer: str | None = None) -> str:
     return STEP_SEPARATOR.join(steps if answer is None else [*steps, f"#### {answer}"])
 
 
-def read_steps(segment: str) -> list[str]:
+def split_steps(segment: str) -> list[str]:
     """The lines of [`render_steps`], which a segment's text has before `####`; empty ones are left out."""
     lines = segment.partition("####")[0].split(STEP_SEPARATOR)
     return [line.strip() for line in lines if line.strip()]

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from hierbd3lm.data.steps import read_steps, render_steps
+from hierbd3lm.data.steps import render_steps, split_steps
 from hierbd3lm.data.synthetic.checks import (
     VERDICTS,
     carry_out,
@@ -36,8 +36,8 @@ def test_every_execution_of_the_generator_carries_out_its_plan(split, config):
         assert verdicts == ["followed"] * row["num_steps"]
         values = carry_out(read_plan(row["plan"]), given_values(row["question"]))
         assert str(values[-1]) == row["answer"]
-        assert [str(step) for step in read_plan(row["plan"])] == row["plan_steps"] == read_steps(row["plan"])
-        assert read_steps(row["execution"]) == row["execution_steps"]
+        assert [str(step) for step in read_plan(row["plan"])] == row["plan_steps"] == split_steps(row["plan"])
+        assert split_steps(row["execution"]) == row["execution_steps"]
 
 
 def add_to_result(line, difference):

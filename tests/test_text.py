@@ -83,7 +83,7 @@ def byte_alphabet():
 
 def texts_of_rows(rows, config):
     """What is written on the rows, the `<|end|>` that the collator adds included."""
-    return [row["execution_ids"] + [config.end_token_id] * (not row["goes_on"]) for row in rows]
+    return [row["execution_ids"] + [config.end_token_id] * (not row["continues"]) for row in rows]
 
 
 # From documents to rows
@@ -105,7 +105,7 @@ def test_a_document_of_its_own_rows_is_cut_into_consecutive_ones(tokenizer, conf
     for document in bytes_with_ends(DOCUMENTS, tokenizer, config):
         stop = start + math.ceil(len(document) / WHOLE)
         assert list(chain(*pieces[start:stop])) == document
-        assert [row["goes_on"] for row in rows.select(range(start, stop))] == [True] * (stop - start - 1) + [False]
+        assert [row["continues"] for row in rows.select(range(start, stop))] == [True] * (stop - start - 1) + [False]
         start = stop
     assert start == len(rows) == 8
 
@@ -179,17 +179,17 @@ def test_text_for_a_model_with_a_plan_and_text_that_is_none_are_refused(tokenize
 
 def test_a_row_is_an_opener_and_its_tokens(tokenizer, config):
     ids = [7, 8, config.end_token_id, 9, 10]
-    goes_on, ends = (
-        {"question_ids": [], "plan_ids": [], "execution_ids": ids[3:] if closed else ids, "goes_on": not closed}
+    continues, ends = (
+        {"question_ids": [], "plan_ids": [], "execution_ids": ids[3:] if closed else ids, "continues": not closed}
         for closed in (False, True)
     )
-    batch = HierarchicalDataCollator(config)([goes_on, ends])
+    batch = HierarchicalDataCollator(config)([continues, ends])
     opener, end, pad = config.execution_token_id, config.end_token_id, config.pad_token_id
     assert batch["input_ids"].tolist() == [[opener, *ids], [opener, 9, 10, end, pad, pad]]
     assert batch["labels"].tolist() == [[-100, *ids], [-100, 9, 10, end, -100, -100]]
     assert batch["block_ids"].tolist() == [[1, 1, 1, 1, 2, 2], [1, 1, 1, 1, -1, -1]]
     with pytest.raises(ValueError, match="`execution_ids` must hold content only"):
-        HierarchicalDataCollator(config)([goes_on | {"goes_on": False}])
+        HierarchicalDataCollator(config)([continues | {"continues": False}])
 
 
 def test_a_model_without_a_plan_refuses_one(config):

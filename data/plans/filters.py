@@ -11,7 +11,7 @@ from ...configuration_hierbd3lm import SPECIAL_TOKENS
 from ..gsm8k.numbers import CONSTANTS, NUMBER_WORD, implied_values, values, with_plain_digits
 from ..steps import render_steps
 from .problems import SolvedProblem
-from .prompt import read_steps
+from .prompt import parse_reply
 
 MAX_PLAN_CHARS = 1000  # about 250 tokens; the longest plan of the rule for GSM8K has 872
 RUN_LENGTH = 5  # words in a row that are copied, not met by chance
@@ -53,7 +53,7 @@ class PlanDraft:
     @classmethod
     def read(cls, problem: SolvedProblem, reply: str, is_cut_off: bool = False) -> "PlanDraft":
         """Reads the steps of a reply."""
-        return cls(problem, reply, is_cut_off, read_steps(reply))
+        return cls(problem, reply, is_cut_off, parse_reply(reply))
 
     @property
     def text(self) -> str:

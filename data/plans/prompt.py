@@ -51,7 +51,7 @@ def plan_schema(num_steps: int) -> dict[str, Any]:
     return {"type": "object", "properties": {"steps": steps}, "required": ["steps"], "additionalProperties": False}
 
 
-def read_steps(reply: str) -> list[str] | None:
+def parse_reply(reply: str) -> list[str] | None:
     """The steps of a reply, one line each, without their numbers.
 
     They are the strings `steps` of the JSON object that the reply holds. A reply without such an object, as of a

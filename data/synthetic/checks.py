@@ -13,7 +13,7 @@ from functools import reduce
 from itertools import zip_longest
 from operator import add, mul, sub
 
-from ..steps import read_steps
+from ..steps import split_steps
 from .problems import PHRASINGS
 
 OPERATIONS = {"+": add, "-": sub, "*": mul}
@@ -85,7 +85,7 @@ def read_plan(plan: str) -> list[Step]:
     Raises:
         ValueError: for a plan without steps, or with a step of another format.
     """
-    steps = [read_plan_step(line) for line in read_steps(plan)]
+    steps = [read_plan_step(line) for line in split_steps(plan)]
     if not steps or None in steps:
         raise ValueError(f"`plan` must be lines as 'Mia = Tom + 3' with one operation each, but got {plan!r}")
     return steps
@@ -130,7 +130,7 @@ def check_execution(question: str, plan: str, execution: str) -> list[str]:
         a key of `VERDICTS` for each plan step, and then for each execution step that goes beyond the plan.
     """
     values, verdicts = given_values(question), []
-    for plan_line, execution_line in zip_longest(read_steps(plan), read_steps(execution)):
+    for plan_line, execution_line in zip_longest(split_steps(plan), split_steps(execution)):
         written = None if execution_line is None else read_execution_step(execution_line)
         verdicts.append(_check_step(plan_line, execution_line, values))
         if written is not None:

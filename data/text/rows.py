@@ -27,7 +27,7 @@ TEXT = "text"  # the column of the documents
 WRAPPED_TOGETHER = 1000  # documents: as many as `map` gives at once, streaming or not
 TOKEN_FEATURES = Features({"token_ids": List(Value("int64")), "num_bytes": Value("int64")})
 ROW_FEATURES = Features(
-    {**{key: List(Value("int64")) for key in ID_KEYS}, "goes_on": Value("bool"), "length": Value("int64")}
+    {**{key: List(Value("int64")) for key in ID_KEYS}, "continues": Value("bool"), "length": Value("int64")}
 )
 
 
@@ -124,7 +124,8 @@ def _cut(tokens: Sequence[int], size: int) -> list[Sequence[int]]:
 
 def _as_rows(rows: list[tuple[Sequence[int], bool]], config: HierBD3LMConfig, question: list[int]) -> Batch:
     examples = [
-        {"question_ids": question, "plan_ids": [], "execution_ids": ids, "goes_on": goes_on} for ids, goes_on in rows
+        {"question_ids": question, "plan_ids": [], "execution_ids": ids, "continues": continues}
+        for ids, continues in rows
     ]
     examples = [example | {"length": example_length(example, config)} for example in examples]
     return {name: [example[name] for example in examples] for name in ROW_FEATURES}
@@ -133,7 +134,9 @@ def _as_rows(rows: list[tuple[Sequence[int], bool]], config: HierBD3LMConfig, qu
 def _count(tokens: Dataset, rows: Dataset, config: HierBD3LMConfig) -> dict[str, int]:
     whole = row_size(config)
     in_documents = [len(ids) + 1 for ids in tokens["token_ids"]]
-    on_rows = [len(ids) + (not goes_on) for ids, goes_on in zip(rows["execution_ids"], rows["goes_on"], strict=True)]
+    on_rows = [
+        len(ids) + (not continues) for ids, continues in zip(rows["execution_ids"], rows["continues"], strict=True)
+    ]
     return {
         "num_documents": len(tokens),
         "num_bytes": sum(tokens["num_bytes"]),
