@@ -1,4 +1,4 @@
-"""How a run keeps its results in a folder, such that killing it at any moment loses none and doubles none."""
+"""Run folders, in which a run stores its results so that a kill at any time neither loses nor duplicates one."""
 
 import fcntl
 import hashlib
@@ -13,26 +13,26 @@ from typing import Any
 def start_run(
     folder: Path, settings: dict[str, Any], settings_file: str, result_files: Iterable[str], overwrite: bool = False
 ) -> None:
-    """Makes the folder of a run, or makes sure that the run which it holds is this one.
+    """Create the folder of a run, or check that the folder already contains this run.
 
     Args:
-        settings: all that decides on the results, as JSON takes it; kept in `settings_file`.
-        result_files: what a run writes; a folder with one of them holds a run.
-        overwrite: whether a run that is there is thrown away.
+        settings: all settings that influence the results, JSON-serializable; stored in `settings_file`.
+        result_files: files that a run writes; a folder with one of them contains a run.
+        overwrite: delete an existing run.
 
     Raises:
-        ValueError: if the folder holds another run; the message says in what it differs.
+        ValueError: if the folder contains another run; the message lists the differing settings.
     """
-    settings = json.loads(json.dumps(settings))  # as they will be read
+    settings = json.loads(json.dumps(settings))  # e.g. tuples become lists, as in the file
     settings_path, result_paths = folder / settings_file, [folder / name for name in result_files]
     if not overwrite and any(path.is_file() for path in (settings_path, *result_paths)):
-        there = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
-        different = [name for name in sorted(there | settings) if there.get(name) != settings.get(name)]
-        if different:
-            changes = "; ".join(f"{name}: {there.get(name)!r} there, {settings.get(name)!r} now" for name in different)
+        stored = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
+        pairs = {name: (stored.get(name), settings.get(name)) for name in sorted(stored | settings)}
+        changes = "; ".join(f"{name}: {old!r} stored, {new!r} now" for name, (old, new) in pairs.items() if old != new)
+        if changes:
             raise ValueError(
-                f"`output_dir` must be new or hold this run, but got {folder} with another one ({changes}): give "
-                f"`--overwrite` to throw that away, or another folder"
+                f"`output_dir` must be new or contain this run, but {folder} contains another one ({changes}); use "
+                f"`--overwrite` to delete it, or choose another folder"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,15 +42,15 @@ def start_run(
 
 
 class Log:
-    """A file of JSON lines that grows line by line, written by one process at a time.
+    """An append-only file of JSON lines, written by one process at a time.
 
     Args:
-        path: the file; may not exist. A last line that was not written to its end is cut off.
+        path: the file; it need not exist. An incomplete last line is removed.
 
-    `records` holds what the lines say.
+    `records` contains the parsed lines.
 
     Raises:
-        ValueError: if another process has the file open as a log.
+        ValueError: if another process has opened the file as a log.
     """
 
     def __init__(self, path: Path):
@@ -59,7 +59,7 @@ class Log:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
-            raise ValueError(f"`output_dir` must be written by one process, but {path} is by another") from error
+            raise ValueError(f"`output_dir` must be used by one process only, but another has {path} open") from error
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -68,7 +68,7 @@ class Log:
         self.records: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
 
     def append(self, *records: dict[str, Any]) -> None:
-        """Adds lines, which outlive this process from now on."""
+        """Append lines and flush them, so that they survive a kill of this process."""
         self._file.write(_to_lines(list(records)))
         self._file.flush()
         self.records.extend(records)
@@ -83,24 +83,24 @@ class Log:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a file that is never half there."""
+    """Write a JSON file atomically."""
     replace(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_lines(path: Path, values: list[dict[str, Any]]) -> None:
-    """Writes a file of JSON lines that is never half there."""
+    """Write a file of JSON lines atomically."""
     replace(path, _to_lines(values))
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Writes a file that has its old content or the new one at any moment."""
+    """Write a file atomically: at any time it has its old content or the new one."""
     new = path.with_name(f"{path.name}.new")
     new.write_bytes(content)
     os.replace(new, path)
 
 
 def hash_of(value: Any) -> str:
-    """Hash of a value, which is taken as text where JSON does not take it; the same in every process."""
+    """Return a hash of a value that is the same in every process; parts that JSON cannot serialize use `str`."""
     return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()[:16]
 
 

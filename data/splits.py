@@ -1,4 +1,4 @@
-"""Which examples a run trains on, is validated on and is tested on: one setting for training and evaluation."""
+"""Data arguments and splits, shared by training and evaluation."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -18,18 +18,18 @@ from .text.detokenization import RULES
 from .text.rows import TEXT, prepare_text
 
 SYNTHETIC = "synthetic"
-FILE_NAME = "data_config.json"  # beside a checkpoint: what it was trained on
+FILE_NAME = "data_config.json"  # saved with a checkpoint
 
 
 @dataclass
 class DataArguments:
-    """What a run reads."""
+    """Arguments for the data of a run."""
 
     dataset: str = field(
         default=SYNTHETIC,
         metadata={
-            "help": "`synthetic`, `openai/gsm8k`, a .json or .jsonl file, a .txt file of plain text with a document a "
-            "line, a folder, or a dataset on the Hub."
+            "help": "`synthetic`, `openai/gsm8k`, a .json or .jsonl file, a .txt file of plain text with one document "
+            "per line, a folder, or a dataset on the Hub."
         },
     )
     dataset_name: str | None = field(
@@ -39,31 +39,31 @@ class DataArguments:
     text_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of plain text, which a model without a question and a plan (`plan_len: 0`) is trained "
-            "on; `text` for a .txt file."
+            "help": "Column of plain text, for a model without question and plan (`plan_len: 0`); `text` by default "
+            "for a .txt file."
         },
     )
     wrap: bool = field(
         default=True,
-        metadata={"help": "Plain text: joins documents and cuts them into rows, else each has rows of its own."},
+        metadata={"help": "Plain text: concatenate documents and cut them into rows, else give each its own rows."},
     )
     detokenizer: str | None = field(
         default=None,
-        metadata={"help": f"Plain text: rules that put words together again, {', '.join(RULES)}; none if omitted."},
+        metadata={"help": f"Plain text: detokenization rules, one of {', '.join(RULES)}; none if omitted."},
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Plain text: reads the training split while it trains, in its order, without a copy of it."},
+        metadata={"help": "Plain text: stream the training split in its order instead of loading it before training."},
     )
     shuffle_buffer: int = field(
         default=0,
-        metadata={"help": "Documents of a stream that the next one is drawn from; 0 keeps the stream's order."},
+        metadata={"help": "Size, in documents, of the shuffle buffer of a stream; 0 keeps the stream's order."},
     )
     synthetic: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Fields of SyntheticConfig, as JSON, for the synthetic problems."}
+        default=None, metadata={"help": "Fields of SyntheticConfig for the synthetic problems, as JSON."}
     )
     num_synthetic_examples: int = field(
-        default=0, metadata={"help": "Synthetic problems that are trained on beside another dataset; 0 for none."}
+        default=0, metadata={"help": "Number of synthetic problems to add to the training split of another dataset."}
     )
     dataset_train_split: str | None = field(default="train", metadata={"help": "Name of the training split."})
     dataset_validation_split: str | None = field(
@@ -71,29 +71,29 @@ class DataArguments:
     )
     dataset_test_split: str | None = field(default="test", metadata={"help": "Name of the test split."})
     num_train_examples: int | None = field(
-        default=None, metadata={"help": "The first so many training examples; needed for `dataset: synthetic`."}
+        default=None, metadata={"help": "Maximum number of training examples; required for `dataset: synthetic`."}
     )
     num_validation_examples: int = field(
         default=256,
-        metadata={"help": "Examples, or documents, that the likelihood is measured on; 0 for no validation."},
+        metadata={"help": "Number of validation examples, or documents of plain text; 0 for no validation."},
     )
     tested_on: str | None = field(
         default=None,
         metadata={
-            "help": "Dataset with the test split that training must stay clear of: near-duplicates of its problems "
-            "are left out. GSM8K itself if it is trained on."
+            "help": "Dataset whose test split is used for testing: near-duplicates of its problems are removed from "
+            "training and validation. Defaults to GSM8K if `dataset` is GSM8K."
         },
     )
     auto_split: bool = field(
         default=False,
-        metadata={"help": "Splits examples that are a `text` alone at 25 % and 50 % of their tokens."},
+        metadata={"help": "Split examples that have only a `text` at 25 % and 50 % of their tokens."},
     )
     fixed_length: bool = field(
-        default=False, metadata={"help": "Pads every segment to its greatest length, not to what a batch needs."}
+        default=False, metadata={"help": "Pad every segment to its maximum length, not to the longest of the batch."}
     )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that encode; one if omitted."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Number of processes for encoding."})
     over_long: str = field(
-        default="drop", metadata={"help": "What is done with over-long examples: `drop` (and count) or `raise`."}
+        default="drop", metadata={"help": "How to handle over-long examples: `drop` (and count) or `raise`."}
     )
 
     def __post_init__(self):
@@ -125,45 +125,44 @@ class DataArguments:
             raise ValueError(f"`{name}` must be {default} {where}, but got {getattr(self, name)!r}")
 
     def save(self, folder: str) -> None:
-        """Writes the arguments beside a checkpoint."""
+        """Save the arguments with a checkpoint."""
         Path(folder, FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str) -> "DataArguments":
-        """What a checkpoint was trained on; the defaults where the folder does not say."""
+        """Load the arguments that a checkpoint was trained with, or the defaults if there is no such file."""
         path = Path(folder, FILE_NAME)
         return cls(**json.loads(path.read_text())) if path.is_file() else cls()
 
 
 def training_splits(args: DataArguments) -> list[str]:
-    """The splits that are trained on."""
+    """Return the names of the splits for training."""
     return ["train", SYNTHETIC] if args.num_synthetic_examples else ["train"]
 
 
 def load_split(args: DataArguments, split: str, num_examples: int | None = None) -> Dataset:
-    """The dataset of [`load_counted_split`]."""
+    """Return the dataset of [`load_counted_split`]."""
     return load_counted_split(args, split, num_examples)[0]
 
 
 def load_counted_split(
     args: DataArguments, split: str, num_examples: int | None = None
 ) -> tuple[Dataset | IterableDataset, dict[str, int]]:
-    """The examples of one split, with the columns `question`, `plan`, `execution` (or `text`).
+    """Load the examples of one split, with the columns `question`, `plan`, `execution` (or `text`).
 
-    Of a stream, what is validated on is the start where it is held out of training, and is read into memory.
+    For a stream, the validation split is read into memory; if it is held out of training, it is the stream's start.
 
     Args:
-        split: `train`, `validation` or `test`; `synthetic` for the synthetic problems beside another dataset; for
-            the synthetic problems alone any split of [`generate_dataset`].
-        num_examples: the first so many of the split.
+        split: `train`, `validation` or `test`; `synthetic` for the synthetic problems added to another dataset; for
+            `dataset: synthetic` any split of [`generate_dataset`].
+        num_examples: maximum number of examples, taken from the start of the split.
 
     Returns:
-        the examples, and with `tested_on`, for training and validation, `num_near_test`: the problems left out as
-        they are near-duplicates of a test problem (see gsm8k/near_duplicates.py).
+        the examples and, for training and validation with `tested_on`, `num_near_test`: the number of problems
+        removed as near-duplicates of a test problem (see gsm8k/near_duplicates.py).
 
     Raises:
-        ValueError: for a split that there is not, for less than one example, and for synthetic problems without a
-            number of examples.
+        ValueError: for an unknown split, fewer than one example, and synthetic problems without a number of examples.
     """
     if num_examples is None and split in ("train", "validation", SYNTHETIC):
         num_examples = getattr(args, f"num_{split}_examples")
@@ -190,7 +189,7 @@ def encode_split(
     tokenizer: PreTrainedTokenizerBase,
     config: HierBD3LMConfig,
 ) -> tuple[Dataset | IterableDataset, dict[str, Any]]:
-    """Encodes the examples of a split and reports on them: see [`prepare_text`] and [`prepare_dataset`]."""
+    """Encode the examples of a split and return them with a report: see [`prepare_text`] and [`prepare_dataset`]."""
     if args.text_column is not None:
         return prepare_text(dataset, tokenizer, config, args.wrap, args.dataset_num_proc)
     return prepare_dataset(
@@ -212,20 +211,20 @@ def _stream(args: DataArguments, split: str, num_documents: int | None) -> Datas
     if num_documents is not None:
         documents = documents.take(num_documents)
     if split == "train" and args.shuffle_buffer:
-        documents = documents.shuffle(seed=0, buffer_size=args.shuffle_buffer)  # the same whenever it is read
+        documents = documents.shuffle(seed=0, buffer_size=args.shuffle_buffer)  # the same order in every pass
     return documents if split == "train" else Dataset.from_list(list(documents))
 
 
 def _load_or_hold_out(args: DataArguments, split: str) -> Dataset:
-    """The split as the dataset has it; else validation is the end of training, and training the rest."""
+    """Load a split; without a validation split, hold validation out of the end of the training split."""
     if split == "test" or args.dataset_validation_split is not None:
         return _load(args, getattr(args, f"dataset_{split}_split"))
     dataset = _load(args, args.dataset_train_split)
     num_training = len(dataset) - args.num_validation_examples
     if num_training < 1:
         raise ValueError(
-            f"`num_validation_examples` must be less than the {len(dataset)} training examples that it is held out "
-            f"of, but got {args.num_validation_examples}"
+            f"`num_validation_examples` must be less than the number of training examples, {len(dataset)}, but got "
+            f"{args.num_validation_examples}"
         )
     return dataset.select(range(num_training) if split == "train" else range(num_training, len(dataset)))
 
@@ -233,7 +232,7 @@ def _load_or_hold_out(args: DataArguments, split: str) -> Dataset:
 def _without_near_test(dataset: Dataset, tested_on: str) -> tuple[Dataset, dict[str, int]]:
     if "question" not in dataset.column_names:
         raise ValueError(f"`tested_on` must be None for a dataset without questions, but got {tested_on!r}")
-    # GSM8K's rows as they were published: its plans take a while to write and are not looked at
+    # GSM8K's rows as published: writing its plans takes a while, and they are not needed
     test = load_gsm8k_rows("test") if tested_on in HUB_IDS else _load(DataArguments(dataset=tested_on), "test")
     similarities = highest_similarities(dataset["question"], test["question"])
     kept = [row for row, similarity in enumerate(similarities) if similarity < NEAR_DUPLICATE]
@@ -242,7 +241,7 @@ def _without_near_test(dataset: Dataset, tested_on: str) -> tuple[Dataset, dict[
 
 def _load(args: DataArguments, split: str | None, streaming: bool = False) -> Dataset | IterableDataset:
     if Path(args.dataset).is_file():
-        split = None  # a file is one split, whatever it is called
+        split = None  # a file has a single split
     of_hub = {} if args.dataset_revision is None else {"revision": args.dataset_revision}
     if args.text_column is None:
         return load_reasoning_dataset(args.dataset, split, args.dataset_name, auto_split=args.auto_split, **of_hub)

@@ -20,7 +20,7 @@ from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.data.loading import load_documents
 from hierbd3lm.data.splits import DataArguments, load_split
 from hierbd3lm.data.text.detokenization import RULES, detokenize
-from hierbd3lm.data.text.rows import WRAPPED_TOGETHER, prepare_text
+from hierbd3lm.data.text.rows import DOCUMENTS_PER_BATCH, prepare_text
 from hierbd3lm.data.text.sets import TEXT_SETS
 from hierbd3lm.evaluation import checkpoints
 from hierbd3lm.evaluation.likelihood import measure_likelihood
@@ -126,7 +126,7 @@ def test_a_report_counts_what_there_is(tokenizer, config, wrap):
 
 @pytest.mark.parametrize("wrap", [True, False])
 def test_a_stream_has_the_rows_of_a_dataset(tokenizer, config, wrap):
-    documents = as_dataset(many_documents(2 * WRAPPED_TOGETHER + 203))
+    documents = as_dataset(many_documents(2 * DOCUMENTS_PER_BATCH + 203))
     rows, _ = prepare_text(documents, tokenizer, config, wrap)
     streamed, report = prepare_text(documents.to_iterable_dataset(), tokenizer, config, wrap)
     assert list(streamed) == list(rows) and report == {}
@@ -135,7 +135,7 @@ def test_a_stream_has_the_rows_of_a_dataset(tokenizer, config, wrap):
 
 
 def test_processes_do_not_change_the_rows(tokenizer, config):
-    documents = as_dataset(many_documents(WRAPPED_TOGETHER + 203))
+    documents = as_dataset(many_documents(DOCUMENTS_PER_BATCH + 203))
     one, two = (prepare_text(documents, tokenizer, config, num_proc=number)[0] for number in (1, 2))
     assert list(one) == list(two)
 
@@ -143,7 +143,7 @@ def test_processes_do_not_change_the_rows(tokenizer, config):
 @pytest.mark.parametrize("num_read", [0, 1, 30, 700])
 def test_the_state_of_a_stream_goes_on_with_the_next_row(tokenizer, config, num_read):
     def stream():
-        documents = as_dataset(many_documents(WRAPPED_TOGETHER + 203)).to_iterable_dataset(num_shards=2)
+        documents = as_dataset(many_documents(DOCUMENTS_PER_BATCH + 203)).to_iterable_dataset(num_shards=2)
         return prepare_text(documents.skip(3), tokenizer, config)[0]
 
     whole, started = list(stream()), stream()
@@ -170,7 +170,7 @@ def test_text_for_a_model_with_a_plan_and_text_that_is_none_are_refused(tokenize
         prepare_text(as_dataset(DOCUMENTS), tokenizer, make_config_for(tokenizer))
     with pytest.raises(ValueError, match="at least one document"):
         prepare_text(as_dataset([]), tokenizer, config)
-    with pytest.raises(ValueError, match="`text` must be a text, but got None"):
+    with pytest.raises(ValueError, match="`text` must be a string, but got None"):
         prepare_text(as_dataset(["a", None]), tokenizer, config)
 
 
@@ -188,7 +188,7 @@ def test_a_row_is_an_opener_and_its_tokens(tokenizer, config):
     assert batch["input_ids"].tolist() == [[opener, *ids], [opener, 9, 10, end, pad, pad]]
     assert batch["labels"].tolist() == [[-100, *ids], [-100, 9, 10, end, -100, -100]]
     assert batch["block_ids"].tolist() == [[1, 1, 1, 1, 2, 2], [1, 1, 1, 1, -1, -1]]
-    with pytest.raises(ValueError, match="`execution_ids` must hold content only"):
+    with pytest.raises(ValueError, match="`execution_ids` must not contain special tokens"):
         HierarchicalDataCollator(config)([continues | {"continues": False}])
 
 
