@@ -1,10 +1,10 @@
-"""The command that has a language model write plans: `python -m hierbd3lm.data.plans.write_plans --help`.
+"""Write plans with a language model: `python -m hierbd3lm.data.plans.write_plans --help`.
 
-It writes into a folder: `manifest.json` (what the run is), `replies.jsonl` (a line per reply, appended as it comes);
-and, when all replies are there, what follows from them: `plans.jsonl` (the dataset, a row per problem that has got a
-plan), `rejected.jsonl` (the replies that were rejected, and why), `summary.json` (the counts) and `README.md` (the
-dataset's card). A run that was killed goes on with the replies that it has; a run that is complete asks for none, and
-makes the rest anew.
+The output folder contains `manifest.json` (the settings of the run) and `replies.jsonl` (a line per reply, appended
+as it arrives). When all replies have arrived, they are evaluated: `plans.jsonl` (the dataset, a row per problem with a
+plan), `rejected.jsonl` (the rejected replies and the reasons), `summary.json` (the counts) and `README.md` (the
+dataset card). A run that was killed resumes after its last reply. A complete run requests no replies and only
+rewrites the other files.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from .filters import FILTERS, PlanDraft, find_rejection, score
 from .hub import CARD_FILE, PLANS_FILE, push_plans, write_card
 from .problems import SolvedProblem, load_problems
 from .prompt import plan_messages, plan_schema
-from .writers import PlanReply, PlanRequest, PlanWriter, SamplingSettings, ServerWriter, VllmWriter
+from .writers import PlanRequest, PlanWriter, SamplingSettings, ServerWriter, VllmWriter
 
 logger = logging.get_logger(__name__)
 
@@ -38,54 +38,55 @@ MANIFEST_FILE, REPLIES_FILE = "manifest.json", "replies.jsonl"
 REJECTED_FILE, SUMMARY_FILE = "rejected.jsonl", "summary.json"
 RESULT_FILES = (REPLIES_FILE, PLANS_FILE, REJECTED_FILE, SUMMARY_FILE, CARD_FILE)
 FALLBACKS = ("rule",)
-MAX_REFUSALS = 20  # one after the other: the server refuses all, not this one or that
+MAX_REFUSALS = 20  # consecutive: the server then refuses every request, not individual ones
 
 
 @dataclass
 class WritePlansArguments:
-    """Which problems get plans, who writes them, and where they go."""
+    """Arguments of the command."""
 
     dataset: str = field(
         default="openai/gsm8k",
         metadata={
             "help": "`openai/gsm8k`, or a .json or .jsonl file, a folder or a dataset on the Hub with `question` "
-            "and `execution`, which ends with `#### <answer>`."
+            "and `execution`; the execution ends with `#### <answer>`."
         },
     )
-    split: str = field(default="train", metadata={"help": "Its split; not looked at where it is a file."})
-    limit: int | None = field(default=None, metadata={"help": "The first so many problems; all if omitted."})
-    output_dir: str = field(default="outputs/plans", metadata={"help": "Folder of all that is written."})
-    overwrite: bool = field(default=False, metadata={"help": "Throws away the run that `output_dir` holds."})
+    split: str = field(default="train", metadata={"help": "Split of the dataset; ignored for a file."})
+    limit: int | None = field(default=None, metadata={"help": "Maximum number of problems; all if omitted."})
+    output_dir: str = field(default="outputs/plans", metadata={"help": "Output folder."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete an existing run in `output_dir`."})
 
     model: str = field(
         default="meta-llama/Llama-3.1-8B-Instruct",
-        metadata={"help": "Folder or id of an instruct model; with `base_url` its name on the server."},
+        metadata={"help": "Folder or Hub id of an instruct model; with `base_url` its name on the server."},
     )
-    num_samples: int = field(default=4, metadata={"help": "Plans that are written for a problem; the best is kept."})
-    temperature: float = field(default=0.7, metadata={"help": "0 is greedy."})
-    top_p: float = field(default=0.95, metadata={"help": "Nucleus of the tokens' distribution."})
-    max_tokens: int = field(default=512, metadata={"help": "Most tokens of a plan."})
+    num_samples: int = field(default=4, metadata={"help": "Number of plans per problem; the best one is kept."})
+    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; 0 for greedy decoding."})
+    top_p: float = field(default=0.95, metadata={"help": "Cumulative probability for nucleus sampling."})
+    max_tokens: int = field(default=512, metadata={"help": "Maximum number of tokens of a plan."})
     structured_output: bool = field(
-        default=True, metadata={"help": "Holds decoding to JSON with as many steps as the solution."}
+        default=True, metadata={"help": "Constrain decoding to JSON with as many steps as the solution."}
     )
-    seed: int = field(default=0, metadata={"help": "One of its own per problem and sample follows from it."})
+    seed: int = field(default=0, metadata={"help": "Random seed; the seeds of problems and samples derive from it."})
     fallback: str | None = field(
-        default=None, metadata={"help": "`rule`: a problem whose plans are all rejected gets the plan by rule."}
+        default=None, metadata={"help": "`rule`: use the rule-based plan if all plans of a problem are rejected."}
     )
 
     base_url: str | None = field(
         default=None,
         metadata={
-            "help": "API of an OpenAI-compatible server, as http://localhost:8000/v1; vllm in this process if omitted."
+            "help": "URL of an OpenAI-compatible API, such as http://localhost:8000/v1; if omitted, vllm runs in this "
+            "process."
         },
     )
-    concurrency: int = field(default=16, metadata={"help": "Requests to the server that are under way at once."})
-    timeout: float = field(default=120.0, metadata={"help": "Seconds that the server's answer may take."})
-    max_retries: int = field(default=10, metadata={"help": "Times that a request which fails is sent again."})
-    tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that share the model, for vllm."})
+    concurrency: int = field(default=16, metadata={"help": "Maximum number of concurrent requests to the server."})
+    timeout: float = field(default=120.0, metadata={"help": "Timeout of a request in seconds."})
+    max_retries: int = field(default=10, metadata={"help": "Maximum number of retries of a failed request."})
+    tensor_parallel_size: int = field(default=1, metadata={"help": "Number of GPUs for tensor parallelism in vllm."})
 
     push_to_hub: str | None = field(default=None, metadata={"help": "Id of a dataset on the Hub to upload to."})
-    private: bool = field(default=False, metadata={"help": "Whether a dataset that is made there is private."})
+    private: bool = field(default=False, metadata={"help": "Create the dataset on the Hub as private."})
 
     def __post_init__(self):
         for name in ("limit", "num_samples"):
@@ -95,17 +96,17 @@ class WritePlansArguments:
         self.sampling()
 
     def sampling(self) -> SamplingSettings:
-        """How replies are drawn."""
+        """Return the sampling settings."""
         return SamplingSettings(self.temperature, self.top_p, self.max_tokens, self.structured_output)
 
 
 def parse_arguments(argv: list[str]) -> WritePlansArguments:
-    """Reads `[--setting value ...]`."""
+    """Parse `[--setting value ...]`."""
     return HfArgumentParser(WritePlansArguments).parse_args_into_dataclasses(argv)[0]
 
 
 def main() -> None:
-    """Parses, writes, prints."""
+    """Write plans and print the summary."""
     args = parse_arguments(sys.argv[1:])
     summary = write_plans(args)
     print(json.dumps(summary, indent=2))
@@ -113,11 +114,11 @@ def main() -> None:
 
 
 def write_plans(args: WritePlansArguments) -> dict[str, Any]:
-    """Writes plans, or goes on with that; returns the summary that is written (see [`choose_plans`]).
+    """Write plans, or resume a run, and return its summary (see [`choose_plans`]).
 
     Raises:
-        ValueError: if the folder holds another run or is in use by another process, as in [`load_problems`], and if
-            the server refuses `MAX_REFUSALS` requests one after the other.
+        ValueError: if the folder contains another run or is in use by another process, if [`load_problems`] rejects
+            the dataset, and if the server refuses `MAX_REFUSALS` consecutive requests.
     """
     folder = Path(args.output_dir)
     problems = load_problems(args.dataset, args.split, args.limit)
@@ -136,7 +137,7 @@ def write_plans(args: WritePlansArguments) -> dict[str, Any]:
 
 
 def describe_run(args: WritePlansArguments, problems: list[SolvedProblem]) -> dict[str, Any]:
-    """All that decides what is asked and replied, as far as this side knows."""
+    """Return all settings that influence the requests and, as far as known, the replies."""
     return {
         "dataset": args.dataset,
         "split": args.split,
@@ -151,82 +152,83 @@ def describe_run(args: WritePlansArguments, problems: list[SolvedProblem]) -> di
     } | asdict(args.sampling())
 
 
-# The replies
+# Requesting the replies
 
 
 def write_missing_replies(args: WritePlansArguments, problems: list[SolvedProblem], log: Log) -> None:
-    """Asks for all replies that the log does not have, and appends them as they come."""
-    there = {(record["index"], record["sample"]) for record in log.records}
+    """Request all replies that the log does not have, and append them as they arrive."""
+    logged = {(record["index"], record["sample"]) for record in log.records}
     num_replies = len(problems) * args.num_samples
-    if len(there) == num_replies:
+    if len(logged) == num_replies:
         return
     requests = (
         request_plan(problem, sample, args.seed)
         for problem in problems
         for sample in range(args.num_samples)
-        if (problem.index, sample) not in there
+        if (problem.index, sample) not in logged
     )
-    with tqdm(total=num_replies, initial=len(there), desc="Writing plans", unit="plan") as progress:
+    with tqdm(total=num_replies, initial=len(logged), desc="Writing plans", unit="plan") as progress:
         asyncio.run(_collect(make_writer(args), requests, log, progress))
 
 
 def make_writer(args: WritePlansArguments) -> PlanWriter:
-    """The language model that the arguments name."""
+    """Create the writer for the language model of the arguments."""
     if args.base_url is None:
         return VllmWriter(args.model, args.sampling(), tensor_parallel_size=args.tensor_parallel_size)
     return ServerWriter(args.base_url, args.model, args.sampling(), args.concurrency, args.timeout, args.max_retries)
 
 
 def request_plan(problem: SolvedProblem, sample: int, seed: int) -> PlanRequest:
-    """What the model is asked for a sample; the same in every run with this seed."""
+    """Make the request for a sample, which is the same in every run with this seed."""
     digest = hashlib.sha256(f"{seed} {problem.index} {sample}".encode()).digest()
     return PlanRequest(
         index=problem.index,
         sample=sample,
         messages=plan_messages(problem.question, problem.execution_steps),
         schema=plan_schema(len(problem.execution_steps)),
-        seed=int.from_bytes(digest[:4], "big") >> 1,  # 31 bits: every server takes them
+        seed=int.from_bytes(digest[:4], "big") >> 1,  # 31 bits, which every server accepts
     )
 
 
 async def _collect(writer: PlanWriter, requests: Iterable[PlanRequest], log: Log, progress: tqdm) -> None:
-    """Appends the replies to the log. What the server refuses is not: a rerun asks for it again."""
-    refusals: list[PlanReply] = []  # since the last reply
+    """Append the replies to the log; a refused request is not logged, so that a rerun sends it again."""
+    num_refusals = 0  # since the last reply
     async with aclosing(writer.write(requests)) as replies:
         async for reply in replies:
             progress.update()
             if reply.refusal is None:
                 log.append({name: value for name, value in asdict(reply).items() if name != "refusal"})
-                refusals.clear()
+                num_refusals = 0
                 continue
-            refusals.append(reply)
-            logger.warning(f"The server refuses problem {reply.index}, sample {reply.sample}: {reply.refusal}")
-            if len(refusals) == MAX_REFUSALS:
+            num_refusals += 1
+            logger.warning(f"The server refused problem {reply.index}, sample {reply.sample}: {reply.refusal}")
+            if num_refusals == MAX_REFUSALS:
                 raise ValueError(
-                    f"the server must answer, but it has refused {MAX_REFUSALS} requests one after the other, the "
-                    f"last with: {reply.refusal}"
+                    f"the server has refused {MAX_REFUSALS} consecutive requests, the last with: {reply.refusal}"
                 )
 
 
-# What follows from them
+# Evaluating the replies
 
 
 def choose_plans(
     problems: list[SolvedProblem], records: list[dict[str, Any]], num_samples: int, fallback: str | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
-    """Keeps for each problem the reply with the best score (the first of several) among those no filter rejects.
+    """Choose for each problem, among the replies that pass the filters, the one with the best score.
+
+    Ties are broken by the lowest sample number.
 
     Args:
         records: replies, in any order: `index`, `sample`, `text`, `is_cut_off`.
-        num_samples: replies that were asked for per problem.
-        fallback: `rule` gives a problem without such a reply the plan by rule; None leaves it out.
+        num_samples: number of requested replies per problem.
+        fallback: `rule` to use the rule-based plan for a problem without an accepted reply; None to omit the problem.
 
     Returns:
-        - rows in the problems' order: `index`, the columns of [`make_row`], `plan_source` (`model` or `rule`) and
-          `score` (None for `rule`).
-        - the rejected replies: `index`, `sample`, `rejected_by` (a name of `FILTERS`), `text`.
+        - rows in the order of the problems: `index`, the columns of [`make_row`], `plan_source` (`model` or `rule`)
+          and `score` (None for `rule`).
+        - the rejected replies: `index`, `sample`, `rejected_by` (a key of `FILTERS`), `text`.
         - the summary: `num_problems`; `num_replies`, of these `num_accepted`, and `rejected_by` (a count for each
-          filter); `num_refused` (asked for and not there); `num_plans`, of these `num_plans_by_model` and
+          filter); `num_refused` (requested without a reply); `num_plans`, of these `num_plans_by_model` and
           `num_plans_by_rule`; `num_without_plan`.
     """
     replies: dict[int, list[dict[str, Any]]] = defaultdict(list)
@@ -244,7 +246,7 @@ def choose_plans(
 def judge_replies(
     problem: SolvedProblem, records: list[dict[str, Any]]
 ) -> tuple[list[PlanDraft], list[dict[str, Any]]]:
-    """The drafts that no filter rejects, and the records of the others with the filter's name."""
+    """Return the accepted drafts, and the records of the rejected ones with the filter's name."""
     accepted, rejected = [], []
     for record in records:
         draft = PlanDraft.read(problem, record["text"], record["is_cut_off"])
