@@ -1,12 +1,12 @@
 """Conversion of published checkpoints of BD3-LM and MDLM: `python -m hierbd3lm.convert.published --help`.
 
 The published network is a DiT: every LayerNorm is scaled and shifted, and every residual branch gated, by linear
-functions of a condition (Peebles and Xie 2023, section 3.2). Where it is trained without time conditioning, the
-condition is that of sigma = 0 at any time, and scale, shift and gate are constants that fold into the neighbouring
-weights: what is left is a [`HierBD3LMDiTForCausalLM`].
+functions of a condition (Peebles and Xie 2023, section 3.2). Without time conditioning, the condition is always that
+of sigma = 0, so scale, shift and gate are constants that can be folded into adjacent weights. The result is a
+[`HierBD3LMDiTForCausalLM`].
 
-A converted model writes text: it has no question and no plan. `<|execution|>` opens a text as the BOS token did in
-training, and the EOS token is the end of the execution. `<|plan|>` and `<|execution|>` have probability 0.
+A converted model generates plain text: it has no question and no plan. `<|execution|>` opens a text, as the BOS token
+did in training, and the EOS token ends it. `<|plan|>` and `<|execution|>` have probability 0.
 """
 
 import json
@@ -31,7 +31,7 @@ from ..settings_hierbd3lm import HierBD3LMGenerationConfig
 
 Weights = Mapping[str, torch.Tensor]
 
-PREFIX = "backbone."  # of the published names; left out here
+PREFIX = "backbone."  # of the published names; removed here
 OUTER_NAMES = (
     "vocab_embed.embedding",
     *(f"sigma_map.mlp.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")),
@@ -42,23 +42,23 @@ BLOCK_NAMES = (
     *(f"{layer}.weight" for layer in ("norm1", "attn_qkv", "attn_out", "norm2")),
     *(f"{layer}.{kind}" for layer in ("mlp.0", "mlp.2", "adaLN_modulation") for kind in ("weight", "bias")),
 )
-# What a checkpoint may store besides: frequencies, the training mask, and the bounds of the noise at training's end.
+# Other tensors of a checkpoint: rotary frequencies, the training mask, and the noise range at the end of training.
 BUFFERS = {"rotary_emb.inv_freq", "block_diff_mask", "sampling_eps_min", "sampling_eps_max"}
 
 TEXT_TOKENS = [SPECIAL_TOKENS[role] for role in ("mask", "plan", "execution")]  # in the order of their ids
-NEVER = -1e4  # a logit whose probability is 0 in every floating-point type, and which all of them hold
+NEVER = -1e4  # a logit that is representable, and has probability 0, in every floating-point type
 
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """What is read of a published checkpoint.
+    """A published checkpoint.
 
     Args:
-        weights: by their published names, without `PREFIX`.
-        num_heads: attention heads.
-        block_size: tokens that are denoised together; `length` for MDLM.
-        length: tokens of a text in training.
-        buffers: names of what the checkpoint stores besides and the converted model does not need.
+        weights: weights by published name, without `PREFIX`.
+        num_heads: number of attention heads.
+        block_size: number of tokens per block; `length` for MDLM.
+        length: number of tokens of a training text.
+        buffers: names of stored tensors that the converted model does not need.
     """
 
     weights: Weights
@@ -69,7 +69,7 @@ class PublishedModel:
 
 
 def read_published(source: str | os.PathLike, **download: Any) -> PublishedModel:
-    """Reads a checkpoint without running the code that it brings.
+    """Read a checkpoint without running its remote code.
 
     Args:
         source: folder or Hub id, with `config.json` and `model.safetensors` or `pytorch_model.bin`.
@@ -77,16 +77,15 @@ def read_published(source: str | os.PathLike, **download: Any) -> PublishedModel
 
     Raises:
         OSError: if there is no such checkpoint.
-        ValueError: for a model with time conditioning, a causal one, and for names of weights that are missing or
-            unknown.
+        ValueError: for a model with time conditioning, a causal model, and for missing or unknown weights.
     """
     config = json.loads(Path(cached_file(source, "config.json", **download)).read_text(encoding="utf-8"))
-    for name, why in (("time_conditioning", "the condition is no constant"), ("causal", "there are no blocks")):
+    for name in ("time_conditioning", "causal"):
         if config.get(name):
-            raise ValueError(f"`{name}` of {source} must be False, else {why}, but got {config[name]}")
+            raise ValueError(f"`{name}` in config.json of {source} must be False, but got {config[name]}")
     missing = [name for name in ("n_heads", "model_length") if name not in config]
     if missing:
-        raise ValueError(f"config.json of {source} must hold {', '.join(missing)}, but holds {', '.join(config)}")
+        raise ValueError(f"config.json of {source} must have {', '.join(missing)}, but has {', '.join(config)}")
     stored = {name.removeprefix(PREFIX): tensor for name, tensor in _read_weights(source, download).items()}
     buffers = sorted(stored.keys() & BUFFERS)
     weights = {name: tensor for name, tensor in stored.items() if name not in BUFFERS}
@@ -96,16 +95,16 @@ def read_published(source: str | os.PathLike, **download: Any) -> PublishedModel
 
 
 def convert(published: PublishedModel, tokenizer: PreTrainedTokenizerBase) -> HierBD3LMForBlockDiffusion:
-    """The same distribution over texts as a model of ours, in evaluation mode.
+    """Convert a checkpoint to a model in evaluation mode with the same distribution over texts.
 
     Args:
-        tokenizer: the checkpoint's, whose last id is that before the mask token's. It gets `<|mask|>`, `<|plan|>` and
-            `<|execution|>` in place, and pads on the left with its EOS token.
+        tokenizer: the checkpoint's tokenizer, whose last id precedes that of the mask token. It is modified in place:
+            `<|mask|>`, `<|plan|>` and `<|execution|>` are added, and it pads on the left with its EOS token.
 
     Raises:
-        ValueError: if the tokenizer is not the checkpoint's, or has no BOS or EOS token.
+        ValueError: if the tokenizer does not fit the checkpoint, or has no BOS or EOS token.
     """
-    num_rows = len(published.weights["vocab_embed.embedding"])  # the mask's is the last
+    num_rows = len(published.weights["vocab_embed.embedding"])  # the last row is the mask token's
     _extend_tokenizer(tokenizer, num_rows)
     weights = add_openers(fold_modulation(published.weights, published.num_heads), tokenizer.bos_token_id)
     config = HierBD3LMConfig(
@@ -127,9 +126,9 @@ def convert(published: PublishedModel, tokenizer: PreTrainedTokenizerBase) -> Hi
 
 
 def constant_condition(weights: Weights) -> torch.Tensor:
-    """What every modulation is a function of, at sigma = 0: `torch.DoubleTensor` of shape `(condition_size,)`.
+    """Return the condition at sigma = 0: `torch.DoubleTensor` of shape `(condition_size,)`.
 
-    The embedding of sigma is the cosines and then the sines of its multiples: ones, then zeros.
+    The embedding of sigma consists of the cosines and then the sines of its multiples: ones, then zeros.
     """
     first, second = (
         (weights[f"sigma_map.mlp.{layer}.weight"].double(), weights[f"sigma_map.mlp.{layer}.bias"].double())
@@ -141,9 +140,9 @@ def constant_condition(weights: Weights) -> torch.Tensor:
 
 
 def fold_modulation(weights: Weights, num_heads: int) -> dict[str, torch.Tensor]:
-    """The weights of a [`HierBD3LMDiTForCausalLM`] that computes what the published ones do at sigma = 0.
+    """Fold the modulation at sigma = 0 into the weights of an equivalent [`HierBD3LMDiTForCausalLM`].
 
-    In double precision until the end, where they are rounded to the published dtype.
+    Computed in double precision, then rounded to the published dtype.
     """
     condition = constant_condition(weights)
     body = {"embed_in.weight": weights["vocab_embed.embedding"]}
@@ -163,7 +162,7 @@ def fold_modulation(weights: Weights, num_heads: int) -> dict[str, torch.Tensor]
 
 
 def add_openers(weights: Weights, bos_token_id: int) -> dict[str, torch.Tensor]:
-    """Adds two tokens behind the mask, which are read as the BOS token is and have probability 0."""
+    """Add two tokens after the mask token, with the embedding of the BOS token and probability 0."""
     embedding, head, bias = (weights[name] for name in ("gpt_neox.embed_in.weight", "lm_head.weight", "lm_head.bias"))
     return dict(weights) | {
         "gpt_neox.embed_in.weight": torch.cat([embedding, embedding[[bos_token_id] * 2]]),
@@ -195,7 +194,7 @@ def _modulation(weights: Weights, prefix: str, condition: torch.Tensor) -> torch
 
 
 def _by_head(projection: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of queries, keys and values of all heads become those of the first head, the second, ..."""
+    """Reorder the rows from queries, keys, values of all heads to queries, keys, values per head."""
     return projection.unflatten(0, (3, num_heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
@@ -235,8 +234,8 @@ def _check_names(weights: Weights, source: str | os.PathLike) -> None:
     missing, unknown = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
     if missing or unknown:
         raise ValueError(
-            f"`source` must hold the weights of a DiT with adaptive LayerNorm, but {source} lacks {missing} and has "
-            f"{unknown} besides"
+            f"`source` must have the weights of a DiT with adaptive LayerNorm, but {source} lacks {missing} and has "
+            f"the unknown weights {unknown}"
         )
 
 
@@ -249,7 +248,7 @@ def _read_weights(source: str | os.PathLike, download: dict[str, Any]) -> dict[s
 
 @dataclass
 class ConversionArguments:
-    """What is converted, and where to."""
+    """Arguments of the conversion."""
 
     source: str = field(
         metadata={"help": "Folder or Hub id, such as kuleshov-group/bd3lm-owt-block_size4 or kuleshov-group/mdlm-owt."}
@@ -260,7 +259,7 @@ class ConversionArguments:
 
 
 def main() -> None:
-    """Parses, converts, saves, prints."""
+    """Convert a checkpoint and save it with its tokenizer."""
     args = HfArgumentParser(ConversionArguments).parse_args_into_dataclasses(sys.argv[1:])[0]
     published = read_published(args.source, revision=args.revision)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
@@ -268,7 +267,7 @@ def main() -> None:
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     print(f"{args.output_dir}: {model.num_parameters():,} parameters, blocks of {published.block_size} tokens")
-    print(f"not needed and left out: {', '.join(published.buffers) or 'nothing'}")
+    print(f"tensors not converted: {', '.join(published.buffers) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 
+from hierbd3lm.data.synthetic.graphs import MAX_FACTOR
 from hierbd3lm.data.synthetic.plan_swaps import change_plan, exchange_plans
-from hierbd3lm.data.synthetic.problems import MAX_FACTOR, SyntheticConfig, generate_dataset
+from hierbd3lm.data.synthetic.problems import SyntheticConfig, generate_dataset
 
 CONFIGS = [
     SyntheticConfig(),
@@ -103,7 +104,7 @@ def test_plans_are_exchanged_whenever_they_can_be():
         plans = rng.choices(texts, weights=[rng.random() ** 3 + 1e-3 for _ in texts], k=rng.randint(1, 9))
         if 2 * max(Counter(plans).values()) > len(plans):
             num_refused += 1
-            with pytest.raises(ValueError, match="must not be one text in more than half"):
+            with pytest.raises(ValueError, match="must not have the same text in more than half"):
                 exchange_plans(plans)
         else:
             others = exchange_plans(plans)

@@ -1,4 +1,4 @@
-"""Which plan takes the place of a problem's own: that of another problem, or its own with one operation changed."""
+"""Replacement of a problem's plan: by the plan of another problem, or by its own plan with one changed operation."""
 
 import random
 from collections import Counter
@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..steps import render_steps, split_steps
-from .checks import OPERATIONS, Step, carry_out, given_values, read_plan
-from .problems import MAX_FACTOR
+from .checks import Step, carry_out, given_values, parse_plan
+from .graphs import MAX_FACTOR, OPERATIONS
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,11 @@ class ChangedPlan:
     """A plan with one changed step.
 
     Args:
-        plan: its text.
+        plan: the text of the changed plan.
         step: index of the changed step.
-        kind: what was changed: its `operation`; its `number`; an `operand`, for another quantity; or the last `addend`
-            of two, for a number.
-        answer: the value of its last step.
+        kind: the change: another `operation`; another `number`; another quantity as an `operand`; or a number instead
+            of the second `addend`.
+        answer: the value of the last step.
     """
 
     plan: str
@@ -29,45 +29,45 @@ class ChangedPlan:
 
 
 def exchange_plans(plans: Sequence[str], seed: int = 0) -> list[int]:
-    """For each problem the index of another one, whose plan has another text; each plan is given away once.
+    """Return for each problem the index of another problem with a different plan; each plan is used once.
 
-    Plans of as many steps are exchanged among each other. Only where too many of these are the same text do they join
-    those of other numbers of steps.
+    Plans are exchanged among those with the same number of steps. If too many of these have the same text, they are
+    exchanged with plans of other numbers of steps.
 
     Raises:
-        ValueError: if more than half of all plans are the same text: then there is no such exchange.
+        ValueError: if more than half of all plans have the same text, so that no such exchange exists.
     """
     groups: dict[int, list[int]] = {}
     for index, plan in enumerate(plans):
         groups.setdefault(len(split_steps(plan)), []).append(index)
-    circles = [group for _, group in sorted(groups.items()) if _can_exchange(group, plans)]
-    rest = [index for _, group in sorted(groups.items()) if group not in circles for index in group]
-    while rest and circles and not _can_exchange(rest, plans):
-        rest += circles.pop()
+    exchangeable = [group for _, group in sorted(groups.items()) if _can_exchange(group, plans)]
+    rest = [index for _, group in sorted(groups.items()) if group not in exchangeable for index in group]
+    while rest and exchangeable and not _can_exchange(rest, plans):
+        rest += exchangeable.pop()
     if rest and not _can_exchange(rest, plans):
         raise ValueError(
-            f"`plans` must not be one text in more than half of all cases, but got {len(plans)} such plans"
+            f"`plans` must not have the same text in more than half of all cases, but got {len(plans)} such plans"
         )
     rng, others = random.Random(seed), [0] * len(plans)
-    for circle in [*circles, rest]:
-        for index, other in _rotate(circle, plans, rng):
+    for group in [*exchangeable, rest]:
+        for index, other in _rotate(group, plans, rng):
             others[index] = other
     return others
 
 
 def change_plan(rng: random.Random, question: str, plan: str, max_value: int) -> ChangedPlan | None:
-    """Draws a plan in which one step differs in one thing, such that the answer is another one.
+    """Draw a plan with a single change in one step that changes the answer.
 
-    All steps stay of the kinds that the synthetic problems have, and all values in [1, max_value]. What is changed is
-    drawn first, then the change.
+    All steps keep the form of synthetic problems, and all values stay in [1, max_value]. The kind of change is drawn
+    first, then the change.
 
     Returns:
-        the changed plan, or None if no change gives such an answer.
+        the changed plan, or None if no change gives a different answer.
 
     Raises:
-        ValueError: for a plan that cannot be read, or that names a quantity without a value.
+        ValueError: for a plan that cannot be parsed, or that names a quantity without a value.
     """
-    given, steps = given_values(question), read_plan(plan)
+    given, steps = given_values(question), parse_plan(plan)
     answer = carry_out(steps, given)[-1]
     changes: dict[str, list[tuple[int, Step]]] = {}
     for index, step in enumerate(steps):
@@ -88,7 +88,7 @@ def _can_exchange(group: Sequence[int], plans: Sequence[str]) -> bool:
 
 
 def _rotate(group: Sequence[int], plans: Sequence[str], rng: random.Random) -> Iterator[tuple[int, int]]:
-    """Pairs each index with the one so far ahead that no run of equal texts reaches there."""
+    """Pair each index with another one: sort by text, and rotate by the length of the longest run of equal texts."""
     by_text: dict[str, list[int]] = {}
     for index in group:
         by_text.setdefault(plans[index], []).append(index)
@@ -99,7 +99,7 @@ def _rotate(group: Sequence[int], plans: Sequence[str], rng: random.Random) -> I
 
 
 def _changes(step: Step, known: Sequence[str], max_value: int) -> Iterator[tuple[str, Step]]:
-    """Steps that differ from `step` in one thing, which is named; `known` are the quantities with a value."""
+    """Yield the kind and the result of every change of `step`; `known` are the quantities with a value."""
     *first, last = step.operands
     if last.isdecimal():
         for symbol in OPERATIONS:
@@ -108,7 +108,7 @@ def _changes(step: Step, known: Sequence[str], max_value: int) -> Iterator[tuple
         for number in _numbers(step.symbol, max_value):
             if number != int(last):
                 yield "number", replace(step, operands=(*first, str(number)))
-    elif len(first) == 1:  # a sum of two, which becomes a sum with a number
+    elif len(first) == 1:  # a sum of two quantities
         for number in _numbers(step.symbol, max_value):
             yield "addend", replace(step, operands=(*first, str(number)))
     for place, operand in enumerate(step.operands):
@@ -120,5 +120,5 @@ def _changes(step: Step, known: Sequence[str], max_value: int) -> Iterator[tuple
 
 
 def _numbers(symbol: str, max_value: int) -> range:
-    """The numbers that a step with this operation may state."""
+    """Return the numbers that a step with this operation may state."""
     return range(2, MAX_FACTOR + 1) if symbol == "*" else range(1, max_value)
