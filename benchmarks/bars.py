@@ -24,9 +24,7 @@ def draw_bars(folder: Path) -> None:
     labels = [f"{row['claim']}: {row['measured']:.3g} ({row['direction']} {row['limit']:.3g})" for row in rows]
     colors = ["tab:green" if row["met"] else "tab:red" for row in rows]
     axes.barh(labels, [factor - 1 for factor in factors], left=1, color=colors)
-    axes.set(
-        xscale="log", xlabel="factor relative to the limit: met (green), missed (red)", ylim=(-0.6, len(rows) - 0.4)
-    )
+    axes.set(xscale="log", xlabel="factor of the limit: met (green), missed (red)", ylim=(-0.6, len(rows) - 0.4))
     axes.set_xticks(ticks := [0.2, 0.5, 1, 2, 5, 10, MAX_FACTOR], map(str, ticks))
     axes.minorticks_off()
     axes.axvline(1, color="black", linewidth=1)

@@ -66,7 +66,7 @@ def measure_samplers(repeats: int) -> Measured:
         details[f"batch {batch_size}"] = seconds | {"passes": passes}
         for case in list(cases)[1:]:
             name = case.rpartition(", ")[0]
-            claim = f"batch size {batch_size}: tokens/s / AR tokens/s, {case} ({passes[name]} forward passes)"
+            claim = f"batch {batch_size}: tokens/s / AR tokens/s, {case} ({passes[name]} forward passes)"
             bars.append(bar(claim, seconds["ar"] / seconds[case], limits[batch_size, name], False))
         if batch_size == 1:
             claim = "first_hitting: forward passes for 256 tokens"
@@ -132,8 +132,8 @@ class EndingDenoiser(BlockDenoiser):
     blocks = torch.tensor(RAGGED_BLOCKS)
 
     def _reveal(self, candidates: torch.BoolTensor, logits: torch.FloatTensor) -> None:
-        number = self.rows.block - 1  # the given plan is one block
-        ends = number >= self.blocks[self.rows.index]
+        num_finished = self.schedule.progress.number[:, -1]  # blocks of the execution
+        ends = num_finished + 1 >= self.blocks[self.rows.index]
         logits[ends[candidates.nonzero()[:, 0]], SPECIAL_IDS["end"]] = 1e4
         super()._reveal(candidates, logits)
 

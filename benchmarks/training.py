@@ -98,67 +98,67 @@ def measure_problems(repeats: int) -> Measured:
     batches, tokenizer, groups = problem_batches(num_batches=4, batch_size=16)
     ids = special_token_ids(tokenizer)
     vocab_size = max(4096, len(tokenizer))
-    ours, ar, fixed = (make_model(vocab_size, **ids) for _ in range(3))
+    hier, ar, fixed = (make_model(vocab_size, **ids) for _ in range(3))
     fixed_collate = HierarchicalDataCollator(fixed.config, fixed_length=True)
-    cases, ours_tokens, ar_tokens = {}, 0, 0
+    cases, hier_tokens, ar_tokens = {}, 0, 0
     for i, (batch, group) in enumerate(zip(batches, groups, strict=True)):
         num_clean, first_noisy = needed_columns(batch["block_ids"])
-        ours_tokens += 16 * (num_clean + batch["input_ids"].shape[1] - first_noisy)
+        hier_tokens += 16 * (num_clean + batch["input_ids"].shape[1] - first_noisy)
         rows = [example["question_ids"] + example["plan_ids"] + example["execution_ids"] for example in group]
         longest = max(map(len, rows))
         input_ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         attention_mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         ar_tokens += input_ids.numel()
-        cases[f"ours {i}"] = block_diffusion_step(ours, batch)
+        cases[f"hier {i}"] = block_diffusion_step(hier, batch)
         cases[f"ar {i}"] = autoregressive_step(ar.backbone, input_ids, attention_mask)
     cases["fixed"] = fixed_length_step(fixed, fixed_collate(groups[len(groups) // 2]))
     seconds = interleaved_medians(cases, repeats)
-    ours_seconds, ar_seconds = (
-        sum(s for name, s in seconds.items() if name.startswith(kind)) for kind in ("ours", "ar")
+    hier_seconds, ar_seconds = (
+        sum(s for name, s in seconds.items() if name.startswith(kind)) for kind in ("hier", "ar")
     )
-    token_ratio = ours_tokens / ar_tokens
+    token_ratio = hier_tokens / ar_tokens
     bars = [
         bar(
-            "examples/s / examples/s of the fixed 1,792-token layout", seconds["fixed"] / (ours_seconds / 4), 4, False
+            "examples/s / examples/s of the fixed 1,792-token layout", seconds["fixed"] / (hier_seconds / 4), 4, False
         ),
-        bar("step time / AR step time, per backbone token", ours_seconds / ar_seconds / token_ratio, 1.25, True),
+        bar("step time / AR step time, per backbone token", hier_seconds / ar_seconds / token_ratio, 1.25, True),
     ]
-    return bars, {"seconds": seconds, "ours_tokens": ours_tokens, "ar_tokens": ar_tokens}
+    return bars, {"seconds": seconds, "hier_tokens": hier_tokens, "ar_tokens": ar_tokens}
 
 
 def measure_text(repeats: int) -> Measured:
     """Compare step times on plain text, batch size 4."""
     bars, details = [], {}
     for length, limit in ((512, 2.0), (1024, 2.3)):
-        ours, ar = make_model(), make_model()
+        hier, ar = make_model(), make_model()
         batch = text_batch(4, length, 4096)
         cases = {
-            "ours": block_diffusion_step(ours, batch),
+            "hier": block_diffusion_step(hier, batch),
             "ar": autoregressive_step(ar.backbone, batch["input_ids"], None),
         }
         seconds = interleaved_medians(cases, repeats)
         details[str(length)] = seconds
         claim = f"plain text of {length:,} tokens: step time / AR step time"
-        bars.append(bar(claim, seconds["ours"] / seconds["ar"], limit, True))
+        bars.append(bar(claim, seconds["hier"] / seconds["ar"], limit, True))
     return bars, details
 
 
 def measure_memory() -> Measured:
     """Compare the memory of a step with and without all logits, each in a separate process."""
     peaks = {}
-    for path in ("ours", "all_logits"):
+    for path in ("hier", "all_logits"):
         command = [sys.executable, "-m", "hierbd3lm.benchmarks.training", "added_memory", path]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         peaks[path] = int(output.split()[-1])
     claim = f"memory of a step / memory with all logits, vocabulary size {LARGE_VOCABULARY:,}"
-    return [bar(claim, peaks["ours"] / peaks["all_logits"], 0.35, True)], peaks
+    return [bar(claim, peaks["hier"] / peaks["all_logits"], 0.35, True)], peaks
 
 
 def print_added_memory(path: str) -> None:
     """Print the peak memory of a step in bytes, relative to the memory in use before it, including the weights."""
     model = make_model(LARGE_VOCABULARY)
     batches, _, _ = problem_batches(num_batches=1, batch_size=16)
-    print(added_memory({"ours": block_diffusion_step, "all_logits": all_logits_step}[path](model, batches[0])))
+    print(added_memory({"hier": block_diffusion_step, "all_logits": all_logits_step}[path](model, batches[0])))
 
 
 PARTS: dict[str, Callable[[], Measured]] = {
