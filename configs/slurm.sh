@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-: "${SLURM_JOB_NODELIST:?run this script with sbatch}" "${1:?usage: sbatch configs/slurm.sh configs/FILE.yaml [--setting value ...]}"
+: "${SLURM_JOB_NODELIST:?start this script with sbatch}" "${1:?the first argument must be a configuration file}"
 ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-configs/accelerate/multi_node.yaml}
 GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
 

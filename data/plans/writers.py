@@ -187,10 +187,10 @@ class ServerWriter:
         self.concurrency = concurrency
 
     async def write(self, requests: Iterable[PlanRequest]) -> AsyncIterator[PlanReply]:
-        """See [`PlanWriter`]. Replies that have arrived when a request fails for good are yielded before its error.
+        """See [`PlanWriter`]. If a request fails after all retries, replies that have arrived are yielded first.
 
         Raises:
-            openai.OpenAIError: if a request fails for good, other than by a refusal.
+            openai.OpenAIError: if a request fails after all retries and was not refused.
         """
         waiting = iter(requests)
         under_way = self._ask_all(islice(waiting, self.concurrency))

@@ -55,7 +55,7 @@ LM1B: Rules = [
     (r"\[ ([^][]+) \]", r"[\1]"),
     (r"([$£]) ", r"\1"),
 ]
-LAMBADA: Rules = [("[“”]", '"'), (r"\s+\Z", ""), (r"\A\s*", "\n")]  # a text starts on a line of its own
+LAMBADA: Rules = [("[“”]", '"'), (r"\s+\Z", ""), (r"\A\s*", "\n")]  # a text starts on a new line
 
 RULES: dict[str, Rules] = {
     "wikitext": WIKITEXT,
