@@ -1,4 +1,4 @@
-# Both `make demo` and `make test` set up everything that they need in .venv.
+# All targets first install the package and its dependencies in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.done
@@ -8,8 +8,8 @@ TOKENWISE := outputs/quickstart_tokenwise
 
 .PHONY: demo test test-slow lint format bench compare clean
 
-# In blocks of one token, whose NELBO is the likelihood itself, a model learns fastest; blocks of four start from there
-# (with the checkpoint's backbone, not the recipe's).
+# A model learns fastest with blocks of one token, whose NELBO is the exact likelihood. The second run starts from there
+# with blocks of four tokens; `--backbone null` keeps the checkpoint's backbone.
 demo: $(SETUP)
 	$(TRAIN) --output_dir $(TOKENWISE) --block_size 1 --noisy_copies 1 --max_steps 2500
 	$(TRAIN) --init_from $(TOKENWISE) --backbone null --seed 1 --noisy_copies 2 --max_steps 1800 \

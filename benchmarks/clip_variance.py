@@ -1,11 +1,10 @@
-"""How much less the training loss varies under the clip intervals that the search chooses, at several block sizes.
+"""Variance of the training loss under the clip intervals chosen by the search, at several block sizes.
 
     python -m hierbd3lm.benchmarks.clip_variance problems
 
-Trains the quickstart recipe shortly at each block size, measures all intervals of a width on held-out problems in
-batches of the training size, and draws docs/clip_variance.png. The bars compare losses that are drawn as in training,
-under the chosen intervals and under [0, 1]: their variance over the noise, for a given batch. The details have the
-variance over noise and batches beside it.
+Trains the quickstart recipe briefly at each block size, measures all intervals of one width on held-out problems, and
+draws docs/clip_variance.png. The bars compare losses drawn as in training under the chosen intervals and under [0, 1]:
+their variance over the noise for a given batch. The details also have the variance over noise and batches.
 """
 
 import functools
@@ -32,14 +31,14 @@ from .measure import Measured, as_flags, bar, measure_parts
 
 ROOT = Path(__file__).parents[1]
 BLOCK_SIZES = (4, 8, 16)
-NUM_STEPS = 600  # of training
+NUM_STEPS = 600  # training steps
 WIDTH = 0.5
 NUM_PROBLEMS, BATCH_SIZE, NUM_DRAWS = 160, 8, 12
 FIGURE = ROOT / "docs" / "clip_variance.png"
 
 
 def problems() -> Measured:
-    """The synthetic problems of the quickstart."""
+    """Measure on the synthetic problems of the quickstart."""
     bars, details = [], {}
     for block_size in BLOCK_SIZES:
         folder = train(block_size)
@@ -55,7 +54,7 @@ def problems() -> Measured:
 
 
 def train(block_size: int) -> Path:
-    """Trains the quickstart recipe at a block size, or goes on with that."""
+    """Train the quickstart recipe at a block size, or resume the training."""
     folder = ROOT / "outputs" / "clip_variance" / f"block_{block_size}"
     settings = {
         "output_dir": folder,
@@ -71,7 +70,7 @@ def train(block_size: int) -> Path:
 
 @torch.no_grad()
 def measure_variances(folder: Path, estimator: str) -> dict[str, Any]:
-    """Variances by the search, its choice, and what that choice is worth in losses that are really drawn."""
+    """Run the search, and measure the variance of losses drawn under the chosen intervals."""
     model, batches = load(folder)
     objective, segments = make_objective(model.config, estimator), clipped_segments(model.config)
     search, generator, variances = ClipSearch([WIDTH]), torch.Generator().manual_seed(0), []
@@ -81,8 +80,8 @@ def measure_variances(folder: Path, estimator: str) -> dict[str, Any]:
         costs = measure_costs(token_nelbo, batch, blocks, list(segments.values()), search.candidates.num_levels)
         variances.append(draw_losses(costs, search.candidates, 1, generator).var(dim=2))
     search.choose(list(segments), torch.stack(variances).mean(dim=0))
-    clipped = draw_from(objective, model, batches, search.chosen)
-    unclipped = draw_from(objective, model, batches, {name: [0.0, 1.0] for name in segments})
+    clipped = draw_clipped_losses(objective, model, batches, search.chosen)
+    unclipped = draw_clipped_losses(objective, model, batches, {name: [0.0, 1.0] for name in segments})
     return {
         "chosen": search.chosen,
         "of_noise": compare(clipped.var(dim=1).mean(dim=0), unclipped.var(dim=1).mean(dim=0)),
@@ -92,13 +91,13 @@ def measure_variances(folder: Path, estimator: str) -> dict[str, Any]:
 
 
 def compare(clipped: torch.Tensor, unclipped: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Variances of shape `(segments + 1,)` side by side, for each segment and for both."""
+    """Compare variances of shape `(segments + 1,)`, for each segment and in total."""
     rows = zip((*SEGMENT_NAMES.values(), "total"), clipped.tolist(), unclipped.tolist(), strict=True)
     return {name: {"clipped": a, "unclipped": b, "ratio": a / b} for name, a, b in rows}
 
 
 def load(folder: Path) -> tuple[HierBD3LMForBlockDiffusion, list[Batch]]:
-    """A checkpoint and held-out problems, in batches of like lengths as in training."""
+    """Load a checkpoint and held-out problems, in length-grouped batches as in training."""
     model = HierBD3LMForBlockDiffusion.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config)
     dataset = load_split(DataArguments.load(str(folder)), "validation", NUM_PROBLEMS)
@@ -108,10 +107,10 @@ def load(folder: Path) -> tuple[HierBD3LMForBlockDiffusion, list[Batch]]:
     return model, [with_predicted_tokens(model, collator(group)) for group in groups]
 
 
-def draw_from(
+def draw_clipped_losses(
     objective: Objective, model: HierBD3LMForBlockDiffusion, batches: list[Batch], intervals: dict[str, list[float]]
 ) -> torch.Tensor:
-    """Losses in nats per token, of each segment and of both: `(batches, draws, segments + 1)`."""
+    """Draw losses in nats per token, for each segment and in total: `(batches, draws, segments + 1)`."""
     losses, generator = [], torch.Generator().manual_seed(1)
     of_segment = torch.tensor([[0.0, 1.0], intervals["plan"], intervals["execution"]])
     for batch in batches:
@@ -124,7 +123,7 @@ def draw_from(
 
 
 def draw_figure(details: dict[str, Any]) -> None:
-    """Variance of every interval relative to that of [0, 1]; a panel for each estimator and segment."""
+    """Plot the variance of every interval relative to [0, 1], with a panel for each estimator and segment."""
     figure = Figure(figsize=(8.4, 6.4), facecolor="white", layout="constrained")
     panels = figure.subplots(len(ESTIMATORS), len(SEGMENT_NAMES), sharex=True, sharey=True)
     for row, estimator in zip(panels, ESTIMATORS, strict=True):

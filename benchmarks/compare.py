@@ -1,10 +1,9 @@
-"""The algorithms side by side: the same backbone, data, tokenizer, optimiser steps and evaluation for each.
+"""Comparison of the algorithms with the same backbone, data, tokenizer, optimiser steps and evaluation.
 
-`python -m hierbd3lm.benchmarks.compare [--quick] [--data gsm8k] [--only ar hier]`, or `make compare`. A run is a few
-command lines in a folder of its own: train.py, eval_ppl.py, eval_gsm8k.py, and for the hierarchy
-`hierbd3lm analyze`. An interrupted comparison goes on where it stopped. Writes docs/comparison.md,
-docs/comparison.png and results/compare.json, with `_gsm8k` in their names for GSM8K, or with the name that `--page`
-says.
+`python -m hierbd3lm.benchmarks.compare [--quick] [--data gsm8k] [--only ar hier]`, or `make compare`. A run is a
+sequence of commands in its own folder: train.py, eval_ppl.py, eval_gsm8k.py, and for the hierarchy
+evaluation/plan_dependence.py. An interrupted comparison resumes after the last finished command. Writes
+docs/comparison.md, docs/comparison.png and results/compare.json, with the suffix `_gsm8k` for GSM8K or `--page`.
 """
 
 import argparse
@@ -37,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 OUTPUTS = ROOT / "outputs" / "compare"
 DOCS = ROOT / "docs"
 
-# name -> what distinguishes it from the recipe
+# name -> settings that differ from the recipe
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "ar": {"algorithm": "ar"},
     "mdlm": {"algorithm": "mdlm"},
@@ -45,8 +44,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "bd3lm": {"algorithm": "bd3lm"},
     "hier": {},
 }
-# In a name: half of the steps are in blocks of one token, and the recipe's blocks go on from there as in `make demo`,
-# with two noisy copies at half the learning rates.
+# Suffix of a name: half of the steps use blocks of one token, the rest the recipe's blocks as in `make demo`, with two
+# noisy copies and half the learning rates.
 TOKENS_FIRST = ", tokens first"
 ABLATIONS: dict[str, dict[str, Any]] = {  # at the base size only
     "bd3lm, blocks of 1": {"algorithm": "bd3lm", "block_size": 1},
@@ -56,17 +55,17 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # at the base size only
     f"bd3lm{TOKENS_FIRST}": {"algorithm": "bd3lm"},
     f"hier{TOKENS_FIRST}": {},
 }
-ANALYSED = ("hier", "hier, no mask", f"hier{TOKENS_FIRST}")  # whether the execution follows the plan
+ANALYSED = ("hier", "hier, no mask", f"hier{TOKENS_FIRST}")  # runs for which plan_dependence is evaluated
 SIZES = {"small": (64, 2), "base": (96, 3)}  # hidden size, heads
-# One or two operations: what models of this size begin to solve within the steps that 90 minutes allow.
+# One or two operations, which models of this size begin to solve within 90 minutes of training.
 PROBLEMS = {"num_steps": [1, 2], "max_depth": 2, "num_distractors": [0, 0], "max_value": 16}
 PROBLEMS |= {"num_names": 8, "num_things": 2}
 BATCH_SIZE = 16
-EVALUATIONS = 5  # of the likelihood during training
-MOST_STEPS_AGAIN = 250  # that an interrupted run does a second time
-NUM_ANSWERS = 500  # of each run
-NUM_ONE_BY_ONE = 100  # of each run of the first seed, again, in batches of one
-# column -> (file of the run, entry)
+NUM_EVALUATIONS = 5  # of the likelihood during training
+MAX_SAVE_STEPS = 250  # steps that an interrupted run repeats at most
+NUM_ANSWERS = 500  # test problems per run
+NUM_SPEED_PROBLEMS = 100  # test problems at batch size 1, for the first seed
+# column -> (file of the run, key)
 COLUMNS = {
     "PPL": ("likelihood.json", "ppl"),
     "PPL plan": ("likelihood.json", "plan_ppl"),
@@ -78,9 +77,9 @@ COLUMNS = {
     "NFE": ("eval/summary.json", "num_forward_passes_mean"),
     "tokens/forward": ("eval/summary.json", "tokens_per_forward"),
 }
-SPEED_COLUMNS = {  # tokens a second one by one, in multiples of those of `ar`; entries of speed.json
-    "x ar, batch 1": "eager_over_beside",
-    "x ar, compiled": "compiled_over_beside",
+SPEED_COLUMNS = {  # tokens per second at batch size 1 relative to `ar`; keys of speed.json
+    "x ar, batch 1": "eager_over_baseline",
+    "x ar, compiled": "compiled_over_baseline",
 }
 TRAINING_TIME = "training s"
 EQUAL_TIME = "PPL, equal time"
@@ -112,7 +111,7 @@ class Run:
         return OUTPUTS / f"{Path(self.recipe).stem}_{self.steps}_steps" / f"{name}_{self.size}_{self.seed}"
 
     def commands(self) -> dict[str, list[str]]:
-        """What is run, in order, by the file that each command writes at its end."""
+        """Return the commands in order, each by the last file that it writes."""
         python, folder = sys.executable, str(self.folder)
         limit = ["--limit", str(NUM_ANSWERS)] if self.data == "synthetic" else []
         commands = {
@@ -123,22 +122,23 @@ class Run:
             commands[SAMPLER_FILE] = ["-m", "hierbd3lm.benchmarks.sampler", "--model", folder]
         commands["eval/summary.json"] = [str(ROOT / "eval_gsm8k.py"), "--model", folder, *limit]
         if self.algorithm in ANALYSED and self.data == "synthetic":
-            commands["analysis/analysis.json"] = ["-m", "hierbd3lm", "analyze", "--model", folder, *limit]
+            module = "hierbd3lm.evaluation.plan_dependence"
+            commands["analysis/analysis.json"] = ["-m", module, "--model", folder, *limit]
         return {file: [python, *command] for file, command in commands.items()}
 
     def parts(self) -> dict[str, int]:
-        """The subfolders of what is trained one after the other, with the steps of each."""
+        """Return the subfolder and the steps of each part of the training."""
         half = self.steps // 2
         return {"tokens/": half, "": self.steps - half} if self.algorithm.endswith(TOKENS_FIRST) else {"": self.steps}
 
     def training(self, part: str = "") -> list[str]:
-        """The command line of train.py, with the settings beyond the recipe's."""
+        """Return the command line of train.py, with the settings that differ from the recipe."""
         steps = self.parts()[part]
         settings: dict[str, Any] = {"output_dir": str(self.folder / part), "max_steps": steps, "seed": self.seed}
-        every = self.steps // EVALUATIONS
-        settings |= {"eval_steps": every, "save_steps": min(every, MOST_STEPS_AGAIN)}
+        every = self.steps // NUM_EVALUATIONS
+        settings |= {"eval_steps": every, "save_steps": min(every, MAX_SAVE_STEPS)}
         settings |= {"resume_from_checkpoint": "last", "logging_steps": 50, "warmup_steps": steps // 20}
-        # the same for all: one copy, as `ar` has one, and no clipping, as a block of a whole answer must not have it
+        # the same for all: one noisy copy as for `ar`, and no clipping, which a single block for the answer forbids
         settings |= {"noisy_copies": 1, "plan_clip": [0, 1], "execution_clip": [0, 1]}
         if self.data == "synthetic":
             width, heads = SIZES[self.size]
@@ -151,7 +151,7 @@ class Run:
         settings |= ALGORITHMS.get(self.algorithm) or ABLATIONS.get(self.algorithm, {})
         if part:
             settings |= {"block_size": 1}
-        elif len(self.parts()) > 1:  # another seed: other examples first
+        elif len(self.parts()) > 1:  # another seed, so that the order of examples differs
             settings |= {"init_from": str(self.folder / "tokens"), "backbone": "null", "seed": self.seed + 1000}
             recipe = yaml.safe_load(Path(self.recipe).read_text())
             settings |= {name: rate / 2 for name, rate in recipe.items() if name.endswith("learning_rate")}
@@ -159,17 +159,18 @@ class Run:
         return [str(ROOT / "train.py"), self.recipe, *as_flags(settings)]
 
     def finish(self, environment: dict[str, str]) -> dict[str, Any]:
-        """Runs the commands whose results are not there; returns every column of the tables."""
+        """Run the commands whose results are missing, and return all columns of the tables."""
         self.folder.mkdir(parents=True, exist_ok=True)
         commands = self.commands()
         for file, command in commands.items():
             self._make(file, command, environment)
         row = {column: self._read(file).get(entry) for column, (file, entry) in COLUMNS.items()}
-        row["curve"], before = [], 0
+        row["curve"], first_step = [], 0
         for part, steps in self.parts().items():
             history = self._read(f"{part}trainer_state.json")["log_history"]
-            row["curve"] += [(before + entry["step"], entry["eval_nll"]) for entry in history if "eval_nll" in entry]
-            before += steps
+            evaluations = [entry for entry in history if "eval_nll" in entry]
+            row["curve"] += [(first_step + entry["step"], entry["eval_nll"]) for entry in evaluations]
+            first_step += steps
         row[TRAINING_TIME] = sum(self._read(f"{part}train_results.json")["train_runtime"] for part in self.parts())
         if SAMPLER_FILE in commands:
             row["sampler"] = self._read(SAMPLER_FILE)["chosen"]
@@ -179,14 +180,14 @@ class Run:
         return row
 
     def measure_speed(self) -> dict[str, float]:
-        """The columns of speed; the run of `ar` of the same size and seed must be there."""
-        beside = str(replace(self, algorithm="ar").folder)
-        settings = {"model": str(self.folder), "beside": beside, "limit": NUM_ONE_BY_ONE}
+        """Measure the columns of speed; the run of `ar` with the same size and seed must exist."""
+        baseline = str(replace(self, algorithm="ar").folder)
+        settings = {"model": str(self.folder), "baseline": baseline, "limit": NUM_SPEED_PROBLEMS}
         self._make(SPEED_FILE, [sys.executable, "-m", "hierbd3lm.benchmarks.speed", *as_flags(settings)], os.environ)
         return {column: self._read(SPEED_FILE)[entry] for column, entry in SPEED_COLUMNS.items()}
 
     def _make(self, file: str, command: list[str], environment: Mapping[str, str]) -> None:
-        """Runs the command that writes the file, unless it is there."""
+        """Run the command that writes the file, unless it exists."""
         if not (self.folder / file).is_file():
             with open(self.folder / "log.txt", "a") as log:
                 output = {"stdout": log, "stderr": subprocess.STDOUT}
@@ -202,31 +203,30 @@ Results = dict[Run, dict[str, Any]]
 def choose_runs(
     data: str, recipe: str, steps: int, quick: bool, only: Sequence[str] = (), seeds: int | None = None
 ) -> list[Run]:
-    """Five algorithms at two sizes with three seeds, and one run of each ablation; quick or on GSM8K one of each."""
-    one_of_each = quick or data == "gsm8k"
-    sizes, usual_seeds = (["base"], 1) if one_of_each else (list(SIZES), 3)
-    seeds = usual_seeds if seeds is None else seeds
+    """Choose the runs: algorithms at two sizes with three seeds, ablations once; quick or on GSM8K one run of each."""
+    sizes, default_seeds = (["base"], 1) if quick or data == "gsm8k" else (list(SIZES), 3)
+    seeds = default_seeds if seeds is None else seeds
     kinds = [(name, size, seed) for size in sizes for name in ALGORITHMS for seed in range(seeds)]
     kinds += [(name, "base", 0) for name in ABLATIONS]
     return [Run(name, size, seed, steps, data, recipe) for name, size, seed in kinds if not only or name in only]
 
 
 def add_speeds(results: Results) -> None:
-    """Adds the columns of speed to the first seed's runs, one after the other, with nothing beside them."""
+    """Add the columns of speed to the runs of the first seed, without other jobs at the same time."""
     first = [run for run in results if run.seed == 0 and run.algorithm != "ar"]
     measured = [run for run in first if replace(run, algorithm="ar") in results]
-    for run in tqdm(measured, desc="Answering one by one", unit="run"):
+    for run in tqdm(measured, desc="Measuring speed", unit="run"):
         results[run] |= run.measure_speed()
 
 
 def nll_at(seconds: float, curve: list[tuple[int, float]], seconds_per_step: float) -> float:
-    """The likelihood after so many seconds of training, in a straight line between evaluations."""
+    """Interpolate the likelihood after a number of seconds of training linearly between evaluations."""
     steps, nll = zip(*curve, strict=True)
     return float(np.interp(seconds, [step * seconds_per_step for step in steps], nll))
 
 
 def add_equal_time(results: Results) -> None:
-    """Adds the perplexity on the validation split when the fastest run of the same size was through."""
+    """Add the perplexity on the validation split at the time when the fastest run of the same size finished."""
     for size in {run.size for run in results}:
         of_size = {run: row for run, row in results.items() if run.size == size}
         least = min(row[TRAINING_TIME] for row in of_size.values())
@@ -235,7 +235,7 @@ def add_equal_time(results: Results) -> None:
 
 
 def format_table(results: Results, columns: list[str]) -> str:
-    """A Markdown table: a line for each algorithm and size, mean and standard deviation over the seeds."""
+    """Format a Markdown table: a line for each algorithm and size, mean and standard deviation over the seeds."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run, row in results.items():
         groups.setdefault((run.algorithm, run.size), []).append(row)
@@ -254,7 +254,7 @@ def _mean_and_spread(values: list[float]) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Exact match against tokens/s, and the likelihood against steps and against seconds of training."""
+    """Plot exact match against tokens/s, and the likelihood against steps and seconds of training."""
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     pareto, by_step, by_second = figure.subplots(1, 3)
     for number, algorithm in enumerate(dict.fromkeys(run.algorithm for run in results)):
@@ -280,7 +280,7 @@ def draw(results: Results, path: Path) -> None:
 
 
 def write(results: Results, command: str, jobs: int, threads: int, suffix: str = "") -> None:
-    """Writes the page, the picture and the JSON, with `suffix` in their names."""
+    """Write the page, the figure and the JSON file, with `suffix` in their names."""
     machine = describe_machine()
     first = next(iter(results))
     num_seeds = len({run.seed for run in results})
@@ -288,20 +288,20 @@ def write(results: Results, command: str, jobs: int, threads: int, suffix: str =
     analysed = {run: row for run, row in results.items() if ANALYSIS_COLUMNS.keys() <= row.keys()}
     note = ", ".join(f"{key} {value}" for key, value in (machine | {"threads": threads}).items())
     problems = f"{NUM_ANSWERS} test problems" if first.data == "synthetic" else "the whole test split"
-    page = f"""# The algorithms side by side
+    page = f"""# Comparison of the algorithms
 
-`{command}`: {note}; runs side by side: {jobs}.
+`{command}`: {note}; concurrent runs: {jobs}.
 
-{first.steps:,} optimiser steps on the same examples for every run; {num_seeds} seed(s), one where there is no +/-;
-{problems}. PPL is the bound for the diffusions and exact for `ar` and blocks of one, over the same tokens
-for all. "{EQUAL_TIME}" is the other view of the budget: on the validation split, when the fastest run of that size was
-through ("{TRAINING_TIME}" holds the evaluations too). "tokens/s" is of evaluation in batches of 32. The last two
-columns are tokens a second of {NUM_ONE_BY_ONE} problems one by one in multiples of those of `ar`, which answers in
-turns with the model and with nothing else beside them: as it is, and with `compile_steps`. `ar` generates by
-transformers with its own cache, uncompiled. The others answer with `confidence`, in the order and with the threshold
-that answered best on the validation split (`python -m hierbd3lm.benchmarks.sampler`; the JSON has what was chosen).
-"Tokens first" are runs that take half of their steps in blocks of one token, and the rest with two noisy copies at
-half the learning rates.
+{first.steps:,} optimiser steps on the same examples for every run; {num_seeds} random seed(s), a single one where
+there is no +/-; {problems}. PPL is an upper bound for diffusion models and exact for `ar` and blocks of one token,
+over the same tokens for all. "{EQUAL_TIME}" compares at equal training time: PPL on the validation split when the
+fastest run of the same size finished ("{TRAINING_TIME}" includes the evaluations). "tokens/s" is measured in
+evaluation with batch size 32. The last two columns are tokens per second at batch size 1 on {NUM_SPEED_PROBLEMS}
+problems relative to `ar`, eager and with `compile_steps`; model and `ar` answer in turns, without other jobs at the
+same time. `ar` generates with transformers and its default cache, not compiled. The others use the sampler
+`confidence` with the order and the confidence threshold that were best on the validation split
+(`python -m hierbd3lm.benchmarks.sampler`; the chosen settings are in the JSON file). "Tokens first" marks runs that
+take half of their steps in blocks of one token, and the rest with two noisy copies at half the learning rates.
 
 {table}
 
@@ -309,11 +309,11 @@ half the learning rates.
 """
     if analysed:
         page += f"""
-## Does the hierarchy do work?
+## Dependence of the execution on the plan
 
-Exact match of the execution under the model's own plan, the reference, another problem's plan and none; how often it
-carries out the steps of its own plan; and what it does where one operation of the reference plan is changed
-(`hierbd3lm analyze`).
+Exact match of the execution with the model's own plan, the reference plan, the plan of another problem and an empty
+plan; how often it carries out the steps of its own plan; and its reaction to a change of one operation in the
+reference plan (`python -m hierbd3lm.evaluation.plan_dependence`).
 
 {format_table(analysed, list(ANALYSIS_COLUMNS))}
 """
@@ -326,7 +326,7 @@ carries out the steps of its own plan; and what it does where one operation of t
 
 
 def finish_all(runs: list[Run], jobs: int, threads: int) -> Results:
-    """Every run's row, `jobs` of them at a time on `threads` threads each."""
+    """Finish all runs, `jobs` of them at a time on `threads` threads each, and return their rows."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with ThreadPoolExecutor(jobs) as pool:
         rows = pool.map(functools.partial(Run.finish, environment=environment), runs)
@@ -334,18 +334,18 @@ def finish_all(runs: list[Run], jobs: int, threads: int) -> Results:
 
 
 def main() -> None:
-    """Makes every run and writes what they say together."""
+    """Finish all runs, and write the comparison."""
     cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="One size, one seed, few steps.")
-    parser.add_argument("--data", default="synthetic", choices=("synthetic", "gsm8k"), help="What is learned.")
-    parser.add_argument("--recipe", default=None, help="A YAML file of train.py; that of the data if omitted.")
+    parser.add_argument("--quick", action="store_true", help="Use one size, one random seed and few steps.")
+    parser.add_argument("--data", default="synthetic", choices=("synthetic", "gsm8k"), help="Training data.")
+    parser.add_argument("--recipe", default=None, help="YAML file for train.py; by default that of the data.")
     parser.add_argument("--steps", type=int, default=None, help="Optimiser steps of each run.")
-    parser.add_argument("--seeds", type=int, default=None, help="Runs of each algorithm and size; 3, quick 1.")
-    parser.add_argument("--jobs", type=int, default=cores, help="Runs side by side, which share the cores.")
+    parser.add_argument("--seeds", type=int, default=None, help="Random seeds per algorithm and size.")
+    parser.add_argument("--jobs", type=int, default=cores, help="Number of concurrent runs, which share the cores.")
     names = [*ALGORITHMS, *ABLATIONS]
     parser.add_argument("--only", nargs="+", default=(), choices=names, metavar="NAME", help=f"Some of {names}.")
-    parser.add_argument("--page", default=None, help="In the names of what is written; that of the data if omitted.")
+    parser.add_argument("--page", default=None, help="Suffix of the written files; by default that of the data.")
     args = parser.parse_args()
     for name in ("steps", "seeds", "jobs"):
         check_at_least(name, getattr(args, name), 1)

@@ -1,7 +1,7 @@
-"""What generation costs, against the greedy `generate()` of the same weights as an autoregressive model.
+"""Cost of generation, compared with greedy `generate()` of the same weights as an autoregressive model.
 
-`python -m hierbd3lm.benchmarks.generation [part ...]`. Random weights, 256 new tokens, block size 16, float32, 2
-threads; ratios of medians, interleaved in one run.
+`python -m hierbd3lm.benchmarks.generation [part ...]`. Random weights, 256 new tokens, block size 16, in float32 on 2
+threads; ratios are of medians of interleaved measurements.
 """
 
 import functools
@@ -19,12 +19,12 @@ from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from .measure import Measured, bar, interleaved_medians, measure_parts
 from .models import BACKBONE, FIRST_CONTENT_ID, SPECIAL_IDS, make_model
 
-NEW_TOKENS = 256  # a plan of 128 and an execution of 128, their openers counted
+NEW_TOKENS = 256  # a plan of 128 and an execution of 128, including their openers
 QUESTION_LEN = 57  # GSM8K's mean
 
 
 def endless_model(**fields: object) -> HierBD3LMForBlockDiffusion:
-    """A model that never says `<|end|>`, so that every answer has its full length."""
+    """Make a model that never generates `<|end|>`, so that every answer has its maximum length."""
     model = make_model(**fields).eval()
     bias = torch.zeros(model.config.vocab_size)
     bias[SPECIAL_IDS["end"]] = -1e4
@@ -38,17 +38,18 @@ def questions(batch_size: int, length: int = QUESTION_LEN) -> torch.Tensor:
 
 
 def autoregressive(model: HierBD3LMForBlockDiffusion, input_ids: torch.Tensor, new_tokens: int) -> Callable[[], Any]:
-    """Greedy `generate()` of transformers with its own cache."""
+    """Return greedy `generate()` of transformers with its default cache."""
     mask = torch.ones_like(input_ids)
     settings = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
     return lambda: model.backbone.generate(input_ids, attention_mask=mask, **settings)
 
 
 def measure_samplers(repeats: int) -> Measured:
-    """Bars 6 and 6b, as it is and with compiled steps; the AR model runs as transformers runs it, uncompiled."""
+    """Compare tokens per second, with eager and with compiled steps; the AR model runs eagerly."""
     model = endless_model(question_len=64, plan_len=NEW_TOKENS // 2, execution_len=NEW_TOKENS // 2)
-    samplers = {"first_hitting": {"sampler": "first_hitting"}, "4 a step": {"sampler": "ancestral", "num_steps": 4}}
-    limits = {(1, "first_hitting"): 0.8, (1, "4 a step"): 2.5, (8, "first_hitting"): 1.0, (8, "4 a step"): 2.0}
+    four = "4 tokens per step"
+    samplers = {"first_hitting": {"sampler": "first_hitting"}, four: {"sampler": "ancestral", "num_steps": 4}}
+    limits = {(1, "first_hitting"): 0.8, (1, four): 2.5, (8, "first_hitting"): 1.0, (8, four): 2.0}
     bars, details = [], {}
     for batch_size in (1, 8):
         input_ids = questions(batch_size)
@@ -65,7 +66,7 @@ def measure_samplers(repeats: int) -> Measured:
         details[f"batch {batch_size}"] = seconds | {"passes": passes}
         for case in list(cases)[1:]:
             name = case.rpartition(", ")[0]
-            claim = f"batch {batch_size}: tokens/s / AR tokens/s, {case} ({passes[name]} passes)"
+            claim = f"batch {batch_size}: tokens/s / AR tokens/s, {case} ({passes[name]} forward passes)"
             bars.append(bar(claim, seconds["ar"] / seconds[case], limits[batch_size, name], False))
         if batch_size == 1:
             claim = "first_hitting: forward passes for 256 tokens"
@@ -74,7 +75,7 @@ def measure_samplers(repeats: int) -> Measured:
 
 
 def measure_context(repeats: int) -> Measured:
-    """Bar 8: a step behind 4,096 cached tokens and behind 512; the added attention is timed on its own."""
+    """Compare a denoising step after 4,096 and after 512 cached tokens; the additional attention is timed alone."""
     model = endless_model(question_len=4096, plan_len=64, execution_len=64)
     lengths, cases = (512, 4096), {}
     for length in lengths:
@@ -91,7 +92,7 @@ def measure_context(repeats: int) -> Measured:
 
 @torch.no_grad()
 def filled_cache(model: HierBD3LMForBlockDiffusion, length: int) -> BlockCache:
-    """A cache that holds a question of `length` tokens."""
+    """Make a cache with a question of `length` tokens."""
     cache = BlockCache(BACKBONE["num_hidden_layers"], 1, length + 64, length + 64, torch.device("cpu"))
     input_ids, positions = questions(1, length), torch.arange(length)[None]
     blocks = torch.zeros_like(input_ids)
@@ -122,23 +123,23 @@ def attention_of_all_layers(query: torch.Tensor, keys: torch.Tensor) -> None:
         torch.nn.functional.scaled_dot_product_attention(query, keys, keys, attn_mask=mask)
 
 
-RAGGED_BLOCKS = [2, 4, 8, 16] * 8  # blocks of the execution of each of 32 rows
+RAGGED_BLOCKS = [2, 4, 8, 16] * 8  # number of execution blocks of each of 32 rows
 
 
 class EndingDenoiser(BlockDenoiser):
-    """Makes row i say `<|end|>` in the block of its execution that `blocks` says."""
+    """Denoiser that generates `<|end|>` in execution block `blocks[i]` of row i."""
 
     blocks = torch.tensor(RAGGED_BLOCKS)
 
     def _reveal(self, candidates: torch.BoolTensor, logits: torch.FloatTensor) -> None:
-        number = self.rows.block - 1  # the given plan is one block
-        ends = number >= self.blocks[self.rows.index]
+        num_finished = self.schedule.progress.number[:, -1]  # blocks of the execution
+        ends = num_finished + 1 >= self.blocks[self.rows.index]
         logits[ends[candidates.nonzero()[:, 0]], SPECIAL_IDS["end"]] = 1e4
         super()._reveal(candidates, logits)
 
 
 def measure_ragged(repeats: int) -> Measured:
-    """Bar 9: 32 answers of 2 to 16 blocks together, against what each costs in a batch of 32 of its own length."""
+    """Compare a batch of 32 answers of 2 to 16 blocks with batches of 32 answers of equal length."""
     model = endless_model(question_len=64, plan_len=16, execution_len=NEW_TOKENS)
     input_ids, plan_ids = questions(32), torch.full((32, 1), FIRST_CONTENT_ID)
 
@@ -146,7 +147,7 @@ def measure_ragged(repeats: int) -> Measured:
         denoiser = type("Denoiser", (EndingDenoiser,), {"blocks": torch.tensor(blocks)})
         with mock.patch("hierbd3lm.generation_hierbd3lm.BlockDenoiser", denoiser):
             output = model.generate(input_ids, plan_ids=plan_ids, stage="execution", sampler="ancestral", num_steps=4)
-        passes = [4 * (number - 1) + 1 for number in blocks]  # the last block is one `<|end|>` after another
+        passes = [4 * (number - 1) + 1 for number in blocks]  # the last block has only `<|end|>`
         if output.num_forward_passes.tolist() != passes:
             raise RuntimeError(f"the rows must take {passes} passes, but took {output.num_forward_passes.tolist()}")
 
@@ -154,7 +155,7 @@ def measure_ragged(repeats: int) -> Measured:
     cases = {f"all {length} blocks": functools.partial(run, [length] * 32) for length in lengths}
     seconds = interleaved_medians({"ragged": functools.partial(run, RAGGED_BLOCKS)} | cases, repeats)
     own = sum(seconds[f"all {length} blocks"] for length in RAGGED_BLOCKS) / 32
-    claim = "ragged batch of 32: time / that of its rows in equal-length batches"
+    claim = "ragged batch of 32: time / time of its rows in batches of equal length"
     return [bar(claim, seconds["ragged"] / own, 1.3, True)], seconds
 
 

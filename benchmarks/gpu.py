@@ -1,8 +1,8 @@
-"""What the model costs on one GPU: FlexAttention against SDPA, training and generation against the same AR model.
+"""Cost of training and generation on one GPU: FlexAttention against SDPA, and both against the same AR model.
 
-`bash benchmarks/gpu.sh`. Random weights of the shape of Qwen3-0.6B in bfloat16; writes results/gpu.json. Each part is
-tried on its own: one that fails is written down with its error, and the others still run. `--tiny` is the same on a
-small model, on whatever device there is, to try the script.
+`bash benchmarks/gpu.sh`. Random weights of the shape of Qwen3-0.6B in bfloat16; writes results/gpu.json. A part that
+fails is recorded with its error, and the others still run. `--tiny` runs all parts on a small model and any device, to
+test the script.
 """
 
 import argparse
@@ -30,14 +30,14 @@ from .training import autoregressive_step, block_diffusion_step
 BACKBONE = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
 BACKBONE |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "max_position_embeddings": 16_384}
 TINY = BACKBONE | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, from NVIDIA's data sheets
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, NVIDIA data sheets
 GSM8K_TOKENS = {"question": (57, 98), "plan": (52, 79), "execution": (67, 127)}  # mean, 95th percentile
 NEW_TOKENS = 256
 REPEATS = 10
 
 
 class Bench:
-    """The device, the models and the lengths that all parts share."""
+    """Device, models and lengths of all parts."""
 
     def __init__(self, tiny: bool):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +60,7 @@ class Bench:
         return {name: value.to(self.device) for name, value in batch.items()}
 
     def problems(self, config: HierBD3LMConfig) -> dict[str, torch.Tensor]:
-        """Random tokens of GSM8K's lengths."""
+        """Make a batch of random tokens with the lengths of GSM8K."""
         generator = torch.Generator().manual_seed(0)
         examples = []
         for _ in range(self.batch_size):
@@ -73,12 +73,12 @@ class Bench:
         return {name: value.to(self.device) for name, value in HierarchicalDataCollator(config)(examples).items()}
 
     def timed(self, cases: dict[str, Callable[[], Any]], at_most: int = REPEATS) -> dict[str, float]:
-        """Median seconds of each case over so many runs, the device's work included."""
+        """Return the median seconds of each case over at most `at_most` runs, including the device's work."""
         finished = {name: functools.partial(self._finished, run) for name, run in cases.items()}
         return interleaved_medians(finished, min(self.repeats, at_most))
 
     def peak_bytes(self, run: Callable[[], Any]) -> int | None:
-        """Memory that `run` holds at most beyond what is held before it; None without a GPU."""
+        """Return the peak memory of `run`, relative to the memory in use before; None without a GPU."""
         if self.device.type != "cuda":
             return None
         before = torch.cuda.memory_allocated()
@@ -94,7 +94,7 @@ class Bench:
 
 @torch.no_grad()
 def check_attention(bench: Bench) -> dict[str, float]:
-    """Largest difference of the NLLs under FlexAttention and SDPA, and under a compiled body, in nats."""
+    """Compare the NLLs under FlexAttention and SDPA, in nats, and generation with and without compiled steps."""
     nll = {}
     for attention in ("sdpa", "flex_attention"):
         model = bench.model(attention).eval()
@@ -108,7 +108,7 @@ def check_attention(bench: Bench) -> dict[str, float]:
     )
     eager, compiled = (generate(compile_steps=compile_steps).sequences[0] for compile_steps in (False, True))
     num_tokens = max(len(eager), len(compiled))
-    num_equal = sum(ours == other for ours, other in zip(eager.tolist(), compiled.tolist(), strict=False))
+    num_equal = sum(a == b for a, b in zip(eager.tolist(), compiled.tolist(), strict=False))
     return {
         "flex - sdpa, largest nats": (nll["sdpa"] - nll["flex_attention"]).abs().max().item(),
         "flex - sdpa, mean nats": (nll["sdpa"].mean() - nll["flex_attention"].mean()).abs().item(),
@@ -117,7 +117,7 @@ def check_attention(bench: Bench) -> dict[str, float]:
 
 
 def measure_training(bench: Bench) -> dict[str, Any]:
-    """Tokens a second and MFU at GSM8K's lengths and on long text, and the AR model's."""
+    """Measure tokens per second and MFU at GSM8K's lengths and on long text, also of the AR model."""
     results = {}
     for name in ("problems", "text"):
         cases, tokens = {}, {}
@@ -136,12 +136,12 @@ def measure_training(bench: Bench) -> dict[str, Any]:
 
 
 def tokens_of_both_streams(batch: dict[str, torch.Tensor]) -> int:
-    """The question once, plan and execution noisy and clean."""
+    """Count the question once, plan and execution twice (noisy and clean)."""
     return 2 * int((batch["segment_ids"] > 0).sum()) + int((batch["segment_ids"] == 0).sum())
 
 
 def rates(bench: Bench, model: HierBD3LMForBlockDiffusion, num_tokens: int, seconds: float) -> dict[str, float]:
-    """Tokens of both streams that go through the backbone in a second, and MFU: 6 FLOPs a parameter and token."""
+    """Return tokens of both streams per second, and MFU with 6 FLOPs per parameter and token."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = 6 * num_parameters * num_tokens / seconds
     figures = {"seconds": seconds, "tokens_per_second": num_tokens / seconds, "flops_per_second": flops}
@@ -151,11 +151,11 @@ def rates(bench: Bench, model: HierBD3LMForBlockDiffusion, num_tokens: int, seco
 
 
 def measure_generation(bench: Bench) -> dict[str, Any]:
-    """Tokens a second of ours at 1 and 4 tokens a pass, over the AR model's, at several batch sizes."""
+    """Measure tokens per second at 1 and 4 tokens per forward pass against the AR model, at several batch sizes."""
     half = bench.new_tokens // 2
     model = bench.model("sdpa", question_len=64, plan_len=half, execution_len=half).eval()
     bias = torch.zeros(bench.backbone["vocab_size"], device=bench.device, dtype=model.dtype)
-    bias[SPECIAL_IDS["end"]] = -1e4  # every answer has its full length
+    bias[SPECIAL_IDS["end"]] = -1e4  # every answer has its maximum length
     model.backbone.lm_head.bias = torch.nn.Parameter(bias)
     results = {}
     for batch_size in (1, 8, 64):
@@ -163,11 +163,11 @@ def measure_generation(bench: Bench) -> dict[str, Any]:
         question = torch.randint(FIRST_CONTENT_ID, 512, (batch_size, 57), generator=generator).to(bench.device)
         mask, new = torch.ones_like(question), bench.new_tokens
         fixed = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
-        ours = functools.partial(model.generate, question)
-        four = functools.partial(ours, sampler="ancestral", num_steps=4)
+        generate = functools.partial(model.generate, question)
+        four = functools.partial(generate, sampler="ancestral", num_steps=4)
         cases = {
             "ar": functools.partial(model.backbone.generate, question, attention_mask=mask, **fixed),
-            "first_hitting": functools.partial(ours, sampler="first_hitting"),
+            "first_hitting": functools.partial(generate, sampler="first_hitting"),
             "four": four,
             "four, compiled": functools.partial(four, compile_steps=True),
         }
@@ -180,7 +180,7 @@ def measure_generation(bench: Bench) -> dict[str, Any]:
 
 
 def measure_head(bench: Bench) -> dict[str, Any]:
-    """Seconds and peak memory of the loss of a long text's masked tokens and its gradient, by logits at once."""
+    """Measure seconds and peak memory of loss and gradient on a long text, by the limit of logits in memory."""
     model = bench.model("sdpa")
     size, vocab_size = bench.backbone["hidden_size"], bench.backbone["vocab_size"]
     hidden_states = torch.randn(bench.text_length, size, device=bench.device, dtype=model.dtype, requires_grad=True)
@@ -196,9 +196,9 @@ def measure_head(bench: Bench) -> dict[str, Any]:
 
 
 def measure_liger(bench: Bench) -> dict[str, Any]:
-    """Training with Liger's kernels in the backbone, which stay in the process: so this part comes last."""
+    """Measure training with Liger's kernels; must be the last part, as the kernels stay active in the process."""
     if bench.device.type != "cuda" or not is_liger_kernel_available():
-        return {"left out": "needs a GPU and liger-kernel"}
+        return {"skipped": "needs a GPU and liger-kernel"}
     model = bench.model("flex_attention")
     batches = {"problems": bench.problems(model.config), "text": bench.text(2)}
     input_ids, segment_ids = (batches["problems"][name] for name in ("input_ids", "segment_ids"))
@@ -224,10 +224,10 @@ PARTS = {
 
 
 def main() -> None:
-    """Runs every part and writes one JSON."""
+    """Run all parts and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="A small model, to try the script.")
-    parser.add_argument("--output", default=str(RESULTS / "gpu.json"), help="Where the results are written.")
+    parser.add_argument("--tiny", action="store_true", help="Use a small model, to test the script.")
+    parser.add_argument("--output", default=str(RESULTS / "gpu.json"), help="Output file.")
     args = parser.parse_args()
     machine = describe_machine()
     if torch.cuda.is_available():
@@ -237,7 +237,7 @@ def main() -> None:
         start = time.perf_counter()
         try:
             results[name] = measure(Bench(args.tiny))
-        except Exception:  # an error is a result too: the other parts must not be lost with this one
+        except Exception:  # recorded, so that the results of the other parts are not lost
             results[name] = {"error": traceback.format_exc()}
         print(f"{name}: {time.perf_counter() - start:.0f} s\n{json.dumps(results[name], indent=2)}", flush=True)
         with open(args.output, "w") as file:

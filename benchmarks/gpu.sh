@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# The GPU benchmark, within 10 minutes on one H200: bash benchmarks/gpu.sh [--tiny] [--output FILE]
-# WHEELS names wheels to install first, such as transformers where the machine's is too old and liger-kernel, which a
-# machine without network is to bring along.
+# The GPU benchmark, at most 10 minutes on one H200: bash benchmarks/gpu.sh [--tiny] [--output FILE]
+# WHEELS lists wheels to install first, for a machine without network: a recent transformers, liger-kernel.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

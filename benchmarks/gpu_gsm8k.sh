@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
-# GSM8K from scratch with at most 100 million weights on one GPU: trains configs/gsm8k_gpu.yaml and measures its
-# accuracy on the test split, and that of the autoregressive model of the same size, which reads as many examples,
-# beside it.
+# GSM8K from scratch with at most 100 million parameters on one GPU: trains configs/gsm8k_gpu.yaml and an
+# autoregressive model of the same size on as many examples, and measures their accuracy on the test split.
 #
-# Works in pieces of MINUTES minutes. A piece that was not enough ends with status 75, and the next goes on where it
-# stopped: from the last checkpoint, or behind the last answer. Arguments are settings of train.py, the same each time:
+# A call takes at most MINUTES minutes. An unfinished call exits with status 75, and the next call resumes from the last
+# checkpoint or after the last answer. Arguments are settings of train.py, the same in every call:
 #
 #   until benchmarks/gpu_gsm8k.sh [--setting value ...]; do [ $? -eq 75 ] || break; done
 #
-# The package must be installed (pip install -e .), and GSM8K_DIR must hold train.jsonl and test.jsonl unless the Hub
-# can be reached. Nothing is chosen by the test split: it is read once, by the weights that training ends with.
+# The package must be installed (pip install -e .). Without access to the Hub, GSM8K_DIR must contain train.jsonl and
+# test.jsonl. Nothing is chosen on the test split: only the final weights are evaluated on it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,8 +19,8 @@ read -ra EVALUATION <<<"${EVALUATION:---batch_size 256}" # settings of eval_gsm8
 NOT_FINISHED=75
 DEADLINE=$((SECONDS + 60 * MINUTES))
 
-# Runs a command until the piece ends.
-within_the_piece() {
+# Runs a command until the deadline.
+until_deadline() {
     local left=$((DEADLINE - SECONDS)) status=0
     if ((left > 0)); then
         timeout --kill-after 10 "$left" "$@" || status=$?
@@ -29,7 +28,7 @@ within_the_piece() {
         status=124
     fi
     if ((status == 124 || status == 137)); then
-        echo "The piece of $MINUTES minutes is over: call again to go on." >&2
+        echo "The limit of $MINUTES minutes is reached: run the command again to resume." >&2
         exit $NOT_FINISHED
     fi
     return $status
@@ -40,11 +39,11 @@ train_and_evaluate() {
     local folder=$OUTPUT/$1
     shift
     if [ ! -f "$folder/data_config.json" ]; then # the last file that training writes
-        within_the_piece "$PYTHON" train.py configs/gsm8k_gpu.yaml --output_dir "$folder" \
+        until_deadline "$PYTHON" train.py configs/gsm8k_gpu.yaml --output_dir "$folder" \
             --resume_from_checkpoint last "$@"
     fi
     if [ ! -f "$folder/eval/summary.json" ]; then
-        within_the_piece "$PYTHON" eval_gsm8k.py --model "$folder" --dataset openai/gsm8k --split test \
+        until_deadline "$PYTHON" eval_gsm8k.py --model "$folder" --dataset openai/gsm8k --split test \
             "${EVALUATION[@]}"
     fi
 }

@@ -1,4 +1,4 @@
-"""How things are timed side by side in one run, and where their figures are written."""
+"""Interleaved timing, and files of results."""
 
 import json
 import platform
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 import transformers
 
-Measured = tuple[list[dict[str, Any]], dict[str, Any]]  # bars, and the figures behind them
+Measured = tuple[list[dict[str, Any]], dict[str, Any]]  # bars and details
 
 RESULTS = Path(__file__).parent / "results"
-CHANGES = ("status", "--porcelain", "-uno", "--", ":/", ":!results")  # git's words; results are written one by one
+CHANGES = ("status", "--porcelain", "-uno", "--", ":/", ":!results")  # git arguments: changes other than results
 
 
 def interleaved_medians(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each case: all run once unmeasured, then in turns, so that a slow moment hits them alike."""
+    """Return the median seconds of each case, after one warm-up run, with the cases run in turns."""
     for run in cases.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -33,8 +33,8 @@ def interleaved_medians(cases: dict[str, Callable[[], Any]], repeats: int) -> di
 
 
 def added_memory(run: Callable[[], Any]) -> int:
-    """Most bytes that this process holds during a call, beyond what it holds before (Linux only)."""
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
+    """Return the peak memory of this process in bytes during a call, relative to that before it (Linux only)."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _memory("VmRSS")
     run()
     return _memory("VmHWM") - before
@@ -46,7 +46,7 @@ def _memory(name: str) -> int:
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:
-    """Settings as the words of a command line; a list is several words behind its name."""
+    """Convert settings to command-line arguments; a list becomes several arguments after its name."""
     words = []
     for name, value in settings.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -54,7 +54,7 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Machine, versions and commit, for every file of results."""
+    """Return machine, versions and commit, for every file of results."""
     return {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -79,20 +79,20 @@ def _git(*arguments: str) -> str:
 
 
 def bar(claim: str, measured: float, limit: float, at_most: bool) -> dict[str, Any]:
-    """One line of the table: a figure, and the limit that it is to keep."""
+    """Return a row of the table: a measured value and its limit."""
     met = measured <= limit if at_most else measured >= limit
     return {"claim": claim, "measured": measured, "limit": limit, "direction": "<=" if at_most else ">=", "met": met}
 
 
 def measure_parts(script: str, parts: dict[str, Callable[[], Measured]], names: list[str]) -> None:
-    """Measures the parts that are named, or all, on two threads, and writes their results."""
+    """Measure the named parts, or all, on two threads, and write their results."""
     torch.set_num_threads(2)
     for name in names or parts:
         write_results(script, name, *parts[name]())
 
 
 def write_results(script: str, part: str, bars: list[dict[str, Any]], details: dict[str, Any]) -> None:
-    """Writes results/{script}_{part}.json and .md, and prints the table."""
+    """Write results/{script}_{part}.json and .md, and print the table."""
     content = {"command": _command(script, part), "machine": describe_machine(), "bars": bars, "details": details}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{script}_{part}.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -100,7 +100,7 @@ def write_results(script: str, part: str, bars: list[dict[str, Any]], details: d
 
 
 def write_text(script: str, part: str, text: str) -> None:
-    """Writes results/{script}_{part}.md, headed by command, machine and commit, and prints the text."""
+    """Write results/{script}_{part}.md, headed by command, machine and commit, and print the text."""
     RESULTS.mkdir(exist_ok=True)
     note = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
     (RESULTS / f"{script}_{part}.md").write_text(f"`{_command(script, part)}`: {note}\n\n{text}\n")
@@ -112,8 +112,8 @@ def _command(script: str, part: str) -> str:
 
 
 def format_table(bars: list[dict[str, Any]]) -> str:
-    """The bars as a Markdown table."""
-    lines = ["| what | measured | bar | met |", "|---|---|---|---|"]
+    """Format the bars as a Markdown table."""
+    lines = ["| claim | measured | limit | met |", "|---|---|---|---|"]
     for row in bars:
         verdict = "yes" if row["met"] else "**no**"
         lines.append(f"| {row['claim']} | {row['measured']:.3g} | {row['direction']} {row['limit']:.3g} | {verdict} |")

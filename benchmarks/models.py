@@ -1,4 +1,4 @@
-"""The models and batches that are measured: one backbone, autoregressive and under the hierarchical mask."""
+"""Models and batches of the benchmarks."""
 
 import os
 
@@ -24,7 +24,7 @@ FIRST_CONTENT_ID = 5
 
 
 def make_model(vocab_size: int = 4096, **fields: object) -> HierBD3LMForBlockDiffusion:
-    """A random model of 8 layers x 256, block size 16."""
+    """Make a random model with 8 layers, hidden size 256 and block size 16."""
     torch.manual_seed(0)
     ids = {f"{role}_token_id": token for role, token in SPECIAL_IDS.items()}
     backbone = BACKBONE | {"vocab_size": vocab_size}
@@ -34,14 +34,14 @@ def make_model(vocab_size: int = 4096, **fields: object) -> HierBD3LMForBlockDif
 
 
 def text_batch(batch_size: int, length: int, vocab_size: int) -> dict[str, torch.Tensor]:
-    """Plain text: no question, all of it execution."""
+    """Make a batch of random plain text: no question, only execution."""
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(FIRST_CONTENT_ID, vocab_size, (batch_size, length), generator=generator)
     return {"input_ids": input_ids, "segment_ids": torch.full_like(input_ids, 2)}
 
 
 def problem_batches(num_batches: int, batch_size: int) -> tuple[list[dict], PreTrainedTokenizerBase, list[list[dict]]]:
-    """Length-grouped batches of GSM8K's training split where `GSM8K_DIR` is set, else of synthetic problems.
+    """Make length-grouped batches of GSM8K's training split if `GSM8K_DIR` is set, else of synthetic problems.
 
     Returns:
         the collated batches, the tokenizer (BPE of 4096, or word-level), and the encoded examples of each batch.

@@ -1,9 +1,9 @@
-"""Where a training step and a denoising step spend their time, and how near they come to what the machine can do.
+"""Profile of a training step and a denoising step, and comparison with the roofline of the machine.
 
-`python -m hierbd3lm.benchmarks.profile [training] [generation]`. The time of each kind of operation is from
+`python -m hierbd3lm.benchmarks.profile [training] [generation]`. The time of each kind of operation is measured by
 torch.profiler. The roofline is the longer of two times: the FLOPs of all matrix products at the rate of a large
-product, and the bytes that must be moved at the least (every weight once; in training its gradient and the optimizer's
-state too) at the rate of a large copy. Attention is not among the FLOPs.
+product, and the minimum number of bytes to move (every weight; in training also its gradient and the optimizer's
+state) at the rate of a large copy. The FLOPs do not include attention.
 """
 
 import sys
@@ -24,10 +24,10 @@ from .training import block_diffusion_step
 
 STEPS = 20
 CONTEXT = 256  # cached tokens of the denoising step
-# What an operation's name begins with, by kind; the first that fits.
+# Prefixes of the operations' names by kind; the first match counts.
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul"),
-    "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product", "TiledAttention"),
+    "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
     "optimizer": ("aten::_fused", "Optimizer"),
     "copies and memory": ("aten::copy_", "aten::empty", "aten::zeros", "aten::fill_", "aten::cat", "aten::clone"),
     "other operations": ("aten::",),
@@ -36,7 +36,7 @@ KINDS = {
 
 
 def seconds_by_kind(step: Callable[[], object]) -> dict[str, float]:
-    """Seconds of one step that each kind of operation takes itself, and what is left: Python and the profiler."""
+    """Return the seconds of a step by kind of operation; the rest is Python and the profiler."""
     step()
     start = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
@@ -58,13 +58,11 @@ def count_flops(step: Callable[[], object]) -> int:
 
 
 def machine_rates() -> tuple[float, float]:
-    """FLOPs a second of a product of 2,048 x 2,048 matrices, bytes a second (read and written) of a large copy."""
+    """Return FLOPs per second of a 2,048 x 2,048 matrix product, and bytes per second (read and written) of a copy."""
     matrix, source = torch.randn(2048, 2048), torch.randn(2**26)
     target = torch.empty_like(source)
-    seconds = interleaved_medians(
-        {"product": lambda: matrix @ matrix, "copy": lambda: target.copy_(source)},
-        repeats=5,
-    )
+    cases = {"product": lambda: matrix @ matrix, "copy": lambda: target.copy_(source)}
+    seconds = interleaved_medians(cases, repeats=5)
     return 2 * 2048**3 / seconds["product"], 2 * source.nbytes / seconds["copy"]
 
 
@@ -73,18 +71,18 @@ def weight_bytes(model: HierBD3LMForBlockDiffusion) -> int:
 
 
 def report(name: str, step: Callable[[], object], num_bytes: int) -> str:
-    """A table of one step and its roofline, in Markdown."""
+    """Format the profile of a step and its roofline in Markdown."""
     achieved, flops = interleaved_medians({"step": step}, repeats=STEPS)["step"], count_flops(step)
     flop_rate, byte_rate = machine_rates()
     attainable = max(flops / flop_rate, num_bytes / byte_rate)
     seconds = seconds_by_kind(step)
     total = sum(seconds.values())
-    lines = [f"## {name}", "", "| where | share of the profiled time |", "|---|---|"]
+    lines = [f"## {name}", "", "| kind of operation | share of the profiled time |", "|---|---|"]
     lines += [f"| {kind} | {100 * value / total:.1f} % |" for kind, value in seconds.items()]
     lines += [
         "",
-        f"- {flops / 1e9:.2f} GFLOP of matrix products, {num_bytes / 1e6:.0f} MB at the least",
-        f"- {flops / num_bytes:.1f} FLOP a byte; the machine's balance is {flop_rate / byte_rate:.1f}",
+        f"- {flops / 1e9:.2f} GFLOP of matrix products, at least {num_bytes / 1e6:.0f} MB to move",
+        f"- {flops / num_bytes:.1f} FLOP per byte; machine balance: {flop_rate / byte_rate:.1f}",
         f"- achieved rate / rate of a large product: {flops / achieved / flop_rate:.2f}",
         f"- attainable time / achieved time: {attainable / achieved:.2f}",
         "",
@@ -102,7 +100,7 @@ def profile_training() -> str:
 def profile_generation() -> str:
     model = endless_model(question_len=CONTEXT, plan_len=64, execution_len=64)
     cache = filled_cache(model, CONTEXT)
-    name = f"Denoising step, 16 tokens behind {CONTEXT} cached ones"
+    name = f"Denoising step, 16 tokens after {CONTEXT} cached tokens"
     return report(name, lambda: denoising_step(model, cache, CONTEXT), weight_bytes(model))
 
 

@@ -1,9 +1,8 @@
-"""What denoising several tokens a pass gives on the quickstart model, against an autoregressive one of the same size.
+"""Speed and accuracy of the confidence sampler on the quickstart model, against an AR model of the same size.
 
-`python -m hierbd3lm.benchmarks.quickstart`. The model of `make demo`, the same with larger blocks, and one that learns
-token after token by its recipe, in as many steps as that has; each is trained unless it is there. Order and threshold
-of the confidence sampler are chosen on the validation split; what is reported is of the test split, answered one
-problem at a time, in turns.
+`python -m hierbd3lm.benchmarks.quickstart`. Three models are trained unless they exist: that of `make demo`, the same
+with larger blocks, and an autoregressive model with the quickstart's recipe. Order and confidence threshold are chosen
+on the validation split. Results are reported on the test split, answered in turns at batch size 1.
 """
 
 import functools
@@ -26,16 +25,16 @@ ROOT = Path(__file__).parents[1]
 DEMO, BLOCKS_OF_8, AR = "outputs/quickstart", "outputs/quickstart_8", "outputs/quickstart_ar"
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 NUM_TEST = 500
-MOST_LOST = 0.01  # exact match
+MAX_ACCURACY_LOSS = 0.01  # of exact match
 
 
 def train(folder: str, **settings: Any) -> list[str]:
-    """The command line that trains a model by the quickstart's recipe."""
+    """Return the command line that trains a model with the quickstart's recipe."""
     command = [sys.executable, "train.py", "configs/quickstart.yaml", "--resume_from_checkpoint", "last"]
     return command + as_flags({"output_dir": folder} | settings)
 
 
-COMMANDS = {  # what trains each; the second starts from where the demo's larger blocks do
+COMMANDS = {  # training commands; the second starts from the demo's model with blocks of one token
     DEMO: ["make", "demo"],
     BLOCKS_OF_8: train(
         BLOCKS_OF_8,
@@ -60,40 +59,40 @@ def train_missing(folders: Iterable[str]) -> None:
 
 
 def choose_settings(summaries: list[dict[str, Any]], exact: float) -> tuple[dict[str, Any], bool]:
-    """Of the settings that lose no more than a point, those of fewest passes; else the best, and False."""
-    good = [summary for summary in summaries if summary["exact_match_strict"] >= exact - MOST_LOST]
+    """Return the settings with the lowest NFE within `MAX_ACCURACY_LOSS`, and True; else the best, and False."""
+    good = [summary for summary in summaries if summary["exact_match_strict"] >= exact - MAX_ACCURACY_LOSS]
     if good:
         return min(good, key=lambda summary: summary["num_forward_passes_mean"])["tried"], True
     return max(summaries, key=lambda summary: summary["exact_match_strict"])["tried"], False
 
 
 def tokens_per_forward(plans: list[dict[str, Any]], answers: list[dict[str, Any]]) -> dict[str, float]:
-    """Of each segment. The passes that a plan took are counted in a run that stops behind it."""
+    """Return tokens per forward pass by segment; `plans` is a run that stops after the plan."""
     passes = {"plan": sum(plan["num_forward_passes"] for plan in plans)}
     passes["execution"] = sum(whole["num_forward_passes"] for whole in answers) - passes["plan"]
     return {name: sum(whole[f"num_{name}_tokens"] for whole in answers) / passes[name] for name in passes}
 
 
 def measure_confidence(folder: str) -> Measured:
-    """Bar 7: tokens a second at batch 1 against the AR model's, and what exact match that costs."""
+    """Compare tokens per second with the AR model at batch size 1, and exact match with the exact sampler."""
     train_missing([DEMO, folder, AR])
-    ours, theirs = (load_model(str(ROOT / path), "cpu") for path in (folder, AR))
+    hier, ar = (load_model(str(ROOT / path), "cpu") for path in (folder, AR))
     data_args = DataArguments.load(str(ROOT / folder))
     validation = load_split(data_args, "validation", NUM_VALIDATION)
     exact_settings = {"sampler": "first_hitting"}
-    exact = summarize(answer((*ours, exact_settings), validation, BATCH_SIZE))["exact_match_strict"]
-    tried = try_settings(*ours, validation, THRESHOLDS)
-    settings, keeps_the_limit = choose_settings(tried, exact)
+    exact = summarize(answer((*hier, exact_settings), validation, BATCH_SIZE))["exact_match_strict"]
+    tried = try_settings(*hier, validation, THRESHOLDS)
+    settings, is_within_limit = choose_settings(tried, exact)
 
     test = load_split(data_args, "test", NUM_TEST)
     answerers = {
-        "ar": (*theirs, {}),
-        "confidence, eager": (*ours, settings),
-        "confidence, compiled": (*ours, settings | {"compile_steps": True}),
-        "first_hitting": (*ours, exact_settings),
+        "ar": (*ar, {}),
+        "confidence, eager": (*hier, settings),
+        "confidence, compiled": (*hier, settings | {"compile_steps": True}),
+        "first_hitting": (*hier, exact_settings),
     }
     predictions = answer_in_turns(answerers, test)
-    plans = answer((*ours, settings | {"stage": "plan"}), test, BATCH_SIZE)
+    plans = answer((*hier, settings | {"stage": "plan"}), test, BATCH_SIZE)
     summaries = {name: summarize(lines) for name, lines in predictions.items()}
     speed = {name: summary["tokens_per_second"] for name, summary in summaries.items()}
     num_right = {name: sum(line["exact_match_strict"] for line in lines) for name, lines in predictions.items()}
@@ -103,10 +102,11 @@ def measure_confidence(folder: str) -> Measured:
         if name.startswith("confidence")
     ]
     lost = (num_right["first_hitting"] - num_right["confidence, eager"]) / len(test)
-    bars.append(bar(f"{Path(folder).name}: exact match that confidence loses to first_hitting", lost, MOST_LOST, True))
+    claim = f"{Path(folder).name}: loss of exact match, confidence against first_hitting"
+    bars.append(bar(claim, lost, MAX_ACCURACY_LOSS, True))
     details = {
         "settings": settings,
-        "settings_keep_the_limit_on_validation": keeps_the_limit,
+        "settings_are_within_limit_on_validation": is_within_limit,
         "validation": {"first_hitting": exact, "tried": tried},
         "test": {
             "exact_match": {name: count / len(test) for name, count in num_right.items()},

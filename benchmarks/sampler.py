@@ -1,7 +1,7 @@
-"""Which order and threshold of the confidence sampler a trained model answers with best, on the validation split.
+"""Choice of the confidence sampler's order and threshold for a trained model, on the validation split.
 
-`python -m hierbd3lm.benchmarks.sampler --model DIR` writes what was tried into DIR/sampler.json, and into the
-checkpoint's generation settings what gave most right answers: of several such settings those of fewest passes.
+`python -m hierbd3lm.benchmarks.sampler --model DIR` writes all results to DIR/sampler.json, and the settings with the
+highest exact match to the checkpoint's generation config. Ties are broken by the lowest NFE.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BATCH_SIZE = 50
 
 
 def try_settings(model: Any, tokenizer: Any, dataset: Dataset, thresholds: Iterable[float]) -> list[dict[str, Any]]:
-    """Exact match and passes of both orders at every threshold, with the settings as `tried`."""
+    """Measure exact match and NFE of both orders at every threshold; the settings are returned as `tried`."""
     results = []
     for left_to_right, threshold in itertools.product((True, False), thresholds):
         tried = {"sampler": "confidence", "left_to_right": left_to_right, "threshold": threshold}
@@ -42,15 +42,15 @@ def try_settings(model: Any, tokenizer: Any, dataset: Dataset, thresholds: Itera
 
 
 def best_of(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The settings of most right answers, and of those of fewest passes."""
+    """Return the settings with the highest exact match; ties are broken by the lowest NFE."""
     return max(results, key=lambda row: (row["exact_match_strict"], -row["num_forward_passes_mean"]))["tried"]
 
 
 def main() -> None:
-    """Tries, chooses, writes and prints."""
+    """Choose the settings, and write and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="Folder of a trained model.")
-    parser.add_argument("--device", default=default_device(), help="A GPU if there is one.")
+    parser.add_argument("--device", default=default_device(), help="Device of the model.")
     args = parser.parse_args(sys.argv[1:])
     model, tokenizer = load_model(args.model, args.device)
     validation = load_split(DataArguments.load(args.model), "validation", NUM_VALIDATION)

@@ -1,7 +1,7 @@
-"""How fast a trained model answers problems one at a time, in turns with others.
+"""Generation speed of a trained model at batch size 1, compared with a baseline.
 
-`python -m hierbd3lm.benchmarks.speed --model DIR --beside AR_DIR` compares it, with and without compiled passes, with
-the autoregressive model in AR_DIR on test problems of DIR's data, and writes DIR/speed.json.
+`python -m hierbd3lm.benchmarks.speed --model DIR --baseline AR_DIR` compares a model, with eager and with compiled
+steps, with the autoregressive model in AR_DIR on test problems of DIR's data, and writes DIR/speed.json.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from hierbd3lm.settings_hierbd3lm import resolve_settings
 from .measure import describe_machine
 
 SPEED_FILE = "speed.json"
-CHUNK = 50  # problems that one model answers before it is the next one's turn
+CHUNK = 50  # problems per turn of a model
 
 Answerer = tuple[Any, Any, dict[str, Any]]  # model, tokenizer, generation settings
 
 
 def answer(answerer: Answerer, dataset: Dataset, batch_size: int) -> list[dict[str, Any]]:
-    """Predictions, as evaluation makes them."""
+    """Return the predictions, as in evaluation."""
     model, tokenizer, settings = answerer
     with tempfile.TemporaryDirectory() as folder:
         resolved = resolve_settings(model.generation_config, settings)
@@ -38,7 +38,7 @@ def answer(answerer: Answerer, dataset: Dataset, batch_size: int) -> list[dict[s
 
 
 def answer_in_turns(answerers: dict[str, Answerer], dataset: Dataset) -> dict[str, list[dict[str, Any]]]:
-    """Each model's predictions, one problem at a time, after a chunk that is not measured."""
+    """Return each model's predictions at batch size 1, after a warm-up chunk."""
     predictions: dict[str, list[dict[str, Any]]] = {name: [] for name in answerers}
     for answerer in answerers.values():
         answer(answerer, dataset.select(range(min(CHUNK, len(dataset)))), 1)
@@ -49,30 +49,30 @@ def answer_in_turns(answerers: dict[str, Answerer], dataset: Dataset) -> dict[st
     return predictions
 
 
-def measure_speed(folder: str, beside: str, limit: int, device: str) -> dict[str, Any]:
-    """Tokens a second of the model in `folder`, eager and compiled, in multiples of those of the model in `beside`."""
-    ours, theirs = (load_model(path, device) for path in (folder, beside))
-    answerers = {"beside": (*theirs, {}), "eager": (*ours, {}), "compiled": (*ours, {"compile_steps": True})}
+def measure_speed(folder: str, baseline: str, limit: int, device: str) -> dict[str, Any]:
+    """Measure tokens per second of the model in `folder`, eager and compiled, relative to that in `baseline`."""
+    hier, ar = (load_model(path, device) for path in (folder, baseline))
+    answerers = {"baseline": (*ar, {}), "eager": (*hier, {}), "compiled": (*hier, {"compile_steps": True})}
     predictions = answer_in_turns(answerers, load_split(DataArguments.load(folder), "test", limit))
     speed = {name: summarize(lines)["tokens_per_second"] for name, lines in predictions.items()}
     return {
         "tokens_per_second": speed,
-        **{f"{name}_over_beside": speed[name] / speed["beside"] for name in ("eager", "compiled")},
-        "beside": beside,
+        **{f"{name}_over_baseline": speed[name] / speed["baseline"] for name in ("eager", "compiled")},
+        "baseline": baseline,
         "machine": describe_machine(),
     }
 
 
 def main() -> None:
-    """Measures, writes and prints."""
+    """Measure the speed, and write and print the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="Folder of a trained model.")
-    parser.add_argument("--beside", required=True, help="Folder of an autoregressive model trained on the same data.")
-    parser.add_argument("--limit", type=int, default=100, help="Problems of the test split.")
-    parser.add_argument("--device", default=default_device(), help="Of both models; a GPU if there is one.")
+    parser.add_argument("--baseline", required=True, help="Folder of an autoregressive model with the same data.")
+    parser.add_argument("--limit", type=int, default=100, help="Number of test problems.")
+    parser.add_argument("--device", default=default_device(), help="Device of both models.")
     args = parser.parse_args(sys.argv[1:])
     check_at_least("limit", args.limit, 1)
-    result = measure_speed(args.model, args.beside, args.limit, args.device)
+    result = measure_speed(args.model, args.baseline, args.limit, args.device)
     write_json(Path(args.model, SPEED_FILE), result)
     print(result)
 

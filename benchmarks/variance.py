@@ -1,8 +1,8 @@
-"""How much signal a unit of training compute buys with several noisy copies of each example.
+"""Variance of the gradient per training time, with several noisy copies of each example.
 
-`python -m hierbd3lm.benchmarks.variance`. The gradient of one batch is drawn many times at K = 1, 2 and 4 noisy
-copies, from a model that has been trained a little. Its variance (the trace of its covariance) times the seconds of a
-step is what must be paid for a given precision of the gradient of these examples; less is better.
+`python -m hierbd3lm.benchmarks.variance`. The gradient of one batch is drawn many times with 1, 2 and 4 noisy copies,
+from a briefly trained model. Its variance (the trace of its covariance) times the seconds of a step is the cost of a
+given precision of the gradient of these examples; less is better.
 """
 
 import functools
@@ -27,7 +27,7 @@ DRAWS = 24  # of each gradient
 def gradient(
     model: HierBD3LMForBlockDiffusion, batch: dict[str, torch.Tensor], copies: int, seed: int
 ) -> torch.Tensor:
-    """One draw of the NELBO's gradient, flat: `(num_parameters,)`."""
+    """Draw the gradient of the NELBO: `(num_parameters,)`."""
     generator = torch.Generator().manual_seed(seed)
     predicted = with_predicted_tokens(model, batch)
     nelbo = make_objective(model.config).token_nelbo(model, predicted, generator, noisy_copies=copies)
@@ -36,12 +36,12 @@ def gradient(
 
 
 def variance_of_draws(draws: list[torch.Tensor]) -> float:
-    """Unbiased estimate of the covariance's trace."""
+    """Return an unbiased estimate of the trace of the covariance."""
     return torch.stack(draws).var(dim=0).sum().item()
 
 
 def measure_copies(repeats: int) -> Measured:
-    """Variance times seconds at K copies, over that at one copy."""
+    """Compare variance times seconds with several copies and with one."""
     batches, tokenizer, _ = problem_batches(num_batches=1, batch_size=16)
     model, batch = make_model(max(4096, len(tokenizer))), batches[0]
     warm_up = block_diffusion_step(model, batch)
@@ -56,7 +56,7 @@ def measure_copies(repeats: int) -> Measured:
     }
     cost = {copies: variances[copies] * seconds[copies] for copies in COPIES}
     bars = [
-        bar(f"variance of the gradient x seconds, {copies} noisy copies over 1", cost[copies] / cost[1], 1, True)
+        bar(f"variance of the gradient x seconds, {copies} noisy copies / 1 copy", cost[copies] / cost[1], 1, True)
         for copies in COPIES[1:]
     ]
     return bars, {"seconds": seconds, "variances": variances}

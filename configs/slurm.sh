@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-: "${SLURM_JOB_NODELIST:?start this script with sbatch}" "${1:?give a configuration of configs/}"
+: "${SLURM_JOB_NODELIST:?start this script with sbatch}" "${1:?the first argument must be a configuration file}"
 ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-configs/accelerate/multi_node.yaml}
 GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
 
@@ -19,10 +19,10 @@ launch=(
     --config_file "$ACCELERATE_CONFIG"
     --num_machines "$SLURM_JOB_NUM_NODES"
     --num_processes "$((SLURM_JOB_NUM_NODES * GPUS_PER_NODE))"
-    --main_process_ip "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)" # reads to the end, as pipefail asks
+    --main_process_ip "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)" # sed reads all input, for pipefail
     --main_process_port "$((20000 + SLURM_JOB_ID % 10000))"
 )
-# The rank of a node is known there only.
+# $SLURM_NODEID is set on the nodes only.
 export LAUNCH="${launch[*]}"
 srun --kill-on-bad-exit=1 bash -c '$LAUNCH --machine_rank "$SLURM_NODEID" train.py "$@"' train "$@" \
     --resume_from_checkpoint last

@@ -1,1 +1,1 @@
-"""Checkpoints of others as models of this package."""
+"""Conversion of published checkpoints."""

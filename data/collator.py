@@ -1,4 +1,4 @@
-"""How examples become a batch: the one place that lays out question, plan and execution as tokens in columns."""
+"""The collator, which lays out question, plan and execution as the tokens of a batch."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -15,11 +15,11 @@ SEGMENTS = ("question", "plan", "execution")  # in the order of a sequence
 ID_KEYS = tuple(f"{segment}_ids" for segment in SEGMENTS)
 IGNORED_LABEL = -100
 
-ExampleIds = Mapping[str, Any]  # `question_ids`, `plan_ids`, `execution_ids`, and `goes_on` where it is cut
+ExampleIds = Mapping[str, Any]  # `question_ids`, `plan_ids`, `execution_ids`, optionally `continues`
 
 
 class Columns(NamedTuple):
-    """Neighbouring columns of one row."""
+    """Consecutive columns of one row."""
 
     tokens: list[int]
     segment_ids: list[int]
@@ -27,34 +27,35 @@ class Columns(NamedTuple):
 
 
 class HierarchicalDataCollator:
-    """Makes model inputs from examples.
+    """Collate examples into model inputs.
 
     An example is a dict with `question_ids`, `plan_ids`, `execution_ids` (content only: no openers, no `<|end|>`; see
-    [`encode_example`]), or with the texts `question`, `plan`, `execution`, or with `text` alone. Where `goes_on` is
-    true beside the ids, the execution is a piece of text that goes on in another row: nothing closes or fills it, and
-    an `<|end|>` in it closes a document.
+    [`encode_example`]), or with the texts `question`, `plan`, `execution`, or with `text` alone. If an example with
+    ids also has `continues=True`, its execution is a piece of a longer text that continues in another row: it gets no
+    closing `<|end|>` and no filler, and an `<|end|>` among its tokens closes a document.
 
     Args:
-        config: gives the lengths, the block sizes and the special token ids.
+        config: lengths, block sizes and special token ids.
         tokenizer: encodes texts; not needed for ids.
-        fixed_length: whether every segment is padded to its greatest length (`config.question_len`, `plan_len`,
-            `execution_len`), instead of the lengths that the batch needs.
-        auto_split: whether a `text` alone is split into question, plan, execution at 25 % and 50 % of its tokens.
+        fixed_length: pad every segment to its maximum length (`config.question_len`, `plan_len`, `execution_len`)
+            instead of the longest in the batch.
+        auto_split: split an example that has only a `text` into question, plan and execution at 25 % and 50 % of its
+            tokens.
 
     Returns (when called with a list of examples):
-        `torch.LongTensor`s of shape `(batch, length)`. Questions are left-padded, so that all plans start in one
-        column; what follows is right-padded, or each segment is where `fixed_length` is set.
+        `torch.LongTensor`s of shape `(batch, length)`. Questions are left-padded, so that all plans start in the same
+        column. The rest is right-padded: each segment separately if `fixed_length` is set, else as a whole.
 
         - `input_ids`: padding is `config.pad_token_id`.
         - `segment_ids`: question 0, plan 1, execution 2, padding -1.
         - `block_ids`: question 0, plan blocks 1 to P, execution blocks P + 1 to P + E, padding -1; for other orders
           see [`~order_hierbd3lm.BlockOrder.layout`].
         - `position_ids`: 0 at the first real token, 0 on padding.
-        - `labels`: the token where a likelihood counts it (content and first `<|end|>` of plan and execution; all but
-          the opener where an execution goes on), else -100.
+        - `labels`: the token itself where the likelihood counts it (content and first `<|end|>` of plan and execution;
+          all tokens but the opener if the execution continues), else -100.
 
     Raises (when called):
-        ValueError: for an example that lacks a key, is longer than the configuration allows, or holds a special token.
+        ValueError: if an example lacks a key, exceeds the configured lengths, or contains a special token.
     """
 
     def __init__(
@@ -88,10 +89,10 @@ class HierarchicalDataCollator:
     def _read_ids(self, feature: dict[str, Any]) -> ExampleIds:
         if all(key in feature for key in ID_KEYS):
             ids = {key: [int(token) for token in feature[key]] for key in ID_KEYS}
-            return ids | {"goes_on": bool(feature.get("goes_on"))}
+            return ids | {"continues": bool(feature.get("continues"))}
         if self.tokenizer is None:
             raise ValueError(
-                f"an example must have the keys {', '.join(ID_KEYS)}, as the collator has no `tokenizer` for texts, "
+                f"an example must have the keys {', '.join(ID_KEYS)} if the collator has no `tokenizer`, "
                 f"but got {', '.join(feature)}"
             )
         return encode_example(feature, self.tokenizer, self.auto_split)
@@ -103,7 +104,7 @@ class HierarchicalDataCollator:
         total = config.plan_len + config.execution_len if self.fixed_length else longest
         padded = []
         for question, plan, execution in rows:
-            # Nothing may stand between plan and execution where they are one run of tokens: they are padded together.
+            # If the execution's opener is predicted, no padding may separate plan and execution: pad them together.
             pads_plan = self.fixed_length and not self.order.predicts_execution_opener
             after_plan = config.plan_len - len(plan.tokens) if pads_plan else 0
             after_execution = total - len(plan.tokens) - after_plan - len(execution.tokens)
@@ -117,14 +118,14 @@ class HierarchicalDataCollator:
 def encode_example(
     example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, auto_split: bool = False
 ) -> dict[str, list[int]]:
-    """Encodes the texts of an example as `question_ids`, `plan_ids`, `execution_ids`.
+    """Encode the texts of an example as `question_ids`, `plan_ids`, `execution_ids`.
 
-    The question is encoded with the tokens that the tokenizer adds (such as a BOS token), plan and execution without.
+    The question is encoded with the tokenizer's special tokens (such as BOS), plan and execution without.
     A plan may be empty or None. With `auto_split`, an example that has a `text` and none of the three is split at
     25 % and 50 % of its tokens.
 
     Raises:
-        ValueError: for an example that lacks a key, or whose value is no text.
+        ValueError: if the example lacks a key, or a value is not a string.
     """
     if auto_split and "text" in example and not any(segment in example for segment in SEGMENTS):
         return split_text(example["text"], tokenizer)
@@ -139,13 +140,13 @@ def encode_example(
     for segment in SEGMENTS:
         text = "" if segment == "plan" and example["plan"] is None else example[segment]
         if not isinstance(text, str):
-            raise ValueError(f"`{segment}` must be a text, but got {text!r}")
+            raise ValueError(f"`{segment}` must be a string, but got {text!r}")
         encoded[f"{segment}_ids"] = _encode(text, tokenizer, add_special_tokens=segment == "question")
     return encoded
 
 
 def split_text(text: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Splits a text into question, plan, execution: the first quarter of its tokens, the second, and the rest."""
+    """Split a text into question (first quarter of its tokens), plan (second quarter) and execution (the rest)."""
     ids = _encode(text, tokenizer, add_special_tokens=True)
     quarter = len(ids) // 4
     parts = ids[:quarter], ids[quarter : 2 * quarter], ids[2 * quarter :]
@@ -153,10 +154,10 @@ def split_text(text: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[
 
 
 def collate_questions(question_ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Left-pads questions for `generate`.
+    """Left-pad questions for `generate`.
 
     Returns:
-        `input_ids`, `attention_mask`: two `torch.LongTensor` of shape `(batch, longest)`.
+        `input_ids`, `attention_mask`: two `torch.LongTensor`s of shape `(batch, longest)`.
     """
     longest = max(map(len, question_ids), default=0)
     padding = [longest - len(ids) for ids in question_ids]
@@ -168,62 +169,63 @@ def collate_questions(question_ids: Sequence[Sequence[int]], pad_token_id: int) 
 
 
 def empty_question(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of an empty question: those that the tokenizer adds, such as a BOS token."""
+    """Return the ids of an empty question: the tokenizer's special tokens, such as BOS."""
     return encode_example({"question": "", "plan": "", "execution": ""}, tokenizer)["question_ids"]
 
 
 def segment_lengths(example: ExampleIds, config: HierBD3LMConfig) -> dict[str, int]:
-    """Tokens that count towards each segment's limit: plan and execution have an opener and one `<|end|>` too.
+    """Return the number of tokens that count towards each segment's limit.
 
-    There is none of them where the model has no plan and the example neither, and no `<|end|>` where it goes on.
+    Plan and execution include their opener and one `<|end|>`. The plan's length is 0 if neither the model nor the
+    example has a plan; an execution that continues has no `<|end|>`.
     """
     question, plan, execution = (len(example[key]) for key in ID_KEYS)
     needs_plan = config.plan_len > 0 or plan > 0
-    closed = not example.get("goes_on")
+    closed = not example.get("continues")
     return {"question": question, "plan": (1 + plan + 1) * needs_plan, "execution": 1 + execution + closed}
 
 
 def counted_tokens(example: ExampleIds, config: HierBD3LMConfig) -> dict[str, int]:
-    """Tokens of plan and execution that a likelihood counts: all that count towards a limit but the openers."""
+    """Return the number of plan and execution tokens that the likelihood counts: all but the openers."""
     lengths = segment_lengths(example, config)
     return {segment: max(lengths[segment] - 1, 0) for segment in ("plan", "execution")}
 
 
 def over_long_segments(example: ExampleIds, config: HierBD3LMConfig) -> list[str]:
-    """Names of the segments that are longer than the configuration allows."""
+    """Return the names of the segments that exceed their configured length."""
     lengths = segment_lengths(example, config)
     return [segment for segment, length in lengths.items() if length > getattr(config, f"{segment}_len")]
 
 
 def example_length(example: ExampleIds, config: HierBD3LMConfig) -> int:
-    """Tokens of the example when it is laid out: its segments, plan and execution as whole blocks."""
+    """Return the length of the laid-out example, with plan and execution filled up to whole blocks."""
     return sum(len(segment.tokens) for segment in _lay_out_segments(example, config, BlockOrder.from_config(config)))
 
 
 def check_lengths(example: ExampleIds, config: HierBD3LMConfig) -> None:
-    """Raises a ValueError that names the first segment that is too long, its length and the limit."""
+    """Raise a ValueError if a segment is too long; the message names the segment, its length and the limit."""
     for segment in over_long_segments(example, config):
         limit, length = getattr(config, f"{segment}_len"), segment_lengths(example, config)[segment]
-        counted = "" if segment == "question" else ", opener and <|end|> included"
+        counted = "" if segment == "question" else ", including opener and <|end|>"
         raise ValueError(f"`{segment}` must have at most {segment}_len={limit} tokens{counted}, but got {length}")
 
 
 def check_content(example: ExampleIds, config: HierBD3LMConfig) -> None:
-    """Raises a ValueError for a special token in the content, where it would be read as structure.
+    """Raise a ValueError if the content contains a special token, which would be read as structure.
 
-    A question may hold the pad token, unless that is `<|end|>` too: some tokenizers pad with their BOS token. An
-    execution that goes on may hold the `<|end|>` of documents.
+    A question may contain the pad token, unless it is also `<|end|>`: some tokenizers pad with their BOS token. An
+    execution that continues may contain `<|end|>`, which closes a document.
     """
     special = {getattr(config, f"{role}_token_id"): role for role in ("pad", *SPECIAL_TOKENS)}
     for segment, key in zip(SEGMENTS, ID_KEYS, strict=True):
         found = special.keys() & set(example[key])
         if segment == "question":
             found -= {config.pad_token_id} - {config.end_token_id}
-        if segment == "execution" and example.get("goes_on"):
+        if segment == "execution" and example.get("continues"):
             found -= {config.end_token_id}
         if found:
             names = ", ".join(f"{special[token]} ({token})" for token in sorted(found))
-            raise ValueError(f"`{key}` must hold content only, but got the special tokens {names}")
+            raise ValueError(f"`{key}` must not contain special tokens, but got {names}")
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[int]:
@@ -233,16 +235,16 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: b
 
 
 def _lay_out_segments(example: ExampleIds, config: HierBD3LMConfig, order: BlockOrder) -> list[Columns]:
-    """Question, plan, execution, each without padding."""
+    """Return the columns of question, plan and execution, without padding."""
     question, plan, execution = (list(example[key]) for key in ID_KEYS)
-    lengths, end, goes_on = segment_lengths(example, config), [config.end_token_id], bool(example.get("goes_on"))
+    lengths, end, continues = segment_lengths(example, config), [config.end_token_id], bool(example.get("continues"))
     fillers = order.fillers({PLAN: lengths["plan"], EXECUTION: lengths["execution"]})
-    plan_filler, execution_filler = end * fillers[PLAN], end * fillers[EXECUTION] * (not goes_on)
+    plan_filler, execution_filler = end * fillers[PLAN], end * fillers[EXECUTION] * (not continues)
     no_plan = Columns([], [], [])
     return [
         Columns(question, [QUESTION] * len(question), [IGNORED_LABEL] * len(question)),
         _lay_out_segment(config.plan_token_id, plan + end, plan_filler, PLAN) if lengths["plan"] else no_plan,
-        _lay_out_segment(config.execution_token_id, execution + end * (not goes_on), execution_filler, EXECUTION),
+        _lay_out_segment(config.execution_token_id, execution + end * (not continues), execution_filler, EXECUTION),
     ]
 
 

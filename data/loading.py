@@ -1,4 +1,4 @@
-"""Datasets from files, folders and the Hub, encoded with the over-long examples counted."""
+"""Loading of datasets, and encoding of problems."""
 
 import os
 from collections.abc import Callable
@@ -26,8 +26,8 @@ from .text.detokenization import detokenize
 
 logger = logging.get_logger(__name__)
 
-FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".txt": "text"}  # of `load_dataset`; a .txt has a row a line
-SAVED_FILES = ("dataset_info.json", "dataset_dict.json")  # one of which `save_to_disk` writes
+FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".txt": "text"}  # of `load_dataset`; .txt: one row per line
+SAVED_FILES = ("dataset_info.json", "dataset_dict.json")  # `save_to_disk` writes one of them
 OVER_LONG = ("drop", "raise")
 ENCODED_FEATURES = {
     **{key: List(Value("int64")) for key in ID_KEYS},
@@ -43,20 +43,20 @@ def load_reasoning_dataset(
     auto_split: bool = False,
     **load_dataset_kwargs: Any,
 ) -> Dataset:
-    """Loads a dataset with the columns `question`, `plan`, `execution` (others, such as `answer`, are kept).
+    """Load a dataset with the columns `question`, `plan`, `execution`; other columns, such as `answer`, are kept.
 
     Args:
         path_or_hub_id: a `.json` or `.jsonl` file, a folder written by `save_to_disk`, a folder with data files, or
-            an id of the Hub. `openai/gsm8k` is read by [`load_gsm8k`].
-        split: the split to load; may be left out where there is only one.
+            a Hub id. `openai/gsm8k` is loaded with [`load_gsm8k`].
+        split: the split to load; may be omitted if there is only one.
         name: the dataset's configuration; for GSM8K the subset, `main` (default) or `socratic`.
-        parse_example: makes `question`, `plan`, `execution` (and `answer`) from a row of another format. The result
-            has the columns that it returns and no others.
-        auto_split: whether a dataset may have `text` in place of the three, for a collator with `auto_split`.
-        load_dataset_kwargs: for `datasets.load_dataset`; for GSM8K those of [`load_gsm8k`].
+        parse_example: function that maps a row of another format to `question`, `plan`, `execution` (and `answer`).
+            The result has only the columns that it returns.
+        auto_split: accept a dataset with `text` in place of the three columns, for a collator with `auto_split`.
+        load_dataset_kwargs: passed to `datasets.load_dataset`, for GSM8K to [`load_gsm8k`].
 
     Raises:
-        ValueError: if the split must be chosen, or a column is missing.
+        ValueError: if there are several splits and none is given, or a column is missing.
         FileNotFoundError: if a `.json` or `.jsonl` file does not exist.
     """
     if str(path_or_hub_id) in GSM8K_IDS:
@@ -66,17 +66,17 @@ def load_reasoning_dataset(
         dataset = _load(os.fspath(path_or_hub_id), split, name, load_dataset_kwargs)
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"{path_or_hub_id} must load as a Dataset, but got {type(dataset).__name__}: `streaming` is not taken"
+            f"{path_or_hub_id} must load as a Dataset, but got {type(dataset).__name__}: `streaming` is not supported"
         )
     if parse_example is not None:
-        # never from the cache: its key does not see what the parser imports
+        # not from the cache: its key does not include what the parser imports
         dataset = dataset.map(parse_example, remove_columns=dataset.column_names, load_from_cache_file=False)
     missing = [segment for segment in SEGMENTS if segment not in dataset.column_names]
     is_text_alone = "text" in dataset.column_names and len(missing) == len(SEGMENTS)
     if missing and not (auto_split and is_text_alone):
         raise ValueError(
             f"`{path_or_hub_id}` must have the columns {', '.join(SEGMENTS)}, but lacks {', '.join(missing)} among "
-            f"{', '.join(dataset.column_names)}; `parse_example` makes them from another format"
+            f"{', '.join(dataset.column_names)}; `parse_example` can convert another format"
         )
     return dataset
 
@@ -89,16 +89,17 @@ def load_documents(
     detokenizer: str | None = None,
     **load_dataset_kwargs: Any,
 ) -> Dataset | IterableDataset:
-    """Loads plain text: a dataset with the column `text` alone, a document a row.
+    """Load plain text: a dataset with the single column `text` and one document per row.
 
     Args:
-        path_or_hub_id, split, name: as in [`load_reasoning_dataset`]; also a `.txt` file, with a document a line.
-        text_column: which column the documents are.
-        detokenizer: rules by which words are put together again, see [`detokenize`]; the texts as they are if omitted.
-        load_dataset_kwargs: for `datasets.load_dataset`; `streaming=True` gives a stream, of a saved dataset too.
+        path_or_hub_id, split, name: as in [`load_reasoning_dataset`]; also a `.txt` file with one document per line.
+        text_column: name of the column that contains the documents.
+        detokenizer: name of the rules for [`detokenize`]; texts are kept unchanged if omitted.
+        load_dataset_kwargs: passed to `datasets.load_dataset`; `streaming=True` returns a stream, also for a saved
+            dataset.
 
     Raises:
-        ValueError: if the split must be chosen, or the column is missing.
+        ValueError: if there are several splits and none is given, or the column is missing.
         FileNotFoundError: if a file does not exist.
     """
     dataset = _load(os.fspath(path_or_hub_id), split, name, load_dataset_kwargs)
@@ -111,7 +112,7 @@ def load_documents(
     dataset = dataset if text_column == "text" else dataset.rename_column(text_column, "text")
     if detokenizer is None:
         return dataset
-    # the cache's key does not see the rules, and a stream has no cache
+    # the cache's key does not include the rules, and a stream has no cache
     uncached = {"load_from_cache_file": False} if isinstance(dataset, Dataset) else {}
     return dataset.map(_detokenize_row, fn_kwargs={"rules": detokenizer}, **uncached)
 
@@ -129,19 +130,18 @@ def prepare_dataset(
     keep_text: bool = False,
     auto_split: bool = False,
 ) -> tuple[Dataset, dict[str, Any]]:
-    """Encodes a dataset for training and evaluation.
+    """Encode a dataset for training and evaluation.
 
     Args:
-        dataset: has `question`, `plan`, `execution`, or `text` where `auto_split` is set.
-        over_long: what is done with an example that has a segment longer than the configuration allows: `drop` or
-            `raise`.
-        num_proc: processes that encode; one by default.
-        keep_text: whether the texts are kept beside `answer`, which always is.
+        dataset: has `question`, `plan`, `execution`, or `text` if `auto_split` is set.
+        over_long: `drop` or `raise`, for an example with a segment that exceeds its configured length.
+        num_proc: number of processes for encoding; one by default.
+        keep_text: keep the texts in addition to `answer`, which is always kept.
 
     Returns:
-        the dataset with `question_ids`, `plan_ids`, `execution_ids` (content only) and `length` (tokens when laid
-        out), and a report: `num_examples`, `num_kept`, `num_dropped`, `dropped_by_segment` (an example with two
-        over-long segments counts in both).
+        the dataset with `question_ids`, `plan_ids`, `execution_ids` (content only) and `length` (tokens of the
+        laid-out example), and a report: `num_examples`, `num_kept`, `num_dropped`, `dropped_by_segment` (an example
+        with two over-long segments counts in both).
 
     Raises:
         ValueError: for an unknown `over_long`, an empty dataset, an over-long example with `over_long="raise"`, and
@@ -159,7 +159,7 @@ def prepare_dataset(
         remove_columns=[column for column in dataset.column_names if column not in kept_features],
         features=Features(kept_features | ENCODED_FEATURES),
         num_proc=num_proc,
-        load_from_cache_file=False,  # its key does not see the code that encodes
+        load_from_cache_file=False,  # its key does not include the encoding code
         desc="Encoding",
     )
     too_long = prepared["over_long"][:]
@@ -189,7 +189,7 @@ def _load(source: str, split: str | None, name: str | None, kwargs: dict[str, An
         dataset = load_dataset(source, name, split=split, **kwargs)
         return _choose_split(dataset, source, split if isinstance(dataset, dict) else None)
     if path.suffix not in FILE_BUILDERS or not path.is_file():
-        raise FileNotFoundError(f"`path_or_hub_id` must be a .json, .jsonl or .txt file that exists, but got {source}")
+        raise FileNotFoundError(f"`path_or_hub_id` must be an existing .json, .jsonl or .txt file, but got {source}")
     return load_dataset(FILE_BUILDERS[path.suffix], data_files=source, split=split or "train", **kwargs)
 
 

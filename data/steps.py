@@ -1,4 +1,4 @@
-"""The steps of plans and executions: rows made from them, and texts read as them."""
+"""Steps of plans and executions: rows built from steps, and texts split into steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,20 +7,20 @@ STEP_SEPARATOR = "\n"
 
 
 def make_row(question: str, plan_steps: list[str], execution_steps: list[str], answer: str) -> dict[str, Any]:
-    """A row whose k-th plan step is carried out by its k-th execution step.
+    """Make a row in which the k-th execution step carries out the k-th plan step.
 
     Args:
-        plan_steps, execution_steps: one line each, or several that belong together.
+        plan_steps, execution_steps: the steps, each of one or several lines.
 
     Returns:
         `question`, `plan`, `execution` (ends with `#### <answer>`), `answer`, `plan_steps`, `execution_steps`.
 
     Raises:
-        ValueError: unless there are as many plan steps as execution steps.
+        ValueError: if the numbers of plan steps and execution steps differ.
     """
     if len(plan_steps) != len(execution_steps):
         raise ValueError(
-            f"`plan_steps` must have one step for each of the {len(execution_steps)} execution steps, but got "
+            f"`plan_steps` must have as many steps as `execution_steps`, {len(execution_steps)}, but got "
             f"{len(plan_steps)}: {plan_steps!r}"
         )
     return {
@@ -34,38 +34,38 @@ def make_row(question: str, plan_steps: list[str], execution_steps: list[str], a
 
 
 def render_steps(steps: Sequence[str], answer: str | None = None) -> str:
-    """The text of a segment: its steps one below the other and, if it has an answer, `#### <answer>` below them."""
+    """Join steps to the text of a segment, one per line, followed by a line `#### <answer>` if there is an answer."""
     return STEP_SEPARATOR.join(steps if answer is None else [*steps, f"#### {answer}"])
 
 
-def read_steps(segment: str) -> list[str]:
-    """The lines of [`render_steps`], which a segment's text has before `####`; empty ones are left out."""
+def split_steps(segment: str) -> list[str]:
+    """Split a segment's text before `####` into its non-empty lines, the inverse of [`render_steps`]."""
     lines = segment.partition("####")[0].split(STEP_SEPARATOR)
     return [line.strip() for line in lines if line.strip()]
 
 
 def number_steps(steps: Sequence[str]) -> list[str]:
-    """The steps as `1. ...`, `2. ...`."""
+    """Prefix the steps with `1. `, `2. `, ..."""
     return [f"{k}. {step}" for k, step in enumerate(steps, 1)]
 
 
 def pair_lines(
-    plan_lines: Sequence[str], execution_lines: Sequence[str], carried_out_by: Sequence[int]
+    plan_lines: Sequence[str], execution_lines: Sequence[str], execution_indices: Sequence[int]
 ) -> tuple[list[str], list[str]]:
-    """Joins lines to steps, such that every plan line is in the step of the execution line that carries it out.
+    """Group lines into aligned steps, so that every plan line is in the step of the execution line that executes it.
 
     Args:
-        carried_out_by: for each plan line the index of its execution line; does not fall.
+        execution_indices: for each plan line the index of its execution line, in non-decreasing order.
 
     Returns:
-        plan steps and execution steps, the k-th with the k-th; no line is lost. Plan lines of one execution line are
-        one step. An execution line that carries out none belongs to the step of the next that does, or to the last.
+        plan steps and execution steps of equal number; no line is lost. Plan lines with the same execution line form
+        one step. An execution line without a plan line joins the step of the next line with one, or the last step.
     """
-    ends = sorted(set(carried_out_by))
+    ends = sorted(set(execution_indices))
     plan_steps, execution_steps, start = [], [], 0
     for end in ends:
         stop = len(execution_lines) if end == ends[-1] else end + 1
-        lines = [line for line, by in zip(plan_lines, carried_out_by, strict=True) if by == end]
+        lines = [line for line, index in zip(plan_lines, execution_indices, strict=True) if index == end]
         plan_steps.append(render_steps(lines))
         execution_steps.append(render_steps(execution_lines[start:stop]))
         start = stop

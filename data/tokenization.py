@@ -1,4 +1,4 @@
-"""A tokenizer for a model from scratch, trained on the texts that it will read."""
+"""Training of a tokenizer for a model that is trained from scratch."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -12,30 +12,32 @@ from tokenizers.trainers import BpeTrainer, WordLevelTrainer
 from transformers import PreTrainedTokenizerFast
 
 from ..configuration_hierbd3lm import SPECIAL_TOKENS
+from .arguments import check_at_least
 
 PAD_TOKEN = "<|pad|>"
 UNK_TOKEN = "<|unk|>"
 
 # A word, one digit, or a run of punctuation, each with the space before it; or one more white-space character.
-# The pieces of a text, put together again, are the text.
+# The pieces of a text concatenate to the text.
 PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
-# Known whatever the training texts are: white space, and each digit with and without a space before it.
-ALWAYS_KNOWN = (" \n", *(f" {digit}{digit}" for digit in range(10)))
+# In the vocabulary of every word-level tokenizer: white space, and each digit with and without a space before it.
+COMMON_TEXTS = (" \n", *(f" {digit}{digit}" for digit in range(10)))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> PreTrainedTokenizerFast:
-    """Trains a tokenizer that splits numbers into digits; a space belongs to the piece after it.
+    """Train a tokenizer that splits numbers into digits and attaches a space to the piece after it.
 
     Args:
-        texts: what its vocabulary is made from.
-        vocab_size: tokens of a byte-level BPE, which encodes any text. If omitted the tokenizer is word-level: every
-            piece of `texts` is a token, numbered by falling frequency, and other words become `<|unk|>`.
+        texts: the training texts.
+        vocab_size: vocabulary size of a byte-level BPE, which encodes any text. If omitted, the tokenizer is
+            word-level: every piece of `texts` is a token, with ids in order of decreasing frequency, and other words
+            become `<|unk|>`.
 
-    `decode` gives back exactly the text that was encoded, unless it has unknown words. No token is added at the start
-    or the end. The special tokens come first: `<|pad|>`, `<|unk|>` (word-level only), then `SPECIAL_TOKENS`.
+    `decode` returns exactly the encoded text, unless it has unknown words. No tokens are added at the start or the
+    end. The special tokens have the lowest ids: `<|pad|>`, `<|unk|>` (word-level only), then `SPECIAL_TOKENS`.
 
     Raises:
-        ValueError: if `vocab_size` is less than what bytes and special tokens need.
+        ValueError: if `vocab_size` is less than the number of bytes and special tokens.
     """
     tokenizer = _train_words(texts) if vocab_size is None else _train_bpe(texts, vocab_size)
     return PreTrainedTokenizerFast(
@@ -58,21 +60,16 @@ def _train_words(texts: Iterable[str]) -> Tokenizer:
         special_tokens=[PAD_TOKEN, UNK_TOKEN, *SPECIAL_TOKENS.values()],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(chain(ALWAYS_KNOWN, texts), trainer)
+    tokenizer.train_from_iterator(chain(COMMON_TEXTS, texts), trainer)
     return tokenizer
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     special_tokens, alphabet = [PAD_TOKEN, *SPECIAL_TOKENS.values()], ByteLevel.alphabet()
-    least = len(special_tokens) + len(alphabet)
-    if vocab_size < least:
-        raise ValueError(f"`vocab_size` must be at least {least}, but got {vocab_size}")
+    check_at_least("vocab_size", vocab_size, len(special_tokens) + len(alphabet))
     tokenizer = Tokenizer(BPE())
-    pieces, bytes_of_piece = (
-        Split(Regex(PIECES), behavior="isolated"),
-        ByteLevel(add_prefix_space=False, use_regex=False),
-    )
-    tokenizer.pre_tokenizer = Sequence([pieces, bytes_of_piece])
+    to_pieces = Split(Regex(PIECES), behavior="isolated")
+    tokenizer.pre_tokenizer = Sequence([to_pieces, ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = ByteLevelDecoder()
     trainer = BpeTrainer(
         vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False

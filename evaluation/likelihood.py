@@ -67,7 +67,7 @@ def measure_likelihood(
 
 def check_counts(num_tokens: torch.Tensor, dataset: Dataset, config: HierBD3LMConfig) -> None:
     """Raise a RuntimeError unless `num_tokens`, of shape `(segments,)`, is what every algorithm counts."""
-    columns = [name for name in (*ID_KEYS, "goes_on") if name in dataset.column_names]
+    columns = [name for name in (*ID_KEYS, "continues") if name in dataset.column_names]
     counts = [counted_tokens(example, config) for example in dataset.select_columns(columns)]
     expected = [sum(count[name] for count in counts) for name in SEGMENT_NAMES.values()]
     if num_tokens.tolist() != expected:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..data import run_folder
 from ..data.gsm8k.answers import cut_at_stops, match_strict
 from ..data.loading import prepare_dataset
-from ..data.steps import read_steps
+from ..data.steps import split_steps
 from ..data.synthetic.checks import FOLLOWED, check_execution
 from ..data.synthetic.config import SyntheticConfig
 from ..data.synthetic.plan_swaps import ChangedPlan, change_plan, exchange_plans
@@ -175,7 +175,7 @@ def agrees(verdicts: Sequence[str], execution: str) -> bool:
     Args:
         verdicts: what [`check_execution`] says of it.
     """
-    return set(verdicts) == {FOLLOWED} and match_strict(execution, read_steps(execution)[-1].split()[-1])
+    return set(verdicts) == {FOLLOWED} and match_strict(execution, split_steps(execution)[-1].split()[-1])
 
 
 def draw_changes(dataset: Dataset, max_value: int, seed: int) -> list[ChangedPlan | None]:

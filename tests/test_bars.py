@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hierbd3lm.benchmarks.bars import MOST_DRAWN, draw_bars, kept_by
+from hierbd3lm.benchmarks.bars import MAX_FACTOR, draw_bars, margin
 from hierbd3lm.benchmarks.measure import bar
 
 
@@ -15,15 +15,15 @@ from hierbd3lm.benchmarks.measure import bar
         (4.0, True, False, 0.5),
         (4.0, False, True, 2.0),
         (0.5, False, False, 0.25),
-        (0.0, True, True, MOST_DRAWN),
-        (-0.1, True, True, MOST_DRAWN),
-        (1e9, True, False, 1 / MOST_DRAWN),
+        (0.0, True, True, MAX_FACTOR),
+        (-0.1, True, True, MAX_FACTOR),
+        (1e9, True, False, 1 / MAX_FACTOR),
     ],
 )
-def test_a_limit_of_2_is_kept_by_a_factor(measured, at_most, met, factor):
+def test_a_limit_of_2_is_margin_a_factor(measured, at_most, met, factor):
     row = bar("claim", measured, 2.0, at_most)
     assert row["met"] is met
-    assert kept_by(row) == pytest.approx(factor)
+    assert margin(row) == pytest.approx(factor)
 
 
 def test_bars_of_all_results_are_drawn_and_other_files_left_alone(tmp_path):

@@ -242,7 +242,7 @@ def test_plan_text_may_be_empty(plan):
 
 @pytest.mark.parametrize(("segment", "value"), [("execution", None), ("question", 3), ("plan", ["Add."])])
 def test_value_that_is_no_text_raises(segment, value):
-    with pytest.raises(ValueError, match=f"`{segment}` must be a text"):
+    with pytest.raises(ValueError, match=f"`{segment}` must be a string"):
         encode_example(TEXTS | {segment: value}, make_tokenizer())
 
 

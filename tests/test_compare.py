@@ -118,15 +118,15 @@ def test_a_sampler_is_chosen_before_any_answer_but_for_ar():
             )
 
 
-def test_speed_is_that_beside_ar_of_the_same_size_and_seed(tmp_path, monkeypatch):
+def test_speed_is_relative_to_ar_of_the_same_size_and_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "OUTPUTS", tmp_path)
     runs = [make_run("ar"), make_run(), make_run("ar", seed=1), make_run(seed=1), make_run("mdlm", size="small")]
     measured = []
 
     def fake(command, **kwargs):
         options = dict(zip(command[3::2], command[4::2], strict=True))
-        measured.append((options["--model"], options["--beside"]))
-        text = json.dumps({"eager_over_beside": 1.5, "compiled_over_beside": 3.0})
+        measured.append((options["--model"], options["--baseline"]))
+        text = json.dumps({"eager_over_baseline": 1.5, "compiled_over_baseline": 3.0})
         (compare.Path(options["--model"]) / "speed.json").write_text(text)
 
     monkeypatch.setattr(compare.subprocess, "run", fake)

@@ -278,7 +278,7 @@ def test_greedy_samples_are_refused_before_anything_is_written(args):
 
 def test_number_of_samples_is_part_of_the_run(args):
     evaluate(args(temperature=1.0))
-    with pytest.raises(ValueError, match="num_samples: 1 there, 2 now"):
+    with pytest.raises(ValueError, match="num_samples: 1 stored, 2 now"):
         evaluate(args(temperature=1.0, num_samples=2))
 
 
@@ -454,7 +454,7 @@ def test_reference_plans_of_a_dataset_without_plans_raise(args, rows, tmp_path):
 
 def test_special_token_in_a_question_raises(args, rows, dataset_of):
     rows[2]["question"] = "<|mask|>"
-    with pytest.raises(ValueError, match="row 2: `question_ids` must hold content only"):
+    with pytest.raises(ValueError, match="row 2: `question_ids` must not contain special tokens"):
         evaluate(args(dataset=dataset_of(rows)))
 
 
@@ -558,7 +558,7 @@ CHANGES = {"threshold": 0.5, "limit": 9, "split": "validation", "seed": 1, "batc
 def test_other_settings_are_refused_until_overwritten(args, name, value):
     first = evaluate(args())
     before = {path.name: path.read_bytes() for path in Path(args().output_dir).iterdir()}
-    with pytest.raises(ValueError, match="`output_dir` must be new or hold this run"):
+    with pytest.raises(ValueError, match="`output_dir` must be new or contain this run"):
         evaluate(args(**{name: value}))
     assert {path.name: path.read_bytes() for path in Path(args().output_dir).iterdir()} == before
     second = evaluate(args(overwrite=True, **{name: value}))
@@ -568,7 +568,7 @@ def test_other_settings_are_refused_until_overwritten(args, name, value):
 
 def test_refusal_names_what_differs(args):
     evaluate(args())
-    with pytest.raises(ValueError, match=r"another one \(threshold: 0\.9 there, 0\.5 now\)"):
+    with pytest.raises(ValueError, match=r"another one \(threshold: 0\.9 stored, 0\.5 now\)"):
         evaluate(args(threshold=0.5))
 
 

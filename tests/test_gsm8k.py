@@ -15,9 +15,9 @@ from hierbd3lm.data.gsm8k.problems import (
     load_gsm8k_rows,
     parse_main,
     parse_socratic,
-    plan_from_solution,
     steps_from_solution,
 )
+from hierbd3lm.data.steps import render_steps
 
 QUESTION = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
@@ -33,6 +33,11 @@ SOCRATIC = (
     "How many clips did Natalia sell altogether? ** Natalia sold 48+24 = <<48+24=72>>72 clips altogether.\n"
     "#### 72"
 )
+
+
+def plan_from_solution(question, solution):
+    return render_steps(steps_from_solution(question, solution)[0])
+
 
 needs_gsm8k = pytest.mark.skipif(
     "GSM8K_DIR" not in os.environ, reason="GSM8K_DIR must name a folder with GSM8K's train.jsonl and test.jsonl"

@@ -374,8 +374,8 @@ def test_keyword_out_of_range_raises(checkpoint, keywords, message):
             "at most 11 tokens of execution, but 2 of 3 .* up to 13",
         ),
         ([("1" * 13, "1"), ("1" * 12, "1")], "at most 12 tokens of question, but 1 of 2 have more, up to 13"),
-        ([("Mia<|end|>", "1")], "`question_ids` must hold content only, but got the special tokens end"),
-        ([("Mia", "<|mask|>")], "`execution_ids` must hold content only, but got the special tokens mask"),
+        ([("Mia<|end|>", "1")], "`question_ids` must not contain special tokens, but got end"),
+        ([("Mia", "<|mask|>")], "`execution_ids` must not contain special tokens, but got mask"),
     ],
 )
 def test_target_that_cannot_be_measured_raises(checkpoint, pairs, message):

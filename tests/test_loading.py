@@ -98,7 +98,7 @@ def test_name_of_a_file_raises(tmp_path):
 
 def test_streaming_raises(tmp_path):
     write_json_lines(tmp_path / "data" / "train.jsonl", ROWS)
-    with pytest.raises(ValueError, match="`streaming` is not taken"):
+    with pytest.raises(ValueError, match="`streaming` is not supported"):
         load_reasoning_dataset(tmp_path / "data", split="train", streaming=True)
 
 
@@ -260,7 +260,7 @@ def test_unknown_choice_raises(tokenizer, config):
 
 def test_special_token_in_a_text_raises_with_its_row(tokenizer, config):
     dataset = Dataset.from_list([*ROWS, ROWS[0] | {"plan": "<|mask|>"}])
-    with pytest.raises(ValueError, match="row 3: `plan_ids` must hold content only"):
+    with pytest.raises(ValueError, match="row 3: `plan_ids` must not contain special tokens"):
         prepare_dataset(dataset, tokenizer, config)
 
 

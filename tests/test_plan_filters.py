@@ -21,7 +21,7 @@ from hierbd3lm.data.plans.filters import (
     shown_values,
 )
 from hierbd3lm.data.plans.problems import SolvedProblem
-from hierbd3lm.data.plans.prompt import EXAMPLE_PLAN, EXAMPLE_QUESTION, EXAMPLE_SOLUTION, read_steps
+from hierbd3lm.data.plans.prompt import EXAMPLE_PLAN, EXAMPLE_QUESTION, EXAMPLE_SOLUTION, parse_reply
 
 from .test_gsm8k import WORD_VALUES, leaks, stated_numbers
 
@@ -166,11 +166,11 @@ def test_plan_may_have_as_many_characters_as_the_limit_says():
     ],
 )
 def test_steps_are_read_from_json_and_from_numbered_lines(reply):
-    assert read_steps(reply) == [FIRST, SECOND]
+    assert parse_reply(reply) == [FIRST, SECOND]
 
 
 def test_number_that_begins_a_step_is_no_numbering():
-    assert read_steps('{"steps": ["2.5 times 48", "48 plus [1]"]}') == ["2.5 times 48", "48 plus [1]"]
+    assert parse_reply('{"steps": ["2.5 times 48", "48 plus [1]"]}') == ["2.5 times 48", "48 plus [1]"]
 
 
 def test_example_of_the_prompt_is_a_good_plan():

@@ -52,8 +52,8 @@ def test_marks_are_in_the_solution_and_not_in_its_steps(tmp_path):
     [
         ({"question": "2 * 3?", "execution": "6"}, "row 1: `text` must end with '#### '"),
         ({"question": "2 * 3?", "execution": "#### 6"}, "row 1: the solution must have at least one step"),
-        ({"question": "", "execution": SOLUTION}, r"in every row, but one lacks \['question'\]"),
-        ({"question": "2 * 3?", "execution": None}, r"in every row, but one lacks \['execution'\]"),
+        ({"question": "", "execution": SOLUTION}, r"in every row, but \['question'\] is missing"),
+        ({"question": "2 * 3?", "execution": None}, r"in every row, but \['execution'\] is missing"),
     ],
 )
 def test_row_that_is_no_solved_problem_is_refused(tmp_path, row, message):

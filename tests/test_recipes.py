@@ -313,7 +313,7 @@ def test_the_gpu_benchmark_goes_on_piece_by_piece_and_reports_test_accuracy(tmp_
         )
 
     early = piece("0")
-    assert early.returncode == 75 and "call again" in early.stderr
+    assert early.returncode == 75 and "run the command again" in early.stderr
     whole = piece("5")
     assert whole.returncode == 0, whole.stderr[-3000:]
     for name in ("hier", "ar"):

@@ -27,15 +27,15 @@ def test_new_folder_gets_the_settings_and_the_same_run_may_go_on(tmp_path):
 
 def test_other_run_is_refused_with_what_differs(tmp_path):
     start(tmp_path)
-    with pytest.raises(ValueError, match=r"`output_dir` must be new or hold this run") as error:
+    with pytest.raises(ValueError, match=r"`output_dir` must be new or contain this run") as error:
         start(tmp_path, SETTINGS | {"model": "b", "more": True})
-    assert "model: 'a' there, 'b' now; more: None there, True now" in str(error.value)
+    assert "model: 'a' stored, 'b' now; more: None stored, True now" in str(error.value)
     assert "seed" not in str(error.value) and "pair" not in str(error.value)
 
 
 def test_results_without_settings_are_another_run(tmp_path):
     (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(ValueError, match="model: None there, 'a' now"):
+    with pytest.raises(ValueError, match="model: None stored, 'a' now"):
         start(tmp_path)
 
 

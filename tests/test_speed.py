@@ -37,16 +37,16 @@ def test_models_answer_in_turns_after_a_chunk_that_does_not_count(answered):
     result = speed.measure_speed("eager", "ar", 120, "cpu")
     chunks = [[*range(50)], [*range(50)], [*range(50, 100)], [*range(100, 120)]]
     assert answered == [(name, chunk) for chunk in chunks for name in ("ar", "eager", "compiled")]
-    assert result["eager_over_beside"] == pytest.approx(2.0)
-    assert result["compiled_over_beside"] == pytest.approx(4.0)
+    assert result["eager_over_baseline"] == pytest.approx(2.0)
+    assert result["compiled_over_baseline"] == pytest.approx(4.0)
 
 
-def test_the_result_is_written_beside_the_model(answered, tmp_path, monkeypatch):
+def test_the_result_is_written_to_the_folder_of_the_model(answered, tmp_path, monkeypatch):
     monkeypatch.setitem(TOKENS_PER_SECOND, str(tmp_path), 20.0)
-    monkeypatch.setattr(speed.sys, "argv", ["speed", "--model", str(tmp_path), "--beside", "ar", "--limit", "30"])
+    monkeypatch.setattr(speed.sys, "argv", ["speed", "--model", str(tmp_path), "--baseline", "ar", "--limit", "30"])
     speed.main()
     result = json.loads((tmp_path / "speed.json").read_text())
-    assert (result["beside"], result["eager_over_beside"]) == ("ar", pytest.approx(2.0))
-    monkeypatch.setattr(speed.sys, "argv", ["speed", "--model", "eager", "--beside", "ar", "--limit", "0"])
+    assert (result["baseline"], result["eager_over_baseline"]) == ("ar", pytest.approx(2.0))
+    monkeypatch.setattr(speed.sys, "argv", ["speed", "--model", "eager", "--baseline", "ar", "--limit", "0"])
     with pytest.raises(ValueError, match="limit"):
         speed.main()

@@ -107,7 +107,9 @@ def test_own_validation_split_is_read_and_nothing_is_held_out(tmp_path):
 def test_more_held_out_than_there_is_raises(tmp_path):
     args = file_arguments(tmp_path, count=10, num_validation_examples=10)
     for split in ("train", "validation"):
-        with pytest.raises(ValueError, match="`num_validation_examples` must be less than the 10 training examples"):
+        with pytest.raises(
+            ValueError, match="`num_validation_examples` must be less than the number of training examples"
+        ):
             load_split(args, split)
 
 

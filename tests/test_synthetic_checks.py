@@ -4,15 +4,15 @@ import re
 
 import pytest
 
-from hierbd3lm.data.steps import read_steps, render_steps
+from hierbd3lm.data.steps import render_steps, split_steps
 from hierbd3lm.data.synthetic.checks import (
     VERDICTS,
     carry_out,
     check_execution,
     given_values,
-    read_execution_step,
-    read_plan,
-    read_plan_step,
+    parse_execution_step,
+    parse_plan,
+    parse_plan_step,
 )
 from hierbd3lm.data.synthetic.config import SyntheticConfig
 from hierbd3lm.data.synthetic.problems import generate_dataset
@@ -35,10 +35,10 @@ def test_every_execution_of_the_generator_carries_out_its_plan(split, config):
     for row in generate_dataset(split, 200, config):
         verdicts = check_execution(row["question"], row["plan"], row["execution"])
         assert verdicts == ["followed"] * row["num_steps"]
-        values = carry_out(read_plan(row["plan"]), given_values(row["question"]))
+        values = carry_out(parse_plan(row["plan"]), given_values(row["question"]))
         assert str(values[-1]) == row["answer"]
-        assert [str(step) for step in read_plan(row["plan"])] == row["plan_steps"] == read_steps(row["plan"])
-        assert read_steps(row["execution"]) == row["execution_steps"]
+        assert [str(step) for step in parse_plan(row["plan"])] == row["plan_steps"] == split_steps(row["plan"])
+        assert split_steps(row["execution"]) == row["execution_steps"]
 
 
 def add_to_result(line, difference):
@@ -155,12 +155,12 @@ def test_given_values_are_those_that_the_question_gives_outright():
     "line", ["", "Mia", "Mia = ", "Mia = Tom", "Mia = Tom + ", "Mia = Tom + 3 - 2", "3 = Tom + 1"]
 )
 def test_what_is_no_step_is_not_read(line):
-    assert read_plan_step(line) is None
-    assert read_execution_step(f"{line} = 8") is None
-    with pytest.raises(ValueError, match="`plan` must be lines as"):
-        read_plan(line)
+    assert parse_plan_step(line) is None
+    assert parse_execution_step(f"{line} = 8") is None
+    with pytest.raises(ValueError, match="`plan` must have lines such as"):
+        parse_plan(line)
 
 
 def test_a_quantity_without_a_value_is_refused():
     with pytest.raises(ValueError, match="must name quantities among Tom, Ann, but got 'Mia = Leo"):
-        carry_out(read_plan("Mia = Leo + 3"), given_values(QUESTION))
+        carry_out(parse_plan("Mia = Leo + 3"), given_values(QUESTION))

@@ -21,7 +21,7 @@ from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.data.loading import load_documents
 from hierbd3lm.data.splits import load_split
 from hierbd3lm.data.text.detokenization import RULES, detokenize
-from hierbd3lm.data.text.rows import WRAPPED_TOGETHER, prepare_text
+from hierbd3lm.data.text.rows import DOCUMENTS_PER_BATCH, prepare_text
 from hierbd3lm.data.text.sets import TEXT_SETS
 from hierbd3lm.evaluation import checkpoints
 from hierbd3lm.evaluation.likelihood import measure_likelihood
@@ -85,7 +85,7 @@ def byte_alphabet():
 
 def texts_of_rows(rows, config):
     """What is written on the rows, the `<|end|>` that the collator adds included."""
-    return [row["execution_ids"] + [config.end_token_id] * (not row["goes_on"]) for row in rows]
+    return [row["execution_ids"] + [config.end_token_id] * (not row["continues"]) for row in rows]
 
 
 # From documents to rows
@@ -107,7 +107,7 @@ def test_a_document_of_its_own_rows_is_cut_into_consecutive_ones(tokenizer, conf
     for document in bytes_with_ends(DOCUMENTS, tokenizer, config):
         stop = start + math.ceil(len(document) / WHOLE)
         assert list(chain(*pieces[start:stop])) == document
-        assert [row["goes_on"] for row in rows.select(range(start, stop))] == [True] * (stop - start - 1) + [False]
+        assert [row["continues"] for row in rows.select(range(start, stop))] == [True] * (stop - start - 1) + [False]
         start = stop
     assert start == len(rows) == 8
 
@@ -128,7 +128,7 @@ def test_a_report_counts_what_there_is(tokenizer, config, wrap):
 
 @pytest.mark.parametrize("wrap", [True, False])
 def test_a_stream_has_the_rows_of_a_dataset(tokenizer, config, wrap):
-    documents = as_dataset(many_documents(2 * WRAPPED_TOGETHER + 203))
+    documents = as_dataset(many_documents(2 * DOCUMENTS_PER_BATCH + 203))
     rows, _ = prepare_text(documents, tokenizer, config, wrap)
     streamed, report = prepare_text(documents.to_iterable_dataset(), tokenizer, config, wrap)
     assert list(streamed) == list(rows) and report == {}
@@ -137,7 +137,7 @@ def test_a_stream_has_the_rows_of_a_dataset(tokenizer, config, wrap):
 
 
 def test_processes_do_not_change_the_rows(tokenizer, config):
-    documents = as_dataset(many_documents(WRAPPED_TOGETHER + 203))
+    documents = as_dataset(many_documents(DOCUMENTS_PER_BATCH + 203))
     one, two = (prepare_text(documents, tokenizer, config, num_proc=number)[0] for number in (1, 2))
     assert list(one) == list(two)
 
@@ -145,7 +145,7 @@ def test_processes_do_not_change_the_rows(tokenizer, config):
 @pytest.mark.parametrize("num_read", [0, 1, 30, 700])
 def test_the_state_of_a_stream_goes_on_with_the_next_row(tokenizer, config, num_read):
     def stream():
-        documents = as_dataset(many_documents(WRAPPED_TOGETHER + 203)).to_iterable_dataset(num_shards=2)
+        documents = as_dataset(many_documents(DOCUMENTS_PER_BATCH + 203)).to_iterable_dataset(num_shards=2)
         return prepare_text(documents.skip(3), tokenizer, config)[0]
 
     whole, started = list(stream()), stream()
@@ -172,7 +172,7 @@ def test_text_for_a_model_with_a_plan_and_text_that_is_none_are_refused(tokenize
         prepare_text(as_dataset(DOCUMENTS), tokenizer, make_config_for(tokenizer))
     with pytest.raises(ValueError, match="at least one document"):
         prepare_text(as_dataset([]), tokenizer, config)
-    with pytest.raises(ValueError, match="`text` must be a text, but got None"):
+    with pytest.raises(ValueError, match="`text` must be a string, but got None"):
         prepare_text(as_dataset(["a", None]), tokenizer, config)
 
 
@@ -181,17 +181,17 @@ def test_text_for_a_model_with_a_plan_and_text_that_is_none_are_refused(tokenize
 
 def test_a_row_is_an_opener_and_its_tokens(tokenizer, config):
     ids = [7, 8, config.end_token_id, 9, 10]
-    goes_on, ends = (
-        {"question_ids": [], "plan_ids": [], "execution_ids": ids[3:] if closed else ids, "goes_on": not closed}
+    continues, ends = (
+        {"question_ids": [], "plan_ids": [], "execution_ids": ids[3:] if closed else ids, "continues": not closed}
         for closed in (False, True)
     )
-    batch = HierarchicalDataCollator(config)([goes_on, ends])
+    batch = HierarchicalDataCollator(config)([continues, ends])
     opener, end, pad = config.execution_token_id, config.end_token_id, config.pad_token_id
     assert batch["input_ids"].tolist() == [[opener, *ids], [opener, 9, 10, end, pad, pad]]
     assert batch["labels"].tolist() == [[-100, *ids], [-100, 9, 10, end, -100, -100]]
     assert batch["block_ids"].tolist() == [[1, 1, 1, 1, 2, 2], [1, 1, 1, 1, -1, -1]]
-    with pytest.raises(ValueError, match="`execution_ids` must hold content only"):
-        HierarchicalDataCollator(config)([goes_on | {"goes_on": False}])
+    with pytest.raises(ValueError, match="`execution_ids` must not contain special tokens"):
+        HierarchicalDataCollator(config)([continues | {"continues": False}])
 
 
 def test_a_model_without_a_plan_refuses_one(config):

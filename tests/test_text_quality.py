@@ -297,7 +297,7 @@ def test_a_drawing_that_was_interrupted_goes_on_with_the_same_texts(arguments, t
 
 def test_other_settings_are_another_drawing(arguments):
     draw(arguments())
-    with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
+    with pytest.raises(ValueError, match="seed: 0 stored, 1 now"):
         draw(arguments(seed=1))
     draw(arguments(seed=1, overwrite=True))
 

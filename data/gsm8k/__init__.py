@@ -1,1 +1,1 @@
-"""GSM8K: its problems with plans by rule, answers as lm-evaluation-harness reads them, near-duplicates."""
+"""GSM8K: problems with rule-based plans, answers as read by lm-evaluation-harness, near-duplicates."""

@@ -1,10 +1,11 @@
-r"""Final answers: read from a text, compared with the reference, and counted over several samples.
+r"""Extraction of final answers and comparison with the reference, for one text or for several samples.
 
 Strict and flexible match are those of the `gsm8k` task (version 3.0) of lm-evaluation-harness 0.4.13: its two regex
-filters, then exact match after its `regexes_to_ignore`. The numeric match is our own: it reads the strict answer and
-compares values, so that `#### 18.00` is 18; where the target is a number, every strict match is a numeric match.
+filters, then exact match after its `regexes_to_ignore`. The numeric match is not part of the harness: it compares the
+value of the strict answer, so that `#### 18.00` matches 18. If the target is a number, every strict match is a numeric
+match.
 
-The harness cuts a generated text before it reads the answer; here that is [`cut_at_stops`], which the caller does.
+The harness cuts a generated text at stop strings before it reads the answer: callers apply [`cut_at_stops`].
 """
 
 import math
@@ -14,8 +15,8 @@ from collections.abc import Iterable
 from decimal import Decimal
 from statistics import NormalDist
 
-# tasks/gsm8k/gsm8k.yaml of lm-evaluation-harness: `until`, filters `strict-match` and `flexible-extract`, and what its
-# metric `exact_match` ignores
+# tasks/gsm8k/gsm8k.yaml of lm-evaluation-harness: `until`, the filters `strict-match` and `flexible-extract`, and the
+# patterns that its metric `exact_match` ignores
 STOPS = re.compile("|".join(map(re.escape, ("Question:", "</s>", "<|im_end|>"))))
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -26,82 +27,82 @@ DECIMAL = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
 
 def cut_at_stops(text: str) -> str:
-    """The text before the first of `STOPS`."""
+    """Return the text before the first stop string."""
     return STOPS.split(text, maxsplit=1)[0]
 
 
 def extract_strict(text: str) -> str:
-    """The first answer that stands behind `#### `, or `[invalid]`."""
+    """Return the first answer after `#### `, or `[invalid]`."""
     match = STRICT.search(text)
     return INVALID if match is None else match[1]
 
 
 def extract_flexible(text: str) -> str:
-    """The last thing in the text that looks like a number, or `[invalid]`."""
+    """Return the last substring that looks like a number, or `[invalid]`."""
     matches = [match[0] for match in FLEXIBLE.finditer(text)]
     return matches[-1] if matches else INVALID
 
 
 def normalize(text: str) -> str:
-    """Removes, in this order: commas, `$`, everything up to the last `#### `, one trailing period; lowers the case."""
+    """Remove, in this order: commas, `$`, everything up to the last `#### `, one trailing period; then lowercase."""
     for pattern in IGNORED:
         text = pattern.sub("", text)
     return text.lower()
 
 
 def parse_number(text: str) -> Decimal | None:
-    """The value of a normalized answer; None where it is no plain decimal number."""
+    """Return the value of an answer, or None if it is not a plain decimal number."""
     normalized = normalize(text)
     return Decimal(normalized) if DECIMAL.fullmatch(normalized) else None
 
 
 def is_parsable(text: str) -> bool:
-    """Whether a text has a strict answer that is a number."""
+    """Return whether the strict answer of a text is a number."""
     return parse_number(extract_strict(text)) is not None
 
 
 def match_strict(prediction: str, target: str) -> bool:
-    """Whether the strict answer of `prediction` is that of `target`: a gold text `... #### 18`, or `18` alone."""
+    """Return whether the strict answer of `prediction` equals that of `target`: a text `... #### 18`, or `18`."""
     return normalize(extract_strict(prediction)) == normalize(target)
 
 
 def match_flexible(prediction: str, target: str) -> bool:
-    """Whether the flexible answer of `prediction` is that of `target`: a gold text `... #### 18`, or `18` alone."""
+    """Return whether the flexible answer of `prediction` equals that of `target`: a text `... #### 18`, or `18`."""
     return normalize(extract_flexible(prediction)) == normalize(target)
 
 
 def match_numeric(prediction: str, target: str) -> bool:
-    """Whether the strict answer of `prediction` has the value of `target`; an unparsable answer never has."""
+    """Return whether the strict answer of `prediction` has the value of `target`; False if it is not a number."""
     value = parse_number(extract_strict(prediction))
     return value is not None and value == parse_number(target)
 
 
 def reference_answer(text: str) -> str:
-    """The normalized answer of a gold text, which stands behind its last `#### `.
+    """Return the normalized answer of a reference text, which follows its last `#### `.
 
     Raises:
-        ValueError: if the text has no `#### ` with an answer behind it.
+        ValueError: if the text has no `#### ` followed by an answer.
     """
     answer = normalize(text).strip()
     if "#### " not in text or not answer:
-        raise ValueError(f"`text` must end with '#### ' and the answer, but got {text[-80:]!r}")
+        raise ValueError(f"`text` must end with '#### ' and an answer, but got {text[-80:]!r}")
     return answer
 
 
 def count_votes(texts: Iterable[str]) -> list[tuple[Decimal, int]]:
-    """The values of the texts' strict answers with the number of texts that gave each, most first.
+    """Count how many texts gave each strict answer, by value, in order of decreasing count.
 
-    Of values with equally many votes, the one that was met first comes first. An unparsable text has no vote.
+    Ties are broken by first occurrence. A text whose answer is not a number has no vote.
     """
     values = (parse_number(extract_strict(text)) for text in texts)
     return Counter(value for value in values if value is not None).most_common()
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Probability that k of the samples, drawn without replacement, hold a right one.
+    """Return the probability that k of the samples, drawn without replacement, include a correct one.
 
-    Chen et al. 2021, "Evaluating Large Language Models Trained on Code", section 2.1, equation 1: unbiased for k
-    independent samples.
+    Chen et al. 2021, "Evaluating Large Language Models Trained on Code", section 2.1, equation 1: the unbiased
+    estimate for k independent samples.
 
     Raises:
         ValueError: unless `0 <= num_right <= num_samples` and `1 <= k <= num_samples`.
@@ -115,11 +116,11 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def wilson_interval(successes: float, n: int, z: float = NormalDist().inv_cdf(0.975)) -> tuple[float, float]:
-    """The score interval of a success rate, by default at 95 %.
+    """Return the Wilson score interval of a success rate, by default at 95 %.
 
     Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927), p. 209-212.
-    `successes` may be a sum of `n` rates in [0, 1]; as none of them varies more than a coin, the interval then errs on
-    the wide side.
+    `successes` may be a sum of `n` rates in [0, 1]. None of them has a larger variance than a Bernoulli variable of
+    the same mean, so the interval is then conservative.
 
     Raises:
         ValueError: unless `0 <= successes <= n`, `n >= 1` and `z > 0`.

@@ -1,11 +1,11 @@
-"""The numbers of an English text, in digits and in words."""
+"""Parsing of the numbers in an English text, in digits and in words."""
 
 import re
 import unicodedata
 from decimal import Decimal
 from fractions import Fraction
 
-# Numbers that a solution may take from general knowledge: percent, coins, pints, days, months, hours, feet, angles ...
+# Numbers of general knowledge that a solution may use: percent, coins, pints, days, months, hours, feet, angles ...
 CONSTANTS = frozenset([Fraction(cents, 100) for cents in (1, 5, 10, 25, 50)]).union(
     map(Fraction, (0, 1, 2, 3, 4, 5, 7, 8, 10, 12, 16, 24, 28, 30, 31, 36, 52, 60, 90, 100)),
     map(Fraction, (180, 360, 365, 1000, 1440, 2000, 3600, 5280)),
@@ -15,7 +15,7 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 CARDINALS = {word: i for i, word in enumerate(f"{ONES} seventeen eighteen nineteen".split())}
 CARDINALS |= {word: 10 * i for i, word in enumerate(TENS.split(), 2)}
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
-# Words of a question that state a number; in a plan by rule they are operations or units, and stay.
+# Words of a question that state a number; in a rule-based plan they are operations or units and are kept.
 IMPLIED = {
     word: value
     for value, words in {
@@ -41,7 +41,7 @@ QUANTITY = re.compile(
 
 
 def quantity_value(quantity: re.Match) -> Fraction:
-    """The value of a match of `QUANTITY`."""
+    """Return the value of a match of `QUANTITY`."""
     if quantity["digits"]:
         return Fraction(quantity["digits"].replace(",", "")) * SCALES.get((quantity["scale"] or "").lower(), 1)
     total = current = 0
@@ -56,17 +56,17 @@ def quantity_value(quantity: re.Match) -> Fraction:
 
 
 def values(text: str) -> frozenset[Fraction]:
-    """The numbers of a text."""
+    """Return the numbers of a text, in digits and in number words."""
     return frozenset(map(quantity_value, QUANTITY.finditer(text)))
 
 
 def implied_values(text: str) -> frozenset[Fraction]:
-    """The numbers that words such as `half` and `dozens` of a text state."""
+    """Return the numbers that a text states by words such as `half` and `dozens`."""
     return _values_of_words(text, IMPLIED)
 
 
 def stated_values(text: str) -> frozenset[Fraction]:
-    """Every number that a text states: in digits, in words, as a part of a longer number, and by words as `half`."""
+    """Return all numbers of a text: in digits, in words, as part of a longer number, and by words such as `half`."""
     alone = [Fraction(digits.replace(",", "")) for digits in re.findall(NUMBER, text)]  # the 6 of `6 million` too
     return values(text).union(alone, _values_of_words(text, CARDINALS | SCALES | IMPLIED))
 
@@ -78,10 +78,10 @@ def _values_of_words(text: str, numbers: dict[str, int]) -> frozenset[Fraction]:
 
 
 def with_plain_digits(text: str) -> str:
-    """The text with digits in place of signs such as `２４`, `²⁴` and `½`, which show numbers as well."""
+    """Replace characters that show numbers, such as `２４`, `²⁴` and `½`, by plain digits."""
     return unicodedata.normalize("NFKC", text)
 
 
 def plain(value: Fraction) -> str:
-    """A number in decimal digits, without trailing zeros."""
+    """Format a number in decimal digits, without trailing zeros."""
     return f"{(Decimal(value.numerator) / value.denominator).normalize():f}"

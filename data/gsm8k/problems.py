@@ -1,7 +1,7 @@
-"""GSM8K's rows, with the plan that a rule writes from each solution of `main`.
+"""GSM8K's rows, with a rule-based plan for each solution of `main`.
 
-A plan of `main` says what each step of the solution finds, in the solution's words, by which calculation, and no
-number that only the solution computes: `[1]` is what step 1 found.
+A plan of `main` names, in the solution's words, what each step of the solution finds, and by which calculation. It
+contains no number that only the solution computes: `[1]` is the result of step 1.
 
     Natalia sold 48/2 = <<48/2=24>>24 clips in May.                     (solution)
     Natalia sold 48+24 = <<48+24=72>>72 clips altogether.
@@ -10,7 +10,7 @@ number that only the solution computes: `[1]` is what step 1 found.
     1. Natalia sold clips in May: 48 / 2                                (plan)
     2. Natalia sold clips altogether: 48 + [1]
 
-A row of `socratic` has a sub-question before each step of its solution: these are its plan.
+In `socratic`, every step of a solution has a sub-question: the sub-questions are the plan.
 """
 
 import json
@@ -27,7 +27,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from ..arguments import GSM8K_IDS
-from ..steps import STEP_SEPARATOR, make_row, number_steps, pair_lines, render_steps
+from ..steps import STEP_SEPARATOR, make_row, number_steps, pair_lines
 from .answers import reference_answer
 from .numbers import CONSTANTS, NUMBER, QUANTITY, plain, quantity_value, stated_values, values
 
@@ -38,12 +38,12 @@ ANNOTATION = re.compile(r"<<([^<>]*)>>")
 def load_gsm8k(
     split: str, subset: str = "main", keep_calculator: bool = False, data_dir: str | os.PathLike | None = None
 ) -> Dataset:
-    """GSM8K as the rows of [`make_row`].
+    """Load GSM8K as the rows of [`make_row`].
 
     Args:
         split: `train` or `test`.
         subset: `main` (plans are written by rule) or `socratic` (plans are the sub-questions).
-        keep_calculator: whether the execution keeps the marks `<<48/2=24>>`.
+        keep_calculator: keep the calculator annotations `<<48/2=24>>` in the execution.
         data_dir: see [`load_gsm8k_rows`].
     """
     rows = load_gsm8k_rows(split, subset, data_dir)
@@ -52,17 +52,18 @@ def load_gsm8k(
 
 
 def load_gsm8k_rows(split: str, subset: str = "main", data_dir: str | os.PathLike | None = None) -> Dataset:
-    """The rows as they were published: `question`, `answer`.
+    """Load the rows as published: `question`, `answer`.
 
     Args:
         split: `train` or `test`.
         subset: `main` or `socratic`.
-        data_dir: folder with `train.jsonl`, `test.jsonl`, `train_socratic.jsonl`, `test_socratic.jsonl`, as many as
-            are read. Defaults to the environment variable `GSM8K_DIR`; without both, the rows come from the Hub.
+        data_dir: folder with the needed files among `train.jsonl`, `test.jsonl`, `train_socratic.jsonl`,
+            `test_socratic.jsonl`. Defaults to the environment variable `GSM8K_DIR`; without either, the rows are
+            loaded from the Hub.
 
     Raises:
         ValueError: for an unknown split or subset.
-        FileNotFoundError: if the folder lacks the file.
+        FileNotFoundError: if the folder does not contain the file.
     """
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, but got {split!r}")
@@ -73,19 +74,19 @@ def load_gsm8k_rows(split: str, subset: str = "main", data_dir: str | os.PathLik
         return load_dataset(GSM8K_IDS[0], subset, split=split)
     path = Path(data_dir) / (f"{split}.jsonl" if subset == "main" else f"{split}_{subset}.jsonl")
     if not path.is_file():
-        raise FileNotFoundError(f"`data_dir` (or GSM8K_DIR) must hold {path.name}, but {data_dir} does not")
+        raise FileNotFoundError(f"`data_dir` (or GSM8K_DIR) must contain {path.name}, but {data_dir} does not")
     with path.open(encoding="utf-8") as lines:
         return Dataset.from_list([json.loads(line) for line in lines])
 
 
 def parse_main(row: dict, keep_calculator: bool = False) -> dict[str, Any]:
-    """A row of `main`; the plan is written by [`steps_from_solution`]."""
+    """Parse a row of `main`; the plan is written by [`steps_from_solution`]."""
     plan_steps, execution_steps = steps_from_solution(row["question"], row["answer"])
     return _make_row(row, plan_steps, execution_steps, keep_calculator)
 
 
 def parse_socratic(row: dict, keep_calculator: bool = False) -> dict[str, Any]:
-    """A row of `socratic`, whose lines are `sub-question ** step`.
+    """Parse a row of `socratic`, whose lines are `sub-question ** step`.
 
     Raises:
         ValueError: for a line without the separator.
@@ -109,14 +110,14 @@ def _lines_of(solution: str) -> list[str]:
     return solution.partition("####")[0].strip().split(STEP_SEPARATOR)
 
 
-# Plans by rule
+# Rule-based plans
 
 CURRENCY = "$€£¢"
 OPERATOR = "[-+*/x×÷−–]"
 TO_ASCII = str.maketrans("x×÷−–", "**/--")
 UNIT = r"(?:(?:[\s/]+|(?<=[0-9]))[A-Za-z]{2,}\b){0,3}"
 OPERAND = rf"[(\s]*[{CURRENCY}]?{NUMBER}%?{UNIT}[)\s]*"
-# A calculation in the words of a line, such as `3 apples x $2/apple = $6`, or without its result at a line's end.
+# A calculation in the words of a line, such as `3 apples x $2/apple = $6`; at a line's end the result may be missing.
 INLINE = re.compile(
     rf"(?<![\w)*/+×÷])(?P<expression>(?:{OPERAND}{OPERATOR})+{OPERAND})"
     rf"=\s*(?:[{CURRENCY}]?(?P<result>{NUMBER})(?![0-9.,]*[0-9]|\s?[-+*/=(]|\s?[A-Za-z]\b)|$)"
@@ -131,54 +132,51 @@ TRAILING = re.compile(rf"(?:\s*(?:\bbecause|\bso|\bor|\bso that[’']s|[(,:;=–
 TRAILING_VERB = re.compile(r"(?:\s*\b(?:is|are|was|were|be|equals|equal to|which|(?:for )?a total of|of|for))+$")
 CLAUSE_EDGE = re.compile(r"(?<=[,.;])\s+|\s+(?=(?:so(?! far| that| many| much)|then|therefore|which means)\s)")
 SENTENCE_END = re.compile(r"(?<=[a-z)])\.\s")
-MOST_WORDS = 10  # of a description that keeps all its clauses
-
-
-def plan_from_solution(question: str, solution: str) -> str:
-    """The plan of [`steps_from_solution`] as a text."""
-    return render_steps(steps_from_solution(question, solution)[0])
+MAX_WORDS = 10  # of a description that keeps all its clauses
 
 
 def steps_from_solution(question: str, solution: str) -> tuple[list[str], list[str]]:
-    """Writes the plan of a solution: a line `k. what step k finds: its calculation` for each calculation.
+    """Write the plan of a solution: a line `k. what step k finds: its calculation` for each calculation.
 
-    A number of a calculation is written as
+    A number in a calculation is written as
 
     - `[j]`, if step j computed it: the latest such step that no step has used yet, else the question's own number,
       else the latest such step;
     - itself, if the question states it, in digits or words;
-    - `20%`, `(100% - 20%)`, `(100 - 20)` or `(50 / 100)`, if it is that of a percentage or of cents in the question;
-    - itself, if it is one of `CONSTANTS` and the solution neither computes it nor has it behind a `=` or in an
-      equation (solving one makes new numbers on both sides);
-    - `?` otherwise: the solution has computed it without a calculation.
+    - `20%`, `(100% - 20%)`, `(100 - 20)` or `(50 / 100)`, if it is derived from a percentage or from cents in the
+      question;
+    - itself, if it is one of `CONSTANTS` and the solution neither computes it nor has it after a `=` or in an
+      equation (solving an equation yields new numbers on both sides);
+    - `?` otherwise: the solution has computed it without showing a calculation.
 
-    In the words, what the step finds is left out, and other numbers follow the same rule. A line without a
-    calculation is a step if it has an equation, defines a variable or brings a new number, and is left out otherwise.
+    In the words, the result of the step is omitted, and other numbers follow the same rules. A line without a
+    calculation is a step if it has an equation, defines a variable or introduces a new number; otherwise it is
+    omitted.
 
     Args:
         question: the problem.
         solution: GSM8K's `answer`: a step per line, calculations marked `<<48/2=24>>`, with or without `#### 24`.
 
     Returns:
-        the plan's lines and the solution's, joined to steps by [`pair_lines`].
+        the lines of plan and solution, grouped into steps by [`pair_lines`].
     """
     lines = _lines_of(solution)
     read = [(i, step) for i, line in enumerate(lines) for step in _read_line(line)]
-    plan, carried_out_by = _PlanWriter(question, computed_values(solution)), []
+    plan, execution_indices = _PlanWriter(question, computed_values(solution)), []
     for i, step in read:
         if not step.expression:
-            step = replace(step, results=plan.news(step))
+            step = replace(step, results=plan.new_numbers(step))
         if step.expression or step.results or re.search(r"=|^\s*Let\b", step.before):
             plan.write(step)
-            carried_out_by.append(i)
+            execution_indices.append(i)
     for i, step in read if not plan.lines else ():
         plan.write(step)
-        carried_out_by.append(i)
-    return pair_lines(number_steps(plan.lines), lines, carried_out_by)
+        execution_indices.append(i)
+    return pair_lines(number_steps(plan.lines), lines, execution_indices)
 
 
 def computed_values(solution: str) -> frozenset[Fraction]:
-    """Every number that a solution finds out: results, what stands behind a `=` or in an equation, and its answer."""
+    """Return all numbers that a solution computes: results, numbers after `=` or in an equation, and the answer."""
     steps = [step for line in _lines_of(solution) for step in _read_line(line)]
     body, _, final = solution.partition("####")
     after_equals = " ".join(re.findall(rf"=\s*[{CURRENCY}]?({NUMBER})", ANNOTATION.sub("", body)))
@@ -188,7 +186,7 @@ def computed_values(solution: str) -> frozenset[Fraction]:
 
 @dataclass(frozen=True)
 class _Step:
-    """A calculation and the words around it; `expression` is empty where a line only speaks."""
+    """A calculation and the words around it; `expression` is empty for a line without a calculation."""
 
     before: str
     expression: str
@@ -197,7 +195,7 @@ class _Step:
 
 
 def _read_line(line: str) -> list[_Step]:
-    """The steps of a line: one for each annotation, else one for its last calculation, else one for its words."""
+    """Split a line into steps: one per annotation, else one for its last calculation, else one for its words."""
     if not line.strip():
         return []
     marks = list(ANNOTATION.finditer(line))
@@ -211,7 +209,7 @@ def _read_line(line: str) -> list[_Step]:
     steps, start = [], 0
     for mark, following in zip(marks, [*marks[1:], None], strict=True):
         end = len(line)
-        if following:  # the words up to the next clause are this annotation's
+        if following:  # the words up to the next clause belong to this annotation
             end = re.compile(r"[,.;]\s|\sand\s|$").search(line, mark.end(), following.start()).end()
         steps.append(_read_annotation(line[start : mark.start()], mark[1], line[mark.end() : end]))
         start = end
@@ -226,7 +224,7 @@ def _read_annotation(before: str, annotation: str, after: str) -> _Step:
         after = after[repeated.end() :]
     if not re.fullmatch(rf"[-+\s]*{NUMBER}\s*", expression):
         return _Step(_cut_calculation(before, expression), expression, after, results)
-    before = before.rstrip(f" {CURRENCY}")  # the annotation has no calculation; the words may: `30 x .9 = <<27=27>>27`
+    before = before.rstrip(f" {CURRENCY}")  # only the words have the calculation, as in `30 x .9 = <<27=27>>27`
     inline = INLINE.search(before)
     if inline is None or inline["result"]:
         return _Step(before.rstrip(" ="), "", after, results)
@@ -234,7 +232,7 @@ def _read_annotation(before: str, annotation: str, after: str) -> _Step:
 
 
 def _cut_calculation(before: str, expression: str) -> str:
-    """The words before an annotation, without the calculation that they end with if they end with `=`."""
+    """Remove the calculation at the end of the words before an annotation, if they end with `=`."""
     sign = re.search(rf"(?:=|\bequals?)[\s{CURRENCY}]*$", before)
     if sign is None:
         return before
@@ -249,7 +247,7 @@ def _cut_calculation(before: str, expression: str) -> str:
 
 
 def _start_of_calculation(words: str, expression: str) -> int | None:
-    """Where the calculation begins that ends the words; None if its last number is none of the expression's."""
+    """Return the start of the calculation that ends the words; None if its last number is not in the expression."""
     operands = Counter(map(quantity_value, QUANTITY.finditer(expression)))
     start = None
     for quantity in reversed(list(QUANTITY.finditer(words))):
@@ -262,7 +260,7 @@ def _start_of_calculation(words: str, expression: str) -> int | None:
 
 
 class _PlanWriter:
-    """Writes one step after the other; knows which numbers may be shown, and which step computed which."""
+    """Writes the lines of a plan in order; keeps track of the numbers that may be shown and of the steps' results."""
 
     def __init__(self, question: str, computed: frozenset[Fraction]):
         self.stated = stated_values(question)
@@ -272,15 +270,15 @@ class _PlanWriter:
         self.used: set[int] = set()
         self.lines: list[str] = []
 
-    def news(self, step: _Step) -> frozenset[Fraction]:
-        """The last number of a line that is neither stated, nor known, nor computed before."""
+    def new_numbers(self, step: _Step) -> frozenset[Fraction]:
+        """Return the last number of a line that is neither stated, nor known, nor computed before."""
         known = (self.stated | self.constants).union(*self.results)
         numbers = map(quantity_value, QUANTITY.finditer(step.before))
         return frozenset([number for number in numbers if number not in known][-1:])
 
     def write(self, step: _Step) -> None:
         expression = self._write_expression(step.expression)
-        gap = "?" if "=" in step.before and not expression else ""  # an equation keeps the place of a number
+        gap = "?" if "=" in step.before and not expression else ""  # an equation keeps a placeholder for a number
         before, after = (self._write_words(words, step.results, gap) for words in (step.before, step.after))
         description = _join_words(before, after) if expression else f"{before} {after}"
         description = _tidy(description, is_equation=bool(gap))
@@ -297,7 +295,7 @@ class _PlanWriter:
                 written += token if is_sign else f" {token} "
             else:
                 written += token if token in "()%" else self._write_operand(quantity_value(QUANTITY.match(token)))
-        if written.count("(") != written.count(")"):  # the other bracket stands in the words
+        if written.count("(") != written.count(")"):  # the other bracket is in the words
             written = written.strip("()")
         return re.sub(r"\((\[?[0-9.]+\]?%?)\)", r"\1", written.replace("%%", "%"))
 
@@ -311,7 +309,7 @@ class _PlanWriter:
         return self._write_as_percentage(value) or (plain(value) if value in self.constants else "?")
 
     def _write_as_percentage(self, value: Fraction) -> str | None:
-        """A number that the question's percentages, a step's percentage or the question's cents make."""
+        """Write a number as a percentage of the question or of a step, or as cents of the question, if it is one."""
         if 100 not in self.stated | self.constants:
             return None
         hundredfold = 100 * value if value.denominator > 1 else None
@@ -335,7 +333,7 @@ class _PlanWriter:
         return f"[{steps[-1]}]"
 
     def _write_words(self, words: str, results: frozenset[Fraction], gap: str) -> str:
-        """The words without what the step finds; `gap` stands for numbers that may not be shown."""
+        """Write the words without the result of the step; `gap` replaces numbers that may not be shown."""
 
         def show(quantity: re.Match) -> str:
             value = quantity_value(quantity)
@@ -352,9 +350,9 @@ class _PlanWriter:
 
 
 def _join_words(before: str, after: str) -> str:
-    """What a step finds, in few words: the last clause before its calculation, and the sentence's end after it."""
+    """Describe what a step finds: the last clause before its calculation, and the end of the sentence after it."""
     after = SENTENCE_END.split(after.strip(" \t.,;:)%"))[0]
-    if len(before.split()) > MOST_WORDS:
+    if len(before.split()) > MAX_WORDS:
         clauses = CLAUSE_EDGE.split(before)
         while len(clauses) > 1 and len(f"{TRAILING_VERB.sub('', clauses[-1])} {after}".split()) < 3:
             clauses[-2:] = [" ".join(clauses[-2:])]
@@ -370,7 +368,7 @@ def _join_words(before: str, after: str) -> str:
 
 
 def _tidy(words: str, is_equation: bool) -> str:
-    """The words as a heading, without the signs that a number has left behind; an equation keeps its signs."""
+    """Format the words as a heading, without the signs left by removed numbers; an equation keeps its signs."""
     if not is_equation:
         words = re.sub(rf"[{CURRENCY}](?![\[0-9.])|(?<![\w\]])[/%](?![\w\[])|\(\s*\)|(?<!\S)-(?=[a-z])", "", words)
     words = re.sub(r"\s+([,.;:])", r"\1", re.sub(r"\s+", " ", words)).strip(" .,;:")

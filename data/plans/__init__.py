@@ -1,1 +1,1 @@
-"""Plans that a language model writes for solved problems, and the filters that judge them."""
+"""Plans written by a language model for solved problems, and the filters that select them."""

@@ -1,4 +1,4 @@
-"""Filters and a score for plans that a language model has written."""
+"""Filters and score for plans written by a language model."""
 
 import re
 from collections import Counter
@@ -11,10 +11,10 @@ from ...configuration_hierbd3lm import SPECIAL_TOKENS
 from ..gsm8k.numbers import CONSTANTS, NUMBER_WORD, implied_values, values, with_plain_digits
 from ..steps import render_steps
 from .problems import SolvedProblem
-from .prompt import read_steps
+from .prompt import parse_reply
 
-MAX_PLAN_CHARS = 1000  # about 250 tokens; the longest plan of the rule for GSM8K has 872
-RUN_LENGTH = 5  # words in a row that are copied, not met by chance
+MAX_PLAN_CHARS = 1000  # about 250 tokens; the longest rule-based plan for GSM8K has 872
+RUN_LENGTH = 5  # consecutive words that count as copied, not as a coincidence
 
 _COMMON_WORDS = """
 a about across add added adding after all also altogether amount an and any apply are as at average back based be
@@ -36,13 +36,13 @@ REFERENCE = re.compile(
 
 @dataclass(frozen=True)
 class PlanDraft:
-    """A reply, and what it has to be a plan for.
+    """A reply as a plan for a problem.
 
     Args:
         problem: the problem.
-        reply: what the language model has written.
-        is_cut_off: whether it was stopped before its end.
-        steps: the steps of the reply; None where it cannot be read as steps.
+        reply: the text written by the language model.
+        is_cut_off: whether the reply was cut off before its end.
+        steps: the steps of the reply; None if it cannot be parsed.
     """
 
     problem: SolvedProblem
@@ -52,30 +52,30 @@ class PlanDraft:
 
     @classmethod
     def read(cls, problem: SolvedProblem, reply: str, is_cut_off: bool = False) -> "PlanDraft":
-        """Reads the steps of a reply."""
-        return cls(problem, reply, is_cut_off, read_steps(reply))
+        """Parse the steps of a reply."""
+        return cls(problem, reply, is_cut_off, parse_reply(reply))
 
     @property
     def text(self) -> str:
-        """All its steps."""
+        """The steps as one text."""
         return render_steps(self.steps or ())
 
     @cached_property
     def shown(self) -> frozenset[Fraction]:
-        """The numbers that its steps show."""
+        """The numbers that the steps show."""
         return shown_values(self.steps or ())
 
 
 def find_rejection(draft: PlanDraft) -> str | None:
-    """The name of the first of `FILTERS` that rejects a draft; None where none does."""
+    """Return the name of the first of `FILTERS` that rejects a draft, or None."""
     return next((name for name, rejects in FILTERS.items() if rejects(draft)), None)
 
 
 def score(draft: PlanDraft) -> float:
-    """How well the k-th step names what the k-th step of the solution is about, in [0, 1].
+    """Mean F1 between the words of the k-th plan step and the k-th step of the solution, in [0, 1].
 
-    It is the mean over the steps of the F1 between the words of both, common words and numbers left out: a plan that
-    leaves out what a step is about loses, and so does one with words that the solution does not have.
+    Common words and numbers do not count: a plan loses score if it omits the subject of a step, or adds words that
+    the solution does not have.
     """
     pairs = zip(draft.steps or (), draft.problem.execution_steps, strict=True)
     scores = [_f1(_content_words(step), _content_words(execution_step)) for step, execution_step in pairs]
@@ -99,18 +99,18 @@ def _content_words(text: str) -> Counter[str]:
 
 
 def _is_empty(draft: PlanDraft) -> bool:
-    """Nothing but white space, no step, or a step without a word or number."""
+    """Empty or only white space, no steps, or a step without a word or number."""
     is_blank = not draft.reply.strip()
     return is_blank or draft.steps == [] or not all(re.search(r"\w", step) for step in draft.steps or ())
 
 
 def _is_too_long(draft: PlanDraft) -> bool:
-    """Cut off, or more than `MAX_PLAN_CHARS` characters."""
+    """Cut off, or longer than `MAX_PLAN_CHARS` characters."""
     return draft.is_cut_off or len(draft.text) > MAX_PLAN_CHARS
 
 
 def _is_not_steps(draft: PlanDraft) -> bool:
-    """Not readable as steps, or with a special token of the segments."""
+    """Not parsable as steps, or with a special token of the segments."""
     return draft.steps is None or any(token in draft.text for token in SPECIAL_TOKENS.values())
 
 
@@ -120,14 +120,14 @@ def _is_not_aligned(draft: PlanDraft) -> bool:
 
 
 def _is_in_wrong_language(draft: PlanDraft) -> bool:
-    """Most words are neither the problem's (question and solution) nor common ones of English plans."""
+    """Most words occur neither in the problem (question and solution) nor in typical English plans."""
     known = COMMON_WORDS.union(_words(draft.problem.question), _words(draft.problem.solution))
     words = _words(draft.text)
     return 2 * sum(word in known for word in words) < len(words)
 
 
 def _repeats_question(draft: PlanDraft) -> bool:
-    """Most runs of `RUN_LENGTH` words stand in the question in this order."""
+    """Most runs of `RUN_LENGTH` words are copied from the question."""
     runs, asked = _runs(draft.text), set(_runs(draft.problem.question))
     return 2 * sum(run in asked for run in runs) > len(runs)
 
@@ -138,7 +138,7 @@ def _runs(text: str) -> list[tuple[str, ...]]:
 
 
 def _leaks_final_answer(draft: PlanDraft) -> bool:
-    """The answer stands in the plan, and not in the question."""
+    """The plan contains the final answer, and the question does not."""
     problem = draft.problem
     answers = values(problem.answer)
     if not answers:  # an answer in words
@@ -147,14 +147,14 @@ def _leaks_final_answer(draft: PlanDraft) -> bool:
 
 
 def _leaks_intermediate_result(draft: PlanDraft) -> bool:
-    """A number stands in the plan that the question does not state.
+    """The plan contains a number that the question does not state.
 
-    Numbers of general knowledge (`CONSTANTS`) may stand in it, unless the solution computes them.
+    Numbers of general knowledge (`CONSTANTS`) are allowed, unless the solution computes them.
     """
     return bool(draft.shown - draft.problem.stated - (CONSTANTS - draft.problem.computed))
 
 
-# In this order: each may rely on those before.
+# Applied in this order: each filter may rely on the previous ones.
 FILTERS: dict[str, Callable[[PlanDraft], bool]] = {
     "empty": _is_empty,
     "too_long": _is_too_long,
@@ -168,9 +168,9 @@ FILTERS: dict[str, Callable[[PlanDraft], bool]] = {
 
 
 def shown_values(steps: Sequence[str]) -> frozenset[Fraction]:
-    """The numbers that the steps of a plan show, in digits or words, by words such as `dozen` as well.
+    """Return the numbers that the steps of a plan show: in digits, in words, and by words such as `dozen`.
 
-    References to earlier steps (`[1]`, `steps 1 and 2`) are none, and neither is the word `one`.
+    References to earlier steps (`[1]`, `steps 1 and 2`) and the word `one` do not count.
     """
     shown: set[Fraction] = set()
     for k, step in enumerate(map(with_plain_digits, steps), 1):

@@ -1,4 +1,4 @@
-"""Written plans as a dataset on the Hub, with its card."""
+"""Dataset card and upload of written plans."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ CARD = """\
 
 A plan for {num_plans} of {num_problems} solved problems (`{dataset}`, split `{split}`), one plan step for each step of
 the solution. {num_plans_by_model} plans were written by `{model}` (seed {seed}, temperature {temperature},
-top-p {top_p}), {num_plans_by_rule} by rule; {num_without_plan} problems got none. Made with hierbd3lm {version}.
+top-p {top_p}), {num_plans_by_rule} by rule; {num_without_plan} problems have no plan. Made with hierbd3lm {version}.
 
 ```python
 from hierbd3lm import load_reasoning_dataset
@@ -28,32 +28,33 @@ from hierbd3lm import load_reasoning_dataset
 dataset = load_reasoning_dataset("path/or/id/of/this/dataset")
 ```
 
-| column | holds |
+| column | content |
 |---|---|
 | `question`, `plan`, `execution` | the segments; the execution ends with `#### <answer>` |
 | `answer` | the final answer |
-| `plan_steps`, `execution_steps` | the same as lists, the k-th carried out by the k-th |
-| `plan_source`, `score` | `model` or `rule`; the score that the plan was chosen for |
+| `plan_steps`, `execution_steps` | the same as lists; the k-th execution step carries out the k-th plan step |
+| `plan_source`, `score` | `model` or `rule`; the score by which the plan was chosen |
 | `index` | the row of the problem in its dataset |
 
-## How the plans were chosen
+## Selection of the plans
 
-The model wrote {num_samples} plans per problem, {num_replies} in all ({num_refused} were refused by the server). Of
-these, {num_accepted} passed the filters, and the one with the best score was kept. Each rejected plan is counted once:
+{num_samples} plans per problem were requested. The model wrote {num_replies} plans; {num_refused} requests were
+refused by the server. {num_accepted} plans passed the filters, and the one with the best score was kept for each
+problem. Each rejected plan is counted once:
 
 | filter | rejects | plans |
 |---|---|---|
 {filters}
 
-Here `MAX_PLAN_CHARS` is {max_plan_chars}, `RUN_LENGTH` is {run_length}, and `CONSTANTS` are numbers such as those of
-days in a week and minutes in an hour.
+Here `MAX_PLAN_CHARS` is {max_plan_chars}, `RUN_LENGTH` is {run_length}, and `CONSTANTS` are numbers such as the days
+of a week and the minutes of an hour.
 
 The score: {score}
 """
 
 
 def write_card(folder: Path, manifest: dict[str, Any], summary: dict[str, Any]) -> None:
-    """Writes the card of a dataset, from what `write_plans` says of the run."""
+    """Write the card of a dataset from the manifest and the summary of `write_plans`."""
     metadata = DatasetCardData(
         pretty_name=f"Plans for {manifest['dataset']}",
         tags=["math", "reasoning", "plans", "hierbd3lm"],
@@ -76,7 +77,7 @@ def write_card(folder: Path, manifest: dict[str, Any], summary: dict[str, Any]) 
 
 
 def push_plans(folder: Path, repo_id: str, private: bool) -> None:
-    """Uploads the dataset in a folder, with its card, manifest and counts."""
+    """Upload the dataset in a folder, with its card, manifest and summary."""
     api = HfApi()
     api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
     api.upload_folder(repo_id=repo_id, folder_path=folder, repo_type="dataset", allow_patterns=list(SHARED_FILES))

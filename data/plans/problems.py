@@ -1,4 +1,4 @@
-"""The solved problems that plans are written for."""
+"""Solved problems for which plans are written."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,15 +14,15 @@ from ..loading import load_reasoning_dataset
 
 @dataclass(frozen=True)
 class SolvedProblem:
-    """One problem.
+    """A problem with its solution.
 
     Args:
         index: its row in the dataset.
         question: the text of the problem.
-        solution: its text as it was published: steps, perhaps with marks `<<48/2=24>>`, and `#### <answer>`.
+        solution: the text as published: steps, possibly with annotations `<<48/2=24>>`, and `#### <answer>`.
         answer: the final answer.
-        execution_steps: the solution's steps without marks and answer; a plan has a step for each.
-        rule_plan_steps: the plan that is written by rule (see `steps_from_solution`).
+        execution_steps: the solution's steps without annotations and answer; a plan has one step for each.
+        rule_plan_steps: the rule-based plan (see `steps_from_solution`).
     """
 
     index: int
@@ -39,22 +39,22 @@ class SolvedProblem:
 
     @cached_property
     def computed(self) -> frozenset[Fraction]:
-        """The numbers that the solution finds out."""
+        """The numbers that the solution computes."""
         return computed_values(self.solution)
 
 
 def load_problems(dataset: str, split: str = "train", num_examples: int | None = None) -> list[SolvedProblem]:
-    """Loads problems with their solutions.
+    """Load problems with their solutions.
 
     Args:
-        dataset: `openai/gsm8k` (or `gsm8k`), or whatever [`load_reasoning_dataset`] reads, with the columns `question`
+        dataset: `openai/gsm8k` (or `gsm8k`), or any dataset of [`load_reasoning_dataset`] with the columns `question`
             and `execution`, which ends with `#### <answer>`.
-        split: its split; not looked at where `dataset` is a file.
-        num_examples: the first so many.
+        split: the split; ignored if `dataset` is a file.
+        num_examples: maximum number of problems, taken from the start of the split.
 
     Raises:
-        ValueError: for less than one example, a column that is missing, and a solution without steps or without an
-            answer; the message names the row.
+        ValueError: for fewer than one example, a missing column, and a solution without steps or without an answer;
+            the message names the row.
     """
     check_at_least("num_examples", num_examples, 1)
     split = None if Path(dataset).is_file() else split
@@ -71,7 +71,7 @@ def _read_row(row: dict[str, Any]) -> dict[str, str]:
     missing = [column for column in ("question", "execution") if not row.get(column)]
     if missing:
         raise ValueError(
-            f"`dataset` must have `question` and `execution` in every row, but one lacks {missing}: {row}"
+            f"`dataset` must have `question` and `execution` in every row, but {missing} is missing in {row}"
         )
     return {"question": row["question"], "plan": "", "execution": row["execution"]}
 

@@ -1,4 +1,4 @@
-"""The conversation in which a language model is asked for a plan, to the steps that its reply holds."""
+"""The prompt for a plan, and parsing of the reply into steps."""
 
 import json
 import re
@@ -36,7 +36,7 @@ NUMBERING = re.compile(r"^(?:step\s*)?[0-9]+\s*[.):]\s+", re.IGNORECASE)
 
 
 def plan_messages(question: str, execution_steps: list[str]) -> list[dict[str, str]]:
-    """The conversation whose next message is the plan, as chat templates take it."""
+    """Return the messages of the prompt, in the format of chat templates."""
     return [
         {"role": "system", "content": INSTRUCTIONS},
         {"role": "user", "content": _ask(EXAMPLE_QUESTION, EXAMPLE_SOLUTION)},
@@ -46,17 +46,17 @@ def plan_messages(question: str, execution_steps: list[str]) -> list[dict[str, s
 
 
 def plan_schema(num_steps: int) -> dict[str, Any]:
-    """The JSON schema of a reply with that many steps."""
+    """Return the JSON schema of a reply with `num_steps` steps."""
     steps = {"type": "array", "items": {"type": "string"}, "minItems": num_steps, "maxItems": num_steps}
     return {"type": "object", "properties": {"steps": steps}, "required": ["steps"], "additionalProperties": False}
 
 
-def read_steps(reply: str) -> list[str] | None:
-    """The steps of a reply, one line each, without their numbers.
+def parse_reply(reply: str) -> list[str] | None:
+    """Parse the steps of a reply, one line each, without their numbers.
 
-    They are the strings `steps` of the JSON object that the reply holds. A reply without such an object, as of a
-    server that knows no schemas, may have lines numbered 1, 2, ... in place of that, below one line that ends with a
-    colon. None where it has neither.
+    The steps are the strings `steps` of the JSON object in the reply. A reply without such an object, from a server
+    without support for schemas, may instead have lines numbered 1, 2, ..., optionally after one line that ends with
+    a colon. Return None if the reply has neither.
     """
     steps = _read_json(reply)
     steps = _read_lines(reply) if steps is None else steps

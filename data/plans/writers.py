@@ -1,26 +1,24 @@
-"""Language models that write plans, in this process or on a server."""
+"""Writers, which send requests to a language model in this process or on a server."""
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from ..arguments import check_at_least
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """One question to the model.
+    """A request to the model.
 
     Args:
-        index, sample: row of the problem, and number of the sample for it; they tell the replies apart.
-        messages: the conversation that the model goes on with.
-        schema: the JSON schema of what it may write.
-        seed: of its random draws, in [0, 2^31).
+        index, sample: row of the problem and number of the sample; they identify the reply.
+        messages: the messages of the prompt.
+        schema: the JSON schema of the reply.
+        seed: random seed of the sampling, in [0, 2^31).
     """
 
     index: int
@@ -32,13 +30,13 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class PlanReply:
-    """What the model has written.
+    """A reply of the model.
 
     Args:
         index, sample: those of the request.
-        text: the reply as it is.
-        is_cut_off: whether it has reached the greatest number of tokens.
-        refusal: why the server does not answer this request, however often it is asked; None for a reply.
+        text: the unprocessed reply.
+        is_cut_off: whether the reply reached the maximum number of tokens.
+        refusal: the server's error if it refused the request permanently; None for a reply.
     """
 
     index: int
@@ -50,12 +48,13 @@ class PlanReply:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How a reply is drawn.
+    """Settings for sampling a reply.
 
     Args:
-        temperature, top_p: of the tokens' distribution; temperature 0 is greedy.
-        max_tokens: most tokens of a reply.
-        structured_output: whether decoding is held to the request's schema.
+        temperature: sampling temperature; 0 for greedy decoding.
+        top_p: cumulative probability for nucleus sampling.
+        max_tokens: maximum number of tokens of a reply.
+        structured_output: constrain decoding to the schema of the request.
 
     Raises:
         ValueError: for a value out of its range.
@@ -71,26 +70,25 @@ class SamplingSettings:
             raise ValueError(f"`temperature` must be at least 0, but got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` must be in (0, 1], but got {self.top_p}")
-        if self.max_tokens < 1:
-            raise ValueError(f"`max_tokens` must be at least 1, but got {self.max_tokens}")
+        check_at_least("max_tokens", self.max_tokens, 1)
 
 
 class PlanWriter(Protocol):
-    """A language model."""
+    """Interface of the writers."""
 
     def write(self, requests: Iterable[PlanRequest]) -> AsyncIterator[PlanReply]:
-        """Yields a reply for each request, in any order, as soon as it is there."""
+        """Yield a reply for each request as soon as it arrives, in any order."""
 
 
 class VllmWriter:
-    """A model in this process, run by `vllm.LLM`.
+    """Writer that runs a model in this process with `vllm.LLM`.
 
     Args:
-        model: folder or id of a checkpoint with a chat template.
-        sampling: how replies are drawn.
-        batch_size: requests that are handed over at once; their replies come at once.
-        max_model_len: most tokens of a request and its reply; decides how much memory is set aside.
-        tensor_parallel_size: GPUs that share the model.
+        model: folder or Hub id of a checkpoint with a chat template.
+        sampling: sampling settings.
+        batch_size: number of requests per call of vllm; their replies arrive together.
+        max_model_len: maximum number of tokens of a request and its reply; determines the reserved memory.
+        tensor_parallel_size: number of GPUs for tensor parallelism.
 
     Raises:
         ImportError: if vllm is not installed.
@@ -108,7 +106,7 @@ class VllmWriter:
             from vllm import LLM
         except ImportError as error:
             raise ImportError(
-                'writing plans in this process needs vllm: run `pip install -e ".[plans]"`, or give `--base_url`'
+                "Writing plans in this process needs vllm: `pip install hierbd3lm[plans]`, or use `--base_url`"
             ) from error
         self.llm = LLM(model=model, max_model_len=max_model_len, tensor_parallel_size=tensor_parallel_size)
         self.sampling = sampling
@@ -116,7 +114,8 @@ class VllmWriter:
 
     async def write(self, requests: Iterable[PlanRequest]) -> AsyncIterator[PlanReply]:
         """See [`PlanWriter`]."""
-        for batch in _batches(requests, self.batch_size):
+        requests = iter(requests)
+        while batch := list(islice(requests, self.batch_size)):
             outputs = self.llm.chat(
                 [request.messages for request in batch], [self._sampling_of(request) for request in batch]
             )
@@ -140,18 +139,19 @@ class VllmWriter:
 
 
 class ServerWriter:
-    """A model behind an OpenAI-compatible server.
+    """Writer that uses an OpenAI-compatible server.
 
-    A request that fails (no connection, no answer in time, 408, 409, 429, 500 and above) is sent again after a while
-    that doubles each time up to 8 seconds, or that the server asks for. A key is read from `OPENAI_API_KEY`.
+    A failed request (connection error, timeout, status 408, 409, 429, 500 and above) is retried with exponential
+    backoff of at most 8 seconds, or after the time that the server requests. The API key is read from
+    `OPENAI_API_KEY`.
 
     Args:
-        base_url: where the server's API is, such as `http://localhost:8000/v1`.
-        model: the model's name there.
-        sampling: how replies are drawn. A server that knows no schemas may ignore them.
-        concurrency: requests that are under way at once.
-        timeout: seconds that an answer may take.
-        max_retries: times that a request is sent again.
+        base_url: URL of the API, such as `http://localhost:8000/v1`.
+        model: name of the model on the server.
+        sampling: sampling settings. A server without support for schemas may ignore the schema.
+        concurrency: maximum number of concurrent requests.
+        timeout: timeout of a request in seconds.
+        max_retries: maximum number of retries of a request.
 
     Raises:
         ValueError: for a value out of its range.
@@ -174,11 +174,11 @@ class ServerWriter:
         try:
             import openai
         except ImportError as error:
-            raise ImportError('writing plans on a server needs openai: run `pip install -e ".[plans]"`') from error
+            raise ImportError("Writing plans with a server needs openai: `pip install openai`") from error
         self.refusals = (openai.BadRequestError, openai.UnprocessableEntityError)
         self.client = openai.AsyncOpenAI(
             base_url=base_url,
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",  # most servers of one's own ask for none
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",  # most local servers need no key
             timeout=timeout,
             max_retries=max_retries,
         )
@@ -187,10 +187,10 @@ class ServerWriter:
         self.concurrency = concurrency
 
     async def write(self, requests: Iterable[PlanRequest]) -> AsyncIterator[PlanReply]:
-        """See [`PlanWriter`]. Replies that are there when a request fails for good are yielded before its error.
+        """See [`PlanWriter`]. If a request fails after all retries, replies that have arrived are yielded first.
 
         Raises:
-            openai.OpenAIError: if a request fails for good, other than by a refusal.
+            openai.OpenAIError: if a request fails after all retries and was not refused.
         """
         waiting = iter(requests)
         under_way = self._ask_all(islice(waiting, self.concurrency))
@@ -214,7 +214,7 @@ class ServerWriter:
         except self.refusals as error:
             return PlanReply(request.index, request.sample, "", is_cut_off=False, refusal=str(error))
         choice = completion.choices[0]
-        text = (choice.message.content or "").encode(errors="replace").decode()  # half a character cannot be written
+        text = (choice.message.content or "").encode(errors="replace").decode()  # lone surrogates cannot be encoded
         return PlanReply(request.index, request.sample, text, choice.finish_reason == "length")
 
     def _parameters(self, request: PlanRequest) -> dict[str, Any]:
@@ -230,9 +230,3 @@ class ServerWriter:
             json_schema = {"name": "plan", "schema": request.schema, "strict": True}
             parameters["response_format"] = {"type": "json_schema", "json_schema": json_schema}
         return parameters
-
-
-def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    items = iter(items)
-    while batch := list(islice(items, size)):
-        yield batch

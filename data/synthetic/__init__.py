@@ -1,1 +1,1 @@
-"""Synthetic grade-school problems: drawn, put into words, checked step by step, with their plans changed."""
+"""Synthetic grade-school problems: graphs, wording, step-by-step checks, and changed plans."""

@@ -1,22 +1,23 @@
-"""The steps of a synthetic problem, read, carried out, and compared one by one.
+"""Parsing, carrying out and comparing the steps of synthetic problems.
 
-A plan step is one operation on quantities and numbers, an execution step the same operation on values:
+A plan step is one operation on quantities and numbers, an execution step is the same operation on values:
 
     Mia = Tom + 3
     Mia = 5 + 3 = 8
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from itertools import zip_longest
 from operator import add, mul, sub
 
-from ..steps import read_steps
+from ..steps import split_steps
 from .vocabulary import PHRASINGS
 
 OPERATIONS = {"+": add, "-": sub, "*": mul}
+
 COMMUTATIVE = ("+", "*")
 
 NAME, NUMBER = r"[A-Za-z]+", r"-?[0-9]+"
@@ -27,19 +28,19 @@ GIVEN = [
     for phrasing in PHRASINGS["given"]
 ]
 
-# What an execution step is to the plan step of the same place
+# Verdicts on the execution step at the same position as a plan step
 FOLLOWED = "followed"
 VERDICTS = {
-    FOLLOWED: "carries it out",
-    "missing": "there is no such execution step",
-    "extra": "there is no such plan step",
-    "unreadable plan": "the plan step is not of the format",
-    "unreadable": "the execution step is not of the format",
+    FOLLOWED: "carries out the plan step",
+    "missing": "there is no execution step",
+    "extra": "there is no plan step",
+    "unreadable plan": "the plan step does not have the format",
+    "unreadable": "the execution step does not have the format",
     "quantity": "computes another quantity",
     "operation": "applies another operation",
     "undefined": "the plan step names a quantity that is neither given nor computed before",
     "operands": "applies the operation to other values",
-    "arithmetic": "applies it to the right values, with a wrong result",
+    "arithmetic": "applies the operation to the right values, with a wrong result",
 }
 
 
@@ -48,8 +49,8 @@ class Step:
     """One operation.
 
     Args:
-        name: the quantity that is computed.
-        symbol: a key of `OPERATIONS`; it stands between all operands.
+        name: the computed quantity.
+        symbol: a key of `OPERATIONS`, written between all operands.
         operands: names of quantities, and numbers in digits; at least two.
     """
 
@@ -62,76 +63,71 @@ class Step:
 
 
 def given_values(question: str) -> dict[str, int]:
-    """The values of the quantities that a question gives outright."""
+    """Return the values of the quantities that a question states directly."""
     return {name: int(number) for pattern in GIVEN for name, number in pattern.findall(question)}
 
 
-def read_plan_step(line: str) -> Step | None:
-    """Reads `Mia = Tom + 3`; None for a line of another format."""
+def parse_plan_step(line: str) -> Step | None:
+    """Parse `Mia = Tom + 3`; return None for a line of another format."""
     match = PLAN_STEP.fullmatch(line)
     return None if match is None else _read_operation(match[1], match[2])
 
 
-def read_execution_step(line: str) -> tuple[Step, int] | None:
-    """Reads `Mia = 5 + 3 = 8` as operation and result; None for a line of another format."""
+def parse_execution_step(line: str) -> tuple[Step, int] | None:
+    """Parse `Mia = 5 + 3 = 8` into operation and result; return None for a line of another format."""
     match = EXECUTION_STEP.fullmatch(line)
     step = None if match is None else _read_operation(match[1], match[2])
     return None if step is None else (step, int(match[3]))
 
 
-def read_plan(plan: str) -> list[Step]:
-    """The steps of a plan.
+def parse_plan(plan: str) -> list[Step]:
+    """Parse the steps of a plan.
 
     Raises:
         ValueError: for a plan without steps, or with a step of another format.
     """
-    steps = [read_plan_step(line) for line in read_steps(plan)]
+    steps = [parse_plan_step(line) for line in split_steps(plan)]
     if not steps or None in steps:
-        raise ValueError(f"`plan` must be lines as 'Mia = Tom + 3' with one operation each, but got {plan!r}")
+        raise ValueError(f"`plan` must have lines such as 'Mia = Tom + 3' with one operation each, but got {plan!r}")
     return steps
 
 
 def carry_out(steps: Iterable[Step], given: Mapping[str, int]) -> list[int]:
-    """The exact value of each step.
+    """Compute the exact value of each step.
 
     Raises:
-        ValueError: for a step that names a quantity which is neither given nor computed before.
+        ValueError: for a step that names a quantity that is neither given nor computed before.
     """
     values, results = dict(given), []
     for step in steps:
         operands = operand_values(step, values)
         if operands is None:
             raise ValueError(f"`steps` must name quantities among {', '.join(values)}, but got '{step}'")
-        values[step.name] = compute(step.symbol, operands)
+        values[step.name] = reduce(OPERATIONS[step.symbol], operands)
         results.append(values[step.name])
     return results
 
 
 def operand_values(step: Step, values: Mapping[str, int]) -> list[int] | None:
-    """The operands as numbers; None if one of them has no value."""
+    """Return the operands as numbers; None if one of them has no value."""
     if any(operand not in values and not re.fullmatch(NUMBER, operand) for operand in step.operands):
         return None
     return [values[operand] if operand in values else int(operand) for operand in step.operands]
 
 
-def compute(symbol: str, numbers: Sequence[int]) -> int:
-    """The result of an operation, from left to right."""
-    return reduce(OPERATIONS[symbol], numbers)
-
-
 def check_execution(question: str, plan: str, execution: str) -> list[str]:
-    """Whether each execution step applies the operation of its plan step to the operands that this names.
+    """Check that each execution step applies the operation of its plan step to the operands named there.
 
-    The value of a quantity is what the question gives, or what the execution has written for it before: a wrong result
-    is held against the step that has it, not against those that use it. The operands of a sum or product may stand in
-    any order.
+    The value of a quantity is the one stated in the question or written earlier in the execution: a wrong result
+    counts against the step that computes it, not against the steps that use it. The operands of a sum or product may
+    be in any order.
 
     Returns:
-        a key of `VERDICTS` for each plan step, and then for each execution step that goes beyond the plan.
+        a key of `VERDICTS` for each plan step, then for each execution step beyond the plan.
     """
     values, verdicts = given_values(question), []
-    for plan_line, execution_line in zip_longest(read_steps(plan), read_steps(execution)):
-        written = None if execution_line is None else read_execution_step(execution_line)
+    for plan_line, execution_line in zip_longest(split_steps(plan), split_steps(execution)):
+        written = None if execution_line is None else parse_execution_step(execution_line)
         verdicts.append(_check_step(plan_line, execution_line, values))
         if written is not None:
             step, result = written
@@ -148,17 +144,17 @@ def _read_operation(name: str, operation: str) -> Step | None:
 def _check_step(plan_line: str | None, execution_line: str | None, values: Mapping[str, int]) -> str:
     if plan_line is None:
         return "extra"
-    step = read_plan_step(plan_line)
+    step = parse_plan_step(plan_line)
     if step is None:
         return "unreadable plan"
     if execution_line is None:
         return "missing"
-    written = read_execution_step(execution_line)
+    written = parse_execution_step(execution_line)
     return "unreadable" if written is None else _compare(step, *written, values)
 
 
 def _compare(step: Step, written: Step, result: int, values: Mapping[str, int]) -> str:
-    """The verdict on an execution step that was read."""
+    """Return the verdict on a parsed execution step."""
     if written.name != step.name:
         return "quantity"
     if written.symbol != step.symbol:
@@ -170,4 +166,4 @@ def _compare(step: Step, written: Step, result: int, values: Mapping[str, int]) 
         expected, numbers = sorted(expected), sorted(numbers)
     if numbers != expected:
         return "operands"
-    return FOLLOWED if result == compute(step.symbol, numbers) else "arithmetic"
+    return FOLLOWED if result == reduce(OPERATIONS[step.symbol], numbers) else "arithmetic"

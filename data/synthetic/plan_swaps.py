@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ..steps import read_steps, render_steps
-from .checks import OPERATIONS, Step, carry_out, given_values, read_plan
+from ..steps import render_steps, split_steps
+from .checks import OPERATIONS, Step, carry_out, given_values, parse_plan
 from .quantities import MAX_FACTOR
 
 
@@ -39,7 +39,7 @@ def exchange_plans(plans: Sequence[str], seed: int = 0) -> list[int]:
     """
     groups: dict[int, list[int]] = {}
     for index, plan in enumerate(plans):
-        groups.setdefault(len(read_steps(plan)), []).append(index)
+        groups.setdefault(len(split_steps(plan)), []).append(index)
     circles = [group for _, group in sorted(groups.items()) if _can_exchange(group, plans)]
     rest = [index for _, group in sorted(groups.items()) if group not in circles for index in group]
     while rest and circles and not _can_exchange(rest, plans):
@@ -67,7 +67,7 @@ def change_plan(rng: random.Random, question: str, plan: str, max_value: int) ->
     Raises:
         ValueError: for a plan that cannot be read, or that names a quantity without a value.
     """
-    given, steps = given_values(question), read_plan(plan)
+    given, steps = given_values(question), parse_plan(plan)
     answer = carry_out(steps, given)[-1]
     changes: dict[str, list[tuple[int, Step]]] = {}
     for index, step in enumerate(steps):

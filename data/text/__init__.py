@@ -1,1 +1,1 @@
-"""Plain text: rows of tokens, published sets, detokenization."""
+"""Plain text: rows of tokens, published data sets, detokenization."""

@@ -1,17 +1,17 @@
-"""Rules that put together the words that a corpus has cut apart, before they are tokenized.
+"""Detokenization of corpora whose words and punctuation are separated by spaces.
 
-The rules are those behind MDLM's zero-shot table (Sahoo et al. 2024, table 3; `dataloader.py` of its repository),
-which BD3-LM's repeats: without them no perplexity is comparable with the published ones. One of theirs is left out: it
-matches nothing but a slash, an apostrophe, a blank, a digit and a slash.
+The rules are those of MDLM's zero-shot table (Sahoo et al. 2024, table 3; `dataloader.py` of its repository), which
+BD3-LM reuses: perplexities are comparable with the published ones only under these rules. One rule is omitted: it
+matches only a slash, an apostrophe, a space, a digit and a slash.
 """
 
 import re
 
-Rules = list[tuple[str, str]]  # patterns and what replaces them, one after the other
+Rules = list[tuple[str, str]]  # pattern and replacement, applied in order
 
 
 def _attached(marks: str) -> Rules:
-    """Each mark goes to the word before it."""
+    """Return rules that attach each mark to the word before it."""
     return [(f" {re.escape(mark)} ", f"{mark} ") for mark in marks]
 
 
@@ -55,7 +55,7 @@ LM1B: Rules = [
     (r"\[ ([^][]+) \]", r"[\1]"),
     (r"([$£]) ", r"\1"),
 ]
-LAMBADA: Rules = [("[“”]", '"'), (r"\s+\Z", ""), (r"\A\s*", "\n")]  # a text starts on a line of its own
+LAMBADA: Rules = [("[“”]", '"'), (r"\s+\Z", ""), (r"\A\s*", "\n")]  # a text starts on a new line
 
 RULES: dict[str, Rules] = {
     "wikitext": WIKITEXT,
@@ -67,7 +67,7 @@ RULES: dict[str, Rules] = {
 
 
 def detokenize(text: str, rules: str) -> str:
-    """A text as people write it, from one that is cut into words as `rules`, a key of `RULES`, says."""
+    """Detokenize a text by the rules `RULES[rules]`."""
     for pattern, replacement in RULES[rules]:
         text = re.sub(pattern, replacement, text)
     return text

@@ -1,15 +1,15 @@
-"""The sets of plain text that a zero-shot perplexity is published of, by name: `DataArguments` of each.
+"""Data sets of plain text with published zero-shot perplexities: `DataArguments` by name.
 
-The sets and splits are those of MDLM's table 3 (Sahoo et al. 2024; `dataloader.py` of its repository chooses
-validation where it does not say test), which BD3-LM's zero-shot table repeats. All are wrapped. WikiText-103 has the
-validation split of WikiText-2.
+Data sets and splits are those of MDLM's table 3 (Sahoo et al. 2024; `dataloader.py` of its repository uses validation
+where test is not named), which BD3-LM's zero-shot table reuses. All are wrapped. WikiText-103 has the validation split
+of WikiText-2.
 
-One thing differs from the published numbers: a row has one given token in front and none behind it, where MDLM closes
-every row by an EOS token that it counts.
+One difference from the published setup: a row starts with one given token and has no token after its text, while
+MDLM closes every row with an EOS token that it counts.
 
-The Hub was not reached when this table was written. The names are of repositories that hold data files and no script,
-which `datasets` no longer runs, or of the Hub's own conversion to parquet: PTB. Those of PubMed and arXiv are the
-articles of `scientific_papers` in a repository with files.
+The names were not checked against the Hub when this table was written. They are repositories with data files and
+without a loading script, which `datasets` no longer runs; PTB is the Hub's own conversion to parquet. PubMed and arXiv
+are the articles of `scientific_papers` in a repository with files.
 """
 
 from typing import Any

@@ -195,7 +195,7 @@ def make_examples(config: HierBD3LMConfig, count: int = 8) -> Dataset:
     for number in range(count):
         row = {"question_ids": tokens(9), "plan_ids": tokens(9 if config.plan_len else 0), "execution_ids": tokens(12)}
         if config.question_len == 0:
-            row |= {"question_ids": [], "goes_on": number % 3 == 0}
+            row |= {"question_ids": [], "continues": number % 3 == 0}
             row["execution_ids"] += [FIRST_CONTENT_ID] * (not row["execution_ids"])
         rows.append(row | {"length": sum(len(row[f"{name}_ids"]) for name in ("question", "plan", "execution"))})
     return Dataset.from_list(rows)
