@@ -86,8 +86,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
     ) -> "HierBD3LMForBlockDiffusion":
         """Wrap an open autoregressive checkpoint: every weight is kept, only the special tokens' rows are new.
 
-        A new row is the mean of the old ones plus a little noise from torch's global generator. The model is in the
-        mode of the checkpoint: evaluation, if it was loaded from a path.
+        A new row is the mean of the old ones plus a little noise from torch's global generator.
 
         Args:
             model_or_path: a causal language model of transformers, or what its `from_pretrained` takes. A loaded one
@@ -103,9 +102,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
         if isinstance(model_or_path, PreTrainedModel):
             if kwargs:
-                raise ValueError(
-                    f"`kwargs` must be fields of HierBD3LMConfig for a loaded model, but got {list(kwargs)}"
-                )
+                raise ValueError(f"`kwargs` must be fields of HierBD3LMConfig for a loaded model, got {list(kwargs)}")
             backbone = model_or_path
         else:
             backbone = AutoModelForCausalLM.from_pretrained(model_or_path, **kwargs)
@@ -346,8 +343,8 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
     @functools.cached_property
     def cache_shapes(self) -> list[tuple[int, int, int]]:
         """Number of heads, key size and value size of each caching layer, found by a pass over one token."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with torch.no_grad():
-            token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             cache = self.backbone.base_model(token, use_cache=True).past_key_values
         return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]
 
@@ -488,9 +485,7 @@ def check_backbone_behaviour(model: HierBD3LMForBlockDiffusion) -> None:
         other = x0.clone()
         other[0, 6:] = (other[0, 6:] + 1) % model.config.vocab_size
         if differ(logits(other, x0)[3:], base[3:], noise):
-            raise ValueError(
-                f"`backbone_config`: {name} does not obey the mask, a noisy block sees its own clean tokens"
-            )
+            raise ValueError(f"`backbone_config`: {name} does not obey the mask, a noisy block sees its clean tokens")
         last = x0.clone()
         last[0, 8] = other[0, 8]
         if not differ(logits(x0, last)[6], base[6], noise):

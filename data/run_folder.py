@@ -30,9 +30,11 @@ def start_run(
         there = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
         different = [name for name in sorted(there | settings) if there.get(name) != settings.get(name)]
         if different:
-            changes = "; ".join(f"{name}: {there.get(name)!r} there, {settings.get(name)!r} now" for name in different)
+            changes = "; ".join(
+                f"{name}: {there.get(name)!r} stored, {settings.get(name)!r} now" for name in different
+            )
             raise ValueError(
-                f"`output_dir` must be new or hold this run, but got {folder} with another one ({changes}): give "
+                f"`output_dir` must be new or contain this run, but got {folder} with another one ({changes}): give "
                 f"`--overwrite` to throw that away, or another folder"
             )
         return

@@ -105,8 +105,8 @@ def _load_or_hold_out(args: DataArguments, split: str) -> Dataset:
     num_training = len(dataset) - args.num_validation_examples
     if num_training < 1:
         raise ValueError(
-            f"`num_validation_examples` must be less than the {len(dataset)} training examples that it is held out "
-            f"of, but got {args.num_validation_examples}"
+            f"`num_validation_examples` must be less than the number of training examples {len(dataset)}, which it "
+            f"is held out of, but got {args.num_validation_examples}"
         )
     return dataset.select(range(num_training) if split == "train" else range(num_training, len(dataset)))
 

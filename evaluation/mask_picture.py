@@ -64,7 +64,7 @@ def picture_mask(question_len: int, plan_len: int, execution_len: int, block_siz
     """
     import torch
 
-    from .masking_hierbd3lm import CLEAN, create_hierarchical_mask, fixed_length_layout
+    from ..masking_hierbd3lm import CLEAN, create_hierarchical_mask, fixed_length_layout
 
     mask = create_hierarchical_mask(question_len, plan_len, execution_len, block_size)
     if not len(mask):

@@ -1,6 +1,5 @@
 """What is drawn is the mask, as text and as an image."""
 
-import runpy
 import subprocess
 import sys
 
@@ -176,14 +175,6 @@ def test_command_says_what_is_wrong_in_one_line(arguments, message):
     pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         main(arguments)
-
-
-def test_masking_run_as_a_module_draws(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["masking_hierbd3lm", *SMALL_ARGUMENTS])
-    monkeypatch.delitem(sys.modules, "hierbd3lm.masking_hierbd3lm")
-    monkeypatch.delitem(sys.modules, "hierbd3lm.evaluation.mask_picture")
-    runpy.run_module("hierbd3lm.masking_hierbd3lm", run_name="__main__")
-    assert capsys.readouterr().out.startswith(SMALL_DIAGRAM)
 
 
 def test_importing_the_picture_imports_no_matplotlib():

@@ -106,7 +106,7 @@ class VllmWriter:
             from vllm import LLM
         except ImportError as error:
             raise ImportError(
-                "Writing plans in this process needs vllm: `pip install hierbd3lm[plans]`, or use `--base_url`"
+                'Writing plans in this process needs vllm: run `pip install -e ".[plans]"`, or use `--base_url`'
             ) from error
         self.llm = LLM(model=model, max_model_len=max_model_len, tensor_parallel_size=tensor_parallel_size)
         self.sampling = sampling

@@ -192,7 +192,7 @@ class HierBD3LMHarnessModel(LM):
         allowed = (keywords["max_gen_toks"] + 1) // block_size * block_size  # the opener is not generated
         if allowed < 2:
             raise ValueError(
-                f"`max_gen_toks` must be at least {max(block_size - 1, 1)}, the tokens of a block, but got "
+                f"`max_gen_toks` must be at least {max(block_size - 1, 1)}, the number of tokens of a block, but got "
                 f"{keywords['max_gen_toks']}"
             )
         settings = {name: keywords[name] for name in ("temperature", "top_p") if name in keywords}
