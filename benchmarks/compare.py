@@ -122,7 +122,7 @@ class Run:
             commands[SAMPLER_FILE] = ["-m", "hierbd3lm.benchmarks.sampler", "--model", folder]
         commands["eval/summary.json"] = [str(ROOT / "eval_gsm8k.py"), "--model", folder, *limit]
         if self.algorithm in ANALYSED and self.data == "synthetic":
-            module = "hierbd3lm.evaluation.plan_dependence"
+            module = "hierbd3lm.evaluation.analyze"
             commands["analysis/analysis.json"] = ["-m", module, "--model", folder, *limit]
         return {file: [python, *command] for file, command in commands.items()}
 
@@ -313,7 +313,7 @@ take half of their steps in blocks of one token, and the rest with two noisy cop
 
 Exact match of the execution with the model's own plan, the reference plan, the plan of another problem and an empty
 plan; how often it carries out the steps of its own plan; and its reaction to a change of one operation in the
-reference plan (`python -m hierbd3lm.evaluation.plan_dependence`).
+reference plan (`python -m hierbd3lm.evaluation.analyze`).
 
 {format_table(analysed, list(ANALYSIS_COLUMNS))}
 """
