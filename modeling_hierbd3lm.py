@@ -102,7 +102,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
         if isinstance(model_or_path, PreTrainedModel):
             if kwargs:
-                raise ValueError(f"`kwargs` must be fields of HierBD3LMConfig for a loaded model, got {list(kwargs)}")
+                raise ValueError(f"`kwargs` must be fields of HierBD3LMConfig for a loaded model, but got {[*kwargs]}")
             backbone = model_or_path
         else:
             backbone = AutoModelForCausalLM.from_pretrained(model_or_path, **kwargs)

@@ -19,7 +19,7 @@ from hierbd3lm import cli
 from .test_command_lines import MODULES
 
 ROOT = Path(hierbd3lm.__file__).parent
-NOT_INSTALLED = {"tests", "docs", "benchmarks", "examples", "outputs", "build"}
+NOT_INSTALLED = {"tests", "docs", "benchmarks", "examples", "outputs", "build", ".venv"}
 TINY_BACKBONE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
 TINY_BACKBONE |= {"num_key_value_heads": 1, "head_dim": 16}
 TRAIN = ["train", "quickstart", "--num_train_examples", "24", "--num_validation_examples", "8", "--max_steps", "2"]

@@ -386,7 +386,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(args, monkeypatch, tmp_pa
 
 def test_another_run_is_not_mixed_in(args):
     analyse_checkpoint(args(limit=4))
-    with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
+    with pytest.raises(ValueError, match="seed: 0 stored, 1 now"):
         analyse_checkpoint(args(limit=4, seed=1))
     assert analyse_checkpoint(args(limit=4, seed=1, overwrite=True))["seed"] == 1
 

@@ -362,7 +362,7 @@ def test_other_settings_are_another_run(arguments):
     write_plans(arguments())
     for name, value in CHANGES.items():
         changed = "num_problems" if name == "limit" else name
-        with pytest.raises(ValueError, match=rf"`output_dir` must .*{changed}: .* there, {value!r} now"):
+        with pytest.raises(ValueError, match=rf"`output_dir` must .*{changed}: .* stored, {value!r} now"):
             write_plans(arguments(**{name: value}))
 
 
