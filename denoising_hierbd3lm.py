@@ -55,7 +55,7 @@ class Answer:
         self.part_ids = torch.full_like(self.tokens, PADDING)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
         self.num_forward_passes = torch.zeros(batch, dtype=torch.long, device=device)
-        tokens, block_ids, position_ids, part_ids = schedule.context()
+        tokens, block_ids, position_ids, part_ids = schedule.context
         self.write(torch.arange(batch, device=device), block_ids != PADDING, tokens, position_ids, part_ids)
 
     def write(
@@ -202,7 +202,7 @@ class BlockDenoiser:
         is_real = attention_mask.bool()
         position_ids = (is_real.long().cumsum(dim=1) - 1).clamp(min=0).masked_fill(~is_real, 0)
         of_question = question, torch.where(is_real, QUESTION, PADDING), position_ids
-        return tuple(torch.cat(pair, dim=1) for pair in zip(of_question, self.schedule.context()[:3], strict=True))
+        return tuple(torch.cat(pair, dim=1) for pair in zip(of_question, self.schedule.context[:3], strict=True))
 
     def _step(self) -> None:
         """Run one forward pass: encode what is pending, denoise one step of every row's canvas."""

@@ -125,7 +125,7 @@ def write_causally(
 ) -> None:
     """Write the answer token by token, with the backbone's own `generate` and cache."""
     schedule, order = answer.schedule, answer.order
-    context, block_ids, _, _ = schedule.context()
+    context, block_ids, _, _ = schedule.context
     keep = torch.cat([attention_mask.bool(), block_ids != PADDING], dim=1)
     prompt, prompt_mask = right_justify(torch.cat([question, context], dim=1), keep)
     num_given = schedule.context_lengths[:, 0]

@@ -348,8 +348,9 @@ class CanvasSchedule:
             (given.lengths > self.context_lengths).any()
         )
         self.progress = self._begin(finished, question_lengths, ends_with_plan)
+        self.context = self._context()
 
-    def context(self) -> tuple[torch.LongTensor, ...]:
+    def _context(self) -> tuple[torch.LongTensor, ...]:
         """The blocks that are wholly given, part after part.
 
         Returns:

@@ -95,7 +95,7 @@ def read_published(source: str | os.PathLike, **download: Any) -> PublishedModel
 
 
 def convert(published: PublishedModel, tokenizer: PreTrainedTokenizerBase) -> HierBD3LMForBlockDiffusion:
-    """The same distribution over texts as a model of ours, in evaluation mode.
+    """A model of this package with the same distribution over texts, in evaluation mode.
 
     Args:
         tokenizer: the checkpoint's, whose last id is that before the mask token's. It gets `<|mask|>`, `<|plan|>` and

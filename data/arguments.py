@@ -1,7 +1,8 @@
 """The settings of the data, shared by training and evaluation."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,15 @@ class DataArguments:
         """What a checkpoint was trained on; the defaults where the folder does not say."""
         path = Path(folder, FILE_NAME)
         return cls(**json.loads(path.read_text())) if path.is_file() else cls()
+
+
+def optional_fields(source: type, without: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """Return the fields of a dataclass as `make_dataclass` takes them, each None unless it is given."""
+    return [
+        (item.name, item.type | None, field(default=None, metadata=item.metadata))
+        for item in fields(source)
+        if item.name not in without
+    ]
 
 
 def check_at_least(name: str, value: int | None, low: int) -> None:

@@ -1,12 +1,13 @@
 """The settings of every command that evaluates. Nothing heavy is imported before one is read."""
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.arguments import check_at_least
+from ..data.arguments import check_at_least, optional_fields
 from ..data.text.sets import TEXT_SETS
+from ..settings_hierbd3lm import SETTINGS, GenerationSettings
 
 NUM_SYNTHETIC = 300  # problems, unless `--limit` says otherwise
 REFERENCE_PLANS = "reference"
@@ -45,8 +46,12 @@ class CheckpointArguments:
             self.device = default_device()
 
 
+# the stage follows from `given_plan`, and the seed has a default of its own
+GivenSettings = make_dataclass("GivenSettings", optional_fields(GenerationSettings, without=("stage", "seed")))
+
+
 @dataclass
-class EvaluationArguments(CheckpointArguments):
+class EvaluationArguments(GivenSettings, CheckpointArguments):
     """What is evaluated, on what, and how it generates. A generation setting that is omitted is the checkpoint's."""
 
     output_dir: str | None = field(default=None, metadata={"help": "Folder of the results; `eval` in `model`."})
@@ -63,22 +68,6 @@ class EvaluationArguments(CheckpointArguments):
     )
     num_examples_to_print: int = field(default=0, metadata={"help": "Examples that are printed at the end."})
 
-    sampler: str | None = field(default=None, metadata={"help": "first_hitting, ancestral, confidence or entropy."})
-    num_steps: int | None = field(default=None, metadata={"help": "Steps per block of `ancestral`."})
-    threshold: float | None = field(default=None, metadata={"help": "Probability that `confidence` asks for."})
-    entropy_bound: float | None = field(default=None, metadata={"help": "Bound of `entropy`, in nats."})
-    tokens_per_step: int | None = field(default=None, metadata={"help": "Least tokens revealed in a step."})
-    left_to_right: bool | None = field(
-        default=None, metadata={"help": "Whether `confidence` and `entropy` go through a block from its left."}
-    )
-    temperature: float | None = field(default=None, metadata={"help": "0 is greedy."})
-    top_p: float | None = field(default=None, metadata={"help": "Nucleus of the tokens' distribution."})
-    fill_after_end: bool | None = field(
-        default=None, metadata={"help": "Whether what follows <|end|> in its block costs no forward pass."}
-    )
-    compile_steps: bool | None = field(default=None, metadata={"help": "Whether denoising passes are compiled."})
-    max_plan_len: int | None = field(default=None, metadata={"help": "Most tokens of a plan; whole blocks."})
-    max_execution_len: int | None = field(default=None, metadata={"help": "Most tokens of an execution."})
     seed: int = field(default=0, metadata={"help": "Of the random draws; one of its own per batch follows from it."})
 
     def __post_init__(self):
@@ -92,10 +81,7 @@ class EvaluationArguments(CheckpointArguments):
 
     def generation_settings(self) -> dict[str, Any]:
         """The settings of HierBD3LMGenerationConfig that are given; the stage follows from `given_plan`."""
-        from ..settings_hierbd3lm import HierBD3LMGenerationConfig
-
-        names = {item.name for item in fields(self)} & set(vars(HierBD3LMGenerationConfig()))
-        given = {name: getattr(self, name) for name in sorted(names) if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in SETTINGS if getattr(self, name, None) is not None}
         return given | {"stage": "full" if self.given_plan is None else "execution"}
 
 
@@ -148,7 +134,7 @@ class SampleArguments:
     scorer: str = field(metadata={"help": "Folder or id of the autoregressive model, such as gpt2-large."})
     samples: str | None = field(default=None, metadata={"help": "A .jsonl file of texts; in place of `model`."})
     model: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint of ours, which writes texts from an empty question."}
+        default=None, metadata={"help": "Folder of a checkpoint, which writes texts from an empty question."}
     )
     num_samples: int | None = field(default=None, metadata={"help": "Texts that `model` writes."})
     settings: dict[str, Any] | str | None = field(

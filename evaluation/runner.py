@@ -1,7 +1,7 @@
 """A run that has a model answer reasoning problems: what it writes is kept line by line.
 
 A run has a folder: `settings.json` (what the run is), `predictions.jsonl` (a line per example and sample, appended
-batch by batch) and, in the end, `summary.json`. A run that was interrupted goes on where it stopped.
+batch by batch) and, in the end, `summary.json`. An interrupted run resumes where it stopped.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The comparison: which runs it makes, that it goes on where it stopped, and how its figures are computed."""
+"""The comparison: which runs it makes, that it resumes where it stopped, and how its figures are computed."""
 
 import json
 import subprocess

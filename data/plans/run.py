@@ -80,7 +80,7 @@ def describe_run(args: WritePlansArguments, problems: list[SolvedProblem]) -> di
 
 
 def write_missing_replies(args: WritePlansArguments, problems: list[SolvedProblem], log: Log) -> None:
-    """Asks for all replies that the log does not have, and appends them as they come."""
+    """Request all replies that the log lacks, and append each when it arrives."""
     there = {(record["index"], record["sample"]) for record in log.records}
     num_replies = len(problems) * args.num_samples
     if len(there) == num_replies:
