@@ -1,5 +1,6 @@
-"""Configurations of tiny decoders of several architectures; each has what makes its architecture a case of its own."""
+"""Tiny decoders of several architectures under our mask; each has what makes its architecture a case of its own."""
 
+import torch
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -9,6 +10,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+
+from .tiny import make_batch, make_model
+
+ROWS = [(5, 2, 3), (2, 1, 2), (7, 3, 1)]
 SIZES = {
     "vocab_size": 40,
     "hidden_size": 32,
@@ -54,3 +60,28 @@ def _gpt2(**overrides) -> GPT2Config:
 
 
 BACKBONES = {"qwen3": _qwen3, "llama": _llama, "gemma3": _gemma3, "gemma2": _gemma2, "gpt2": _gpt2}
+
+
+def model_with(backbone, attn_implementation=None, **overrides) -> HierBD3LMForBlockDiffusion:
+    """`backbone` is a name or a configuration; attention is the backbone's default if not given."""
+    if isinstance(backbone, str):
+        backbone = make_backbone_config(backbone)
+    return make_model(backbone_config=backbone, attn_implementation=attn_implementation, **overrides)
+
+
+def noisy_batch(config, rows=ROWS, seed=0):
+    """A batch with its noisy copy and where that is masked."""
+    batch = make_batch(rows, config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    masked = (batch["segment_ids"] > 0) & (torch.rand(batch["input_ids"].shape, generator=generator) < 0.5)
+    return batch | {"noisy_input_ids": batch["input_ids"].masked_fill(masked, config.mask_token_id)}, masked
+
+
+def logits_of(model, rows=ROWS):
+    batch, _ = noisy_batch(model.config, rows)
+    with torch.no_grad():
+        return model(**batch).logits[batch["segment_ids"] > 0]
+
+
+def assert_close(actual, expected, atol=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=atol)
