@@ -13,12 +13,12 @@ from hierbd3lm.evaluation.arguments import EvaluationArguments
 
 
 def parse_arguments(argv: Sequence[str], prog: str | None = None) -> EvaluationArguments:
-    """Reads `--model DIR [--setting value ...]`."""
+    """Parse `--model DIR [--setting value ...]`."""
     return HfArgumentParser(EvaluationArguments, prog=prog).parse_args_into_dataclasses(argv)[0]
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parses, evaluates, prints."""
+    """Evaluate a checkpoint and print the summary."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv, prog)
 
     from hierbd3lm.evaluation.runner import SUMMARY_FILE, evaluate

@@ -1,8 +1,8 @@
 """The command line of likelihood: `python eval_ppl.py --model outputs/quickstart [--setting value ...]`.
 
-Nats per token, bits per token and perplexity of plan, execution and both, given the question. They are an upper bound
-for every algorithm but `ar` and blocks of one token, for which they are exact. The tokens are the same for all. Of
-plain text all is execution: its tokens and an `<|end|>` for each document; and there are bits per byte.
+Reports nats per token, bits per token and perplexity of plan, execution and both, given the question. They are exact
+for `ar` and for blocks of one token, and upper bounds otherwise, over the same tokens. Plain text counts as execution:
+its tokens and one `<|end|>` per document; bits per byte are reported too.
 """
 
 import sys
@@ -14,12 +14,12 @@ from hierbd3lm.evaluation.arguments import LikelihoodArguments
 
 
 def parse_arguments(argv: Sequence[str], prog: str | None = None) -> LikelihoodArguments:
-    """Reads `--model DIR [--setting value ...]`."""
+    """Parse `--model DIR [--setting value ...]`."""
     return HfArgumentParser(LikelihoodArguments, prog=prog).parse_args_into_dataclasses(argv)[0]
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parses, measures, prints."""
+    """Measure the likelihood of a dataset and print it."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv, prog)
 
     from hierbd3lm.evaluation.perplexity import format_result, measure_checkpoint

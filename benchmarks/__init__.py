@@ -1,1 +1,1 @@
-"""Benchmarks: they need a clone of the repository, whose recipes they read and beside which they write results."""
+"""Benchmarks. They need a clone of the repository: they read its recipes and write into its folders."""

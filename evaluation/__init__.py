@@ -1,1 +1,1 @@
-"""Evaluation: answers to problems, likelihoods, dependence on plans, quality of texts."""
+"""Evaluation: answers to problems, likelihoods, plan dependence and text quality."""

@@ -9,7 +9,7 @@ from .arguments import AnalysisArguments
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parses, analyses, prints."""
+    """Analyse a checkpoint and print the tables."""
     parser = HfArgumentParser(AnalysisArguments, prog=prog)
     args = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)[0]
 

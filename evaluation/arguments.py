@@ -1,4 +1,4 @@
-"""The settings of every command that evaluates. Nothing heavy is imported before one is read."""
+"""Arguments of the evaluation commands. torch and transformers are only imported when one is created."""
 
 import json
 from dataclasses import dataclass, field, make_dataclass
@@ -9,35 +9,37 @@ from ..data.arguments import check_at_least, optional_fields
 from ..data.text.sets import TEXT_SETS
 from ..settings_hierbd3lm import SETTINGS, GenerationSettings
 
-NUM_SYNTHETIC = 300  # problems, unless `--limit` says otherwise
+NUM_SYNTHETIC = 300  # default number of problems
 REFERENCE_PLANS = "reference"
 LIKELIHOOD_FILE = "likelihood.json"
 
 
 @dataclass
 class CheckpointArguments:
-    """What is evaluated, on what and where."""
+    """Checkpoint, dataset and device of an evaluation."""
 
     model: str = field(metadata={"help": "Folder or id of a checkpoint or an adapter, with its tokenizer."})
     dataset: str | None = field(
         default=None,
         metadata={
             "help": "`synthetic`, `gsm8k`, a .json, .jsonl or .txt file, a folder, a dataset on the Hub, or a set of "
-            f"plain text: {', '.join(TEXT_SETS)}; what the checkpoint was trained on if omitted."
+            f"plain text: {', '.join(TEXT_SETS)}; defaults to the training data of the checkpoint."
         },
     )
     split: str = field(
         default="test",
         metadata={
-            "help": "train, validation or test; ood_longer and ood_wider too for `synthetic`. A file is `test`."
+            "help": "train, validation or test; ood_longer and ood_wider too for `synthetic`. A file is a test split."
         },
     )
     limit: int | None = field(
         default=None,
-        metadata={"help": f"The first so many examples; if omitted, all, or {NUM_SYNTHETIC} for `synthetic`."},
+        metadata={"help": f"Maximum number of examples; defaults to all, or {NUM_SYNTHETIC} for `synthetic`."},
     )
-    batch_size: int = field(default=32, metadata={"help": "Examples that go through the model together."})
-    device: str | None = field(default=None, metadata={"help": "Such as `cpu` or `cuda:0`; a GPU if there is one."})
+    batch_size: int = field(default=32, metadata={"help": "Batch size."})
+    device: str | None = field(
+        default=None, metadata={"help": "Device such as `cpu` or `cuda:0`; defaults to a GPU if there is one."}
+    )
 
     def __post_init__(self):
         for name in ("limit", "batch_size"):
@@ -52,23 +54,25 @@ GivenSettings = make_dataclass("GivenSettings", optional_fields(GenerationSettin
 
 @dataclass
 class EvaluationArguments(GivenSettings, CheckpointArguments):
-    """What is evaluated, on what, and how it generates. A generation setting that is omitted is the checkpoint's."""
+    """Arguments of `hierbd3lm eval`. Generation settings default to those of the checkpoint."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "Folder of the results; `eval` in `model`."})
-    overwrite: bool = field(default=False, metadata={"help": "Throws away the results that `output_dir` holds."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the results; defaults to `eval` in `model`."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Delete existing results in `output_dir`."})
     given_plan: str | None = field(
         default=None,
         metadata={
-            "help": "Plans that the execution is generated from: `reference`, or a .jsonl file of `question` and "
-            "`plan`, such as the predictions.jsonl of another run."
+            "help": "Plans to execute: `reference`, or a .jsonl file with `question` and `plan`, such as the "
+            "predictions.jsonl of another run."
         },
     )
     num_samples: int = field(
-        default=1, metadata={"help": "Answers to each example; several ask for a temperature > 0."}
+        default=1, metadata={"help": "Answers per example; more than one requires a temperature > 0."}
     )
-    num_examples_to_print: int = field(default=0, metadata={"help": "Examples that are printed at the end."})
+    num_examples_to_print: int = field(default=0, metadata={"help": "Number of examples to print at the end."})
 
-    seed: int = field(default=0, metadata={"help": "Of the random draws; one of its own per batch follows from it."})
+    seed: int = field(default=0, metadata={"help": "Random seed; the seed of each batch is derived from it."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,25 +84,28 @@ class EvaluationArguments(GivenSettings, CheckpointArguments):
             self.output_dir = str(Path(self.model, "eval"))
 
     def generation_settings(self) -> dict[str, Any]:
-        """The settings of HierBD3LMGenerationConfig that are given; the stage follows from `given_plan`."""
+        """Return the given settings of HierBD3LMGenerationConfig; the stage follows from `given_plan`."""
         given = {name: getattr(self, name) for name in SETTINGS if getattr(self, name, None) is not None}
         return given | {"stage": "full" if self.given_plan is None else "execution"}
 
 
 @dataclass
 class LikelihoodArguments(CheckpointArguments):
-    """What is measured, and how."""
+    """Arguments of `hierbd3lm ppl`."""
 
     text_column: str | None = field(
-        default=None, metadata={"help": "Column of plain text in `dataset`; as in training if omitted."}
+        default=None, metadata={"help": "Column of plain text in `dataset`; defaults to that of training."}
     )
-    num_draws: int = field(default=8, metadata={"help": "Draws of the noise for each example; >= 1."})
+    num_draws: int = field(default=8, metadata={"help": "Noise draws per example; >= 1."})
     exact: bool = field(
-        default=False, metadata={"help": "Enumerates all masks instead, for blocks of at most 8 tokens."}
+        default=False,
+        metadata={"help": "Enumerate all masks instead of drawing noise, for blocks of at most 8 tokens."},
     )
-    estimator: str = field(default="stratified", metadata={"help": "stratified or bernoulli."})
-    seed: int = field(default=0, metadata={"help": "Of the noise."})
-    output: str | None = field(default=None, metadata={"help": f"File of the results; {LIKELIHOOD_FILE} in `model`."})
+    estimator: str = field(default="stratified", metadata={"help": "Estimator of the NELBO: stratified or bernoulli."})
+    seed: int = field(default=0, metadata={"help": "Random seed of the noise."})
+    output: str | None = field(
+        default=None, metadata={"help": f"File for the results; defaults to {LIKELIHOOD_FILE} in `model`."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -113,12 +120,16 @@ class LikelihoodArguments(CheckpointArguments):
 
 @dataclass
 class AnalysisArguments(CheckpointArguments):
-    """What is analysed, and how. Generation settings are the checkpoint's."""
+    """Arguments of `hierbd3lm analyze`. Generation settings are those of the checkpoint."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "Folder of the results; `analysis` in `model`."})
-    overwrite: bool = field(default=False, metadata={"help": "Throws away the results that `output_dir` holds."})
-    num_draws: int = field(default=8, metadata={"help": "Draws of the noise that a likelihood averages over; >= 1."})
-    seed: int = field(default=0, metadata={"help": "Of exchanged and changed plans, generation and noise."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the results; defaults to `analysis` in `model`."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Delete existing results in `output_dir`."})
+    num_draws: int = field(default=8, metadata={"help": "Noise draws per likelihood; >= 1."})
+    seed: int = field(
+        default=0, metadata={"help": "Random seed of exchanged and changed plans, generation and noise."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -129,29 +140,31 @@ class AnalysisArguments(CheckpointArguments):
 
 @dataclass
 class SampleArguments:
-    """Which texts are judged, or which model writes them first, and who scores them."""
+    """Arguments of `hierbd3lm samples`: the scorer, and the samples or the model that generates them."""
 
     scorer: str = field(metadata={"help": "Folder or id of the autoregressive model, such as gpt2-large."})
-    samples: str | None = field(default=None, metadata={"help": "A .jsonl file of texts; in place of `model`."})
+    samples: str | None = field(default=None, metadata={"help": "A .jsonl file of texts, instead of `model`."})
     model: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint, which writes texts from an empty question."}
+        default=None, metadata={"help": "Folder or id of a checkpoint that generates texts from an empty question."}
     )
-    num_samples: int | None = field(default=None, metadata={"help": "Texts that `model` writes."})
+    num_samples: int | None = field(default=None, metadata={"help": "Number of texts to generate with `model`."})
     settings: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Generation settings of `model`, as JSON; those of the checkpoint where they are omitted."},
+        metadata={"help": "Generation settings of `model` as JSON; default to those of the checkpoint."},
     )
-    seed: int = field(default=0, metadata={"help": "Of what `model` writes; each batch's seed follows from it."})
+    seed: int = field(default=0, metadata={"help": "Random seed; the seed of each batch is derived from it."})
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of what `model` writes; `samples` in it if omitted."}
+        default=None, metadata={"help": "Folder for the generated texts; defaults to `samples` in `model`."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Throws away the texts that `output_dir` holds."})
-    text_field: str = field(default="text", metadata={"help": "Key of the text in a line of the samples."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete existing texts in `output_dir`."})
+    text_field: str = field(default="text", metadata={"help": "Key of the text in each line of the samples."})
     context: int | None = field(
-        default=None, metadata={"help": "Most tokens that the scorer reads at once; what it can if omitted."}
+        default=None, metadata={"help": "Maximum context length of the scorer; defaults to its own maximum."}
     )
-    batch_size: int = field(default=8, metadata={"help": "Texts that are written, or scored, together."})
-    device: str | None = field(default=None, metadata={"help": "Such as `cpu` or `cuda:0`; a GPU if there is one."})
+    batch_size: int = field(default=8, metadata={"help": "Batch size of generation and scoring."})
+    device: str | None = field(
+        default=None, metadata={"help": "Device such as `cpu` or `cuda:0`; defaults to a GPU if there is one."}
+    )
 
     def __post_init__(self):
         if (self.samples is None) == (self.model is None) or (self.model is None) != (self.num_samples is None):
@@ -170,7 +183,7 @@ class SampleArguments:
 
 
 def default_device() -> str:
-    """A GPU if there is one."""
+    """Return `cuda` if there is a GPU, else `cpu`."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

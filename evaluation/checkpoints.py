@@ -1,4 +1,4 @@
-"""The checkpoint that is evaluated, its examples, and what describes a run over both."""
+"""Loading of a checkpoint and its examples, and the description of an evaluation run."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,24 +23,24 @@ logger = logging.get_logger(__name__)
 
 
 def load_model(path: str, device: str) -> tuple[HierBD3LMForBlockDiffusion, PreTrainedTokenizerBase]:
-    """A checkpoint, or an adapter merged into its base, on its device, with its tokenizer."""
+    """Load a checkpoint, or an adapter merged into its base, onto the device, with its tokenizer."""
     if is_adapter(path):
         return load_adapter(path, device)
     return HierBD3LMForBlockDiffusion.from_pretrained(path).to(device).eval(), load_tokenizer(path)
 
 
 def load_examples(args: CheckpointArguments, text_column: str | None = None) -> tuple[DataArguments, Dataset]:
-    """The settings of the data (see [`find_data`]), and the examples."""
+    """Load the examples; returns the data arguments (see [`find_data`]) and the examples."""
     data_args = find_data(args, text_column)
     limit = NUM_SYNTHETIC if args.limit is None and data_args.dataset == SYNTHETIC else args.limit
     return data_args, load_split(data_args, args.split, limit)
 
 
 def find_data(args: CheckpointArguments, text_column: str | None = None) -> DataArguments:
-    """What the checkpoint was trained on, unless another dataset is given.
+    """Return the data arguments of training, or those of another dataset if one is given.
 
-    Another dataset is plain text, in `text_column` or in a column of the same name, if that of training is; never is
-    it a stream.
+    Another dataset is plain text, in `text_column` or the column of training, if the training data is. Streaming is
+    switched off.
 
     Raises:
         ValueError: for the test split of a file that the checkpoint was trained on: a file is one split.
@@ -62,8 +62,13 @@ def find_data(args: CheckpointArguments, text_column: str | None = None) -> Data
     return trained_on
 
 
+def describe_model(model: HierBD3LMForBlockDiffusion) -> dict[str, Any]:
+    """Return the algorithm of a model, and the versions that its results were computed with."""
+    return {"algorithm": model.config.algorithm, "versions": versions()}
+
+
 def versions() -> dict[str, str]:
-    """What a result was made with."""
+    """Return the versions of hierbd3lm, torch and transformers."""
     return {
         "hierbd3lm": __version__,
         "torch": str(torch.__version__),
@@ -72,7 +77,7 @@ def versions() -> dict[str, str]:
 
 
 def checksum_of_weights(model: torch.nn.Module) -> int:
-    """Sum of all bytes of the weights: another checkpoint in the same folder is another run."""
+    """Return the sum of all bytes of the weights, which tells apart checkpoints saved to the same folder."""
     tensors = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in model.state_dict().values()]
     return sum(int(tensor.sum(dtype=torch.int64)) for tensor in tensors)
 
@@ -80,7 +85,7 @@ def checksum_of_weights(model: torch.nn.Module) -> int:
 def describe_run(
     args: CheckpointArguments, data_args: DataArguments, dataset: Dataset, model: HierBD3LMForBlockDiffusion
 ) -> dict[str, Any]:
-    """What decides on a run over a checkpoint's answers, beside the settings that a command has of its own."""
+    """Describe a run: everything that its results depend on, apart from the command's own settings."""
     return {
         "data": asdict(data_args),
         "split": args.split,
@@ -93,5 +98,5 @@ def describe_run(
 
 
 def hash_of_data(dataset: Dataset) -> str:
-    """Hash of all that a dataset's columns hold: another file in the same place is another run."""
+    """Return a hash of the dataset's contents, which tells apart files saved to the same path."""
     return run_folder.hash_of(dataset.to_dict())

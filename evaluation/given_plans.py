@@ -1,4 +1,4 @@
-"""Plans that executions are generated from in place of the model's own."""
+"""Given plans, which replace those that the model would generate."""
 
 import json
 from pathlib import Path
@@ -9,16 +9,17 @@ from .arguments import REFERENCE_PLANS
 
 
 def with_given_plans(dataset: Dataset, source: str, num_samples: int = 1) -> Dataset:
-    """The dataset with the plans that its executions are to be generated from, in a new column `given_plans`.
+    """Add the plans to execute to a dataset, as a column `given_plans`.
 
     Args:
-        dataset: has `question`, and `plan` where that is the source.
-        source: `reference` for each example's own `plan`, or a JSON lines file with `question` and `plan`, such as
+        dataset: dataset with the column `question`, and `plan` if `source` is `reference`.
+        source: `reference` for the `plan` of each example, or a JSON lines file with `question` and `plan`, such as
             the `predictions.jsonl` of another run.
-        num_samples: a file may have one plan of a question, which all samples share, or so many, one for each.
+        num_samples: number of samples per question. A file has one plan per question, shared by all samples, or
+            `num_samples` plans, one for each sample.
 
     Raises:
-        ValueError: for an example whose plan is missing or of which the file has another number of plans; the message
+        ValueError: if the plan of an example is missing, or the file has another number of plans for it; the message
             names the row.
     """
     if source == REFERENCE_PLANS:
@@ -38,10 +39,10 @@ def with_given_plans(dataset: Dataset, source: str, num_samples: int = 1) -> Dat
 
 
 def read_plans(path: Path) -> dict[str, list[str]]:
-    """The plans of each question, in the order of a JSON lines file.
+    """Read the plans of each question from a JSON lines file, in the order of the file.
 
     Raises:
-        ValueError: for a line that is no JSON object with the texts `question` and `plan`; the message names it.
+        ValueError: if a line is not a JSON object with strings `question` and `plan`; the message names the line.
     """
     plans: dict[str, list[str]] = {}
     with path.open(encoding="utf-8") as lines:
@@ -50,7 +51,7 @@ def read_plans(path: Path) -> dict[str, list[str]]:
                 question, plan = _read_plan(line)
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"line {number} of {path} must be JSON with the texts `question` and `plan`, but got {line[:80]!r}"
+                    f"line {number} of {path} must be JSON with strings `question` and `plan`, but got {line[:80]!r}"
                 ) from error
             plans.setdefault(question, []).append(plan)
     return plans
@@ -60,5 +61,5 @@ def _read_plan(line: str) -> tuple[str, str]:
     row = json.loads(line)
     question, plan = row["question"], row["plan"]
     if not isinstance(question, str) or not isinstance(plan, str):
-        raise TypeError(f"`question` and `plan` must be texts, but got {question!r} and {plan!r}")
+        raise TypeError(f"`question` and `plan` must be strings, but got {question!r} and {plan!r}")
     return question, plan

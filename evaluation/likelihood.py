@@ -1,4 +1,4 @@
-"""Likelihood of examples, per segment, over the same tokens for every algorithm."""
+"""Likelihood of examples, per segment, over the same tokens for every model."""
 
 import math
 from typing import Any
@@ -66,12 +66,12 @@ def measure_likelihood(
 
 
 def check_counts(num_tokens: torch.Tensor, dataset: Dataset, config: HierBD3LMConfig) -> None:
-    """Raise a RuntimeError unless `num_tokens`, of shape `(segments,)`, is what every algorithm counts."""
+    """Raise a RuntimeError unless `num_tokens`, of shape `(segments,)`, is the number that every model counts."""
     columns = [name for name in (*ID_KEYS, "continues") if name in dataset.column_names]
     counts = [counted_tokens(example, config) for example in dataset.select_columns(columns)]
     expected = [sum(count[name] for count in counts) for name in SEGMENT_NAMES.values()]
     if num_tokens.tolist() != expected:
-        raise RuntimeError(f"the counted tokens must be {expected}, as for every algorithm, but are {num_tokens}")
+        raise RuntimeError(f"the counted tokens must be {expected}, as for every model, but are {num_tokens}")
 
 
 @torch.no_grad()

@@ -1,7 +1,4 @@
-"""A picture of the training mask of fixed lengths: text for a terminal, or an image with matplotlib.
-
-The mask itself comes from [`create_hierarchical_mask`]. It is drawn as text or as an image with matplotlib.
-"""
+"""Picture of the training mask of fixed lengths: text for a terminal, or an image with matplotlib."""
 
 import argparse
 from collections.abc import Sequence
@@ -57,20 +54,20 @@ class MaskPicture:
 
 
 def picture_mask(question_len: int, plan_len: int, execution_len: int, block_size: int) -> MaskPicture:
-    """Classify the attention that [`create_hierarchical_mask`] allows.
+    """Classify the attention that the training mask allows.
 
     Raises:
         ValueError: for lengths that the mask does not accept, or if all lengths are 0.
     """
     import torch
 
-    from ..masking_hierbd3lm import CLEAN, create_hierarchical_mask, fixed_length_layout
+    from .. import masking_hierbd3lm as masking
 
-    mask = create_hierarchical_mask(question_len, plan_len, execution_len, block_size)
+    mask = masking.create_hierarchical_mask(question_len, plan_len, execution_len, block_size)
     if not len(mask):
         raise ValueError("one of `question_len`, `plan_len`, `execution_len` must be at least 1, but all are 0")
-    layout = fixed_length_layout(question_len, plan_len, execution_len, block_size)
-    block_ids, key_is_clean = layout.block_ids[0], layout.stream_ids[0] == CLEAN
+    layout = masking.fixed_length_layout(question_len, plan_len, execution_len, block_size)
+    block_ids, key_is_clean = layout.block_ids[0], layout.stream_ids[0] == masking.CLEAN
     own_block = torch.where(key_is_clean, OWN_CLEAN, OWN_NOISY)
     kinds = torch.where(block_ids[:, None] == block_ids[None, :], own_block[None, :], FINISHED)
     streams = _streams(question_len, plan_len, execution_len)
@@ -217,7 +214,8 @@ def _draw_legend(figure: "Figure") -> None:
 
 def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog=prog or "python -m hierbd3lm.masking_hierbd3lm", description="Draw the training mask of fixed lengths."
+        prog=prog or "python -m hierbd3lm.evaluation.mask_picture",
+        description="Draw the training mask of fixed lengths.",
     )
     parser.add_argument("--question-len", type=int, default=16, help="tokens of the question (default: %(default)s)")
     parser.add_argument("--plan-len", type=int, default=16, help="tokens of the plan (default: %(default)s)")
@@ -228,7 +226,7 @@ def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) 
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parses, draws, prints."""
+    """Draw the mask as text, or into an image file."""
     options = parse_arguments(argv, prog)
     try:
         picture = picture_mask(options.question_len, options.plan_len, options.execution_len, options.block_size)

@@ -1,4 +1,4 @@
-"""The likelihood of a checkpoint on a dataset, with all that it depends on."""
+"""Likelihood of a checkpoint on a dataset."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any
 from ..data.run_folder import write_json
 from ..data.splits import encode_split
 from .arguments import LikelihoodArguments
-from .checkpoints import load_examples, load_model, versions
+from .checkpoints import describe_model, load_examples, load_model
 from .likelihood import format_likelihood, measure_likelihood
 
 
 def measure_checkpoint(args: LikelihoodArguments) -> dict[str, Any]:
-    """Measures the likelihood, and writes it to `output`; returns what is written."""
+    """Measure the likelihood, write it to `args.output`, and return the result."""
     model, tokenizer = load_model(args.model, args.device)
     data_args, examples = load_examples(args, args.text_column)
     dataset, report = encode_split(examples, replace(data_args, over_long="drop"), tokenizer, model.config)
@@ -24,25 +24,22 @@ def measure_checkpoint(args: LikelihoodArguments) -> dict[str, Any]:
         metrics["bits_per_byte"] = metrics["bpd"] * metrics["num_tokens"] / report["num_bytes"]
     result = metrics | {
         "model": args.model,
-        "algorithm": model.config.algorithm,
         "dataset": data_args.dataset,
         "dataset_name": data_args.dataset_name,
         "split": getattr(data_args, f"dataset_{args.split}_split", None) or args.split,
         **{name: value for name, value in report.items() if name not in ("num_kept", "num_tokens")},
         **settings,
         "device": str(model.device),
-        "versions": versions(),
     }
+    result |= describe_model(model)
     write_json(Path(args.output), result)
     return result
 
 
 def format_result(result: dict[str, Any]) -> str:
-    """The likelihood and what it was measured on, for people."""
+    """Format the likelihood as a table, followed by the size of the dataset."""
     table = format_likelihood(result)
     if "num_documents" not in result:
-        return (
-            f"{table}\n{result['num_examples']:,} examples, {result['num_dropped']:,} of them over-long and left out"
-        )
-    size = f"{result['num_documents']:,} documents of {result['num_bytes']:,} bytes on {result['num_rows']:,} rows"
+        return f"{table}\n{result['num_examples']:,} examples, {result['num_dropped']:,} over-long examples dropped"
+    size = f"{result['num_documents']:,} documents of {result['num_bytes']:,} bytes in {result['num_rows']:,} rows"
     return f"{table}\n{size}: {result['bits_per_byte']:.4f} bits per byte"

@@ -1,6 +1,6 @@
 """Measurement of how much the execution depends on the plan.
 
-The same problems are executed under plans of several sources. A folder is written: a subfolder per source (see
+The same problems are executed under plans of several sources. The output folder holds a subfolder per source (see
 runner.py), `swaps.jsonl` with a line per changed plan, `analysis.json`, `analysis.md` and `analysis.png`.
 """
 
@@ -27,7 +27,7 @@ from ..data.synthetic.plan_swaps import ChangedPlan, change_plan, exchange_plans
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..settings_hierbd3lm import resolve_settings, settings_of
 from .arguments import AnalysisArguments
-from .checkpoints import describe_run, load_examples, load_model, versions
+from .checkpoints import describe_model, describe_run, load_examples, load_model
 from .likelihood import measure_likelihood
 from .plan_dependence_report import (
     CHANGED,
@@ -47,14 +47,14 @@ from .scoring import rate
 
 logger = logging.get_logger(__name__)
 
-CHECKED = (OWN, ORACLE, CHANGED)  # another problem's plan names people that this one does not know
+CHECKED = (OWN, ORACLE, CHANGED)  # another problem's plan names people that do not occur in this one
 MEASURED = (ORACLE, OTHER, EMPTY)  # plans under which the likelihood of the reference execution is measured
 ANALYSIS_FILE, TABLE_FILE, SWAPS_FILE = "analysis.json", "analysis.md", "swaps.jsonl"
 
 
 def analyse_checkpoint(args: AnalysisArguments) -> dict[str, Any]:
-    """Analyses a checkpoint, or goes on with that; returns what `analysis.json` has."""
-    figure_class()  # missed now, not after the work
+    """Analyse a checkpoint, or resume the analysis; returns the content of `analysis.json`."""
+    figure_class()  # fails before the analysis if matplotlib is missing
     model, tokenizer = load_model(args.model, args.device)
     data_args, dataset = load_examples(args)
     settings = describe_run(args, data_args, dataset, model) | {
@@ -74,7 +74,7 @@ def analyse_checkpoint(args: AnalysisArguments) -> dict[str, Any]:
     max_value = SyntheticConfig(**data_args.synthetic).max_value
     metrics = analyse(model, tokenizer, dataset, folder, max_value, args.batch_size, args.num_draws, args.seed)
     result = metrics | {"model": args.model, "dataset": data_args.dataset, "split": args.split, **settings}
-    result |= {"algorithm": model.config.algorithm, "versions": versions()}
+    result |= describe_model(model)
     run_folder.write_json(folder / ANALYSIS_FILE, result)
     run_folder.replace(folder / TABLE_FILE, format_page(result).encode())
     draw(result, folder / FIGURE_FILE)
@@ -91,40 +91,42 @@ def analyse(
     num_draws: int = 8,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Executes every problem under the plans of each source, and measures what the executions owe to them.
+    """Execute every problem under the plans of each source, and measure how the executions depend on them.
 
-    Under every order a given plan is clean context: the `generate` of a flat model continues it, and without the
-    hierarchical mask a block of the execution sees the plan's blocks up to its own, as in training.
+    Under every order a given plan is clean context: a flat model continues it, and where execution blocks are aligned
+    with plan blocks, an execution block sees the plan blocks up to its own, as in training.
 
     Args:
-        dataset: has `question`, `plan` and `execution`, which ends with `#### <answer>`.
-        folder: keeps the executions of each source; those that are there are not generated again.
-        max_value: changed plans have values in [1, max_value], as the synthetic problems do.
+        dataset: dataset with the columns `question`, `plan` and `execution`, which ends with `#### <answer>`.
+        folder: output folder. Executions that it already holds are not generated again.
+        max_value: maximum value in changed plans; see `SyntheticConfig`.
         num_draws: see [`~evaluation.likelihood.measure_likelihood`].
-        seed: of exchanged and changed plans, generation and noise.
+        seed: random seed of exchanged and changed plans, generation and noise.
 
     Returns:
-        by source, as `<source>_<name>`:
-        - `exact_match`: strict rate of the problem's answer, for `changed` of the answer that the changed plan has;
-          `n` are the problems, `num_too_long` those among them that are over-long and not answered.
-        - `own`, `oracle` and `changed`: `agreement`, rate of the executions that carry out all steps of their plan,
-          no others, and give the last step's value; `step_agreement`, mean share of the steps that are carried out
-          (steps beyond the plan count as not); `verdicts`, how often each of `VERDICTS` was given.
-        - `oracle`, `other` and `empty`: `execution_nll` of the reference execution in nats per token, and the
-          examples, `execution_nll_n`, that it is measured on.
+        metrics of each source, as `<source>_<name>`:
+        - `exact_match`: strict exact match with the problem's answer, or for `changed` with the answer of the changed
+          plan; `n`: number of problems; `num_too_long`: over-long problems among them, which are not answered.
+        - for `own`, `oracle` and `changed`: `agreement`, rate of the executions that carry out all steps of their
+          plan, no others, and give the value of the last step; `step_agreement`, mean fraction of the steps that are
+          carried out (additional steps count as not carried out); `verdicts`, counts of `VERDICTS`.
+        - for `oracle`, `other` and `empty`: `execution_nll` of the reference execution in nats per token, and
+          `execution_nll_n`, its number of examples.
 
-        and the rates of `SWAP_OUTCOMES` among the `swap_n` problems that are right under the reference plan and
-        have a changed plan; in all `num_without_change` have none. With `swap_n` 0 these rates are left out.
-        A rate comes with its 95 % interval, as `..._interval`. For data without the steps of the synthetic problems
-        agreement and changed plans are left out.
+        and the rates of `SWAP_OUTCOMES` over the `swap_n` problems with a changed plan that are answered correctly
+        under the reference plan (none of these rates if `swap_n` is 0); `num_without_change` problems have no changed
+        plan. Each rate has a 95 % interval, `..._interval`. Agreement and changed plans are only measured on data with
+        the steps of the synthetic problems.
 
     Raises:
-        ValueError: for a dataset without plans, or whose plans cannot be exchanged.
+        ValueError: if the dataset has no plans, or its plans cannot be exchanged.
     """
     plans = read_reference_plans(dataset)
     has_steps = can_check(dataset)
     if not has_steps:
-        logger.warning("The plans are not those of the synthetic problems: they are neither changed nor checked")
+        logger.warning(
+            "The plans do not have the format of the synthetic problems: they are neither changed nor checked"
+        )
     changes = draw_changes(dataset, max_value, seed) if has_steps else []
     given = {ORACLE: plans, OTHER: [plans[other] for other in exchange_plans(plans, seed)], EMPTY: [""] * len(plans)}
     predictions = generate_executions(model, tokenizer, dataset, given, changes, folder, batch_size, seed)
@@ -149,37 +151,37 @@ def analyse(
 
 
 def read_reference_plans(dataset: Dataset) -> list[str]:
-    """The plan of each problem.
+    """Return the reference plan of each problem.
 
     Raises:
-        ValueError: for a dataset without plans, or a row without one.
+        ValueError: if the dataset or a row has no plan.
     """
     if "plan" not in dataset.column_names:
         raise ValueError(f"`dataset` must have the column plan, but has {', '.join(dataset.column_names)}")
     plans = dataset["plan"][:]
     for row, plan in enumerate(plans):
         if not plan:
-            raise ValueError(f"row {row}: `plan` must be a text of one step at least, but got {plan!r}")
+            raise ValueError(f"row {row}: `plan` must have at least one step, but got {plan!r}")
     return plans
 
 
 def can_check(dataset: Dataset) -> bool:
-    """Whether every reference execution is seen to carry out its plan: data of the synthetic problems' format."""
+    """Return whether every reference execution agrees with its plan, as in the format of the synthetic problems."""
     rows = zip(dataset["question"], dataset["plan"], dataset["execution"], strict=True)
     return all(agrees(check_execution(*row), row[2]) for row in rows)
 
 
 def agrees(verdicts: Sequence[str], execution: str) -> bool:
-    """Whether an execution carries out all steps of a plan, no others, and answers with the last one's value.
+    """Return whether an execution carries out exactly the steps of a plan and answers with the value of the last one.
 
     Args:
-        verdicts: what [`check_execution`] says of it.
+        verdicts: result of [`check_execution`].
     """
     return set(verdicts) == {FOLLOWED} and match_strict(execution, split_steps(execution)[-1].split()[-1])
 
 
 def draw_changes(dataset: Dataset, max_value: int, seed: int) -> list[ChangedPlan | None]:
-    """A changed plan for each problem; see [`change_plan`]."""
+    """Draw a changed plan for each problem; see [`change_plan`]."""
     rows = enumerate(zip(dataset["question"], dataset["plan"], strict=True))
     return [change_plan(random.Random(f"{seed} {row}"), *texts, max_value) for row, texts in rows]
 
@@ -194,7 +196,7 @@ def generate_executions(
     batch_size: int,
     seed: int,
 ) -> dict[str, list[dict[str, Any]]]:
-    """The predictions of each source (see [`predict`]); those of `changed` are of the problems that have a change."""
+    """Generate the predictions of each source (see [`predict`]); `changed` covers the problems with a changed plan."""
     datasets = {OWN: dataset} | {source: with_given(dataset, plans) for source, plans in given.items()}
     changed = [row for row, change in enumerate(changes) if change is not None]
     if changed:
@@ -210,22 +212,22 @@ def generate_executions(
 
 
 def with_given(dataset: Dataset, plans: Sequence[str]) -> Dataset:
-    """The dataset with the plans to execute, as [`predict`] takes them."""
+    """Add the plans to execute to a dataset, in the format of [`predict`]."""
     return dataset.add_column("given_plans", [[plan] for plan in plans])
 
 
 def with_plans(dataset: Dataset, plans: Sequence[str]) -> Dataset:
-    """The dataset with other plans in place of the reference's."""
+    """Replace the plans of a dataset."""
     return dataset.remove_columns("plan").add_column("plan", list(plans))
 
 
 def measure_source(
     source: str, predictions: Sequence[dict[str, Any]], is_right: Sequence[bool] | None, is_checked: bool
 ) -> dict[str, Any]:
-    """What [`analyse`] says of the executions under one source's plans.
+    """Compute the metrics of the executions under the plans of one source; see [`analyse`].
 
     Args:
-        is_right: whether each execution has the answer that it should have; the problem's own answer if omitted.
+        is_right: whether each execution has the expected answer; defaults to strict exact match.
         is_checked: whether the executions are compared with their plans step by step.
     """
     if is_right is None:
@@ -249,12 +251,12 @@ def measure_source(
 def judge_swaps(
     predictions: dict[str, list[dict[str, Any]]], changes: Sequence[ChangedPlan | None]
 ) -> list[dict[str, Any]]:
-    """A line of `swaps.jsonl` for each problem that has a changed plan.
+    """Build the lines of `swaps.jsonl`, one for each problem with a changed plan.
 
     Returns:
-        the fields of [`ChangedPlan`]; `index` of the problem, `question`, `reference_plan`, `reference_answer`; the
-        `execution` of the changed plan; whether the answer `is_right_under_reference` plan; the outcomes of
-        `SWAP_OUTCOMES`.
+        dicts with the fields of [`ChangedPlan`], the problem's `index`, `question`, `reference_plan` and
+        `reference_answer`, the `execution` of the changed plan, `is_right_under_reference` (exact match under the
+        reference plan), and the outcomes of `SWAP_OUTCOMES`.
     """
     rows = [row for row, change in enumerate(changes) if change is not None]
     swaps = []
@@ -277,7 +279,7 @@ def judge_swaps(
 
 
 def measure_swaps(swaps: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The rates of `SWAP_OUTCOMES`; see [`analyse`]. `swap_kinds` has them for each kind of change."""
+    """Compute the rates of `SWAP_OUTCOMES` (see [`analyse`]), also for each kind of change as `swap_kinds`."""
     counted = [swap for swap in swaps if swap["is_right_under_reference"]]
     kinds = {}
     for kind in sorted({swap["kind"] for swap in counted}):

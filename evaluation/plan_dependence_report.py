@@ -1,4 +1,4 @@
-"""The page on whether a model's executions depend on its plans: tables and a figure."""
+"""Report on plan dependence: tables and a figure."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ INK, COLOUR, SWAP_COLOUR = "#22303c", "#2b5f94", "#e9853b"
 
 
 def format_tables(metrics: dict[str, Any]) -> str:
-    """The metrics as Markdown: what the executions under each source's plans are like, and what a change does."""
+    """Format two Markdown tables: metrics by source of the plans, and outcomes of changed plans."""
     lines = ["| plan | exact match | agreement | steps carried out | execution NLL |", "|---" * 5 + "|"]
     for source, meaning in SOURCES.items():
         if f"{source}_n" in metrics:
@@ -43,7 +43,7 @@ def format_tables(metrics: dict[str, Any]) -> str:
 
 
 def format_rate(metrics: dict[str, Any], name: str) -> str:
-    """A rate in per cent with its interval; nothing where it was not measured."""
+    """Format a rate in per cent with its interval; empty if it was not measured."""
     if name not in metrics:
         return ""
     low, high = metrics[f"{name}_interval"]
@@ -51,23 +51,23 @@ def format_rate(metrics: dict[str, Any], name: str) -> str:
 
 
 def format_page(result: dict[str, Any]) -> str:
-    """`analysis.md`."""
+    """Format the page `analysis.md`."""
     notes = [
-        f"{result['own_n']} problems of {result['dataset']}, {result['split']}; seed {result['seed']}; brackets are "
-        f"95 % intervals. The NLL is of the reference execution, in nats per token; for all but `ar` it is a bound.",
+        f"{result['own_n']} problems of {result['dataset']}, {result['split']}; seed {result['seed']}; 95 % "
+        f"intervals in brackets. NLL: of the reference execution, in nats per token; a bound except for `ar`.",
     ]
     if "swap_n" in result:
         notes.append(
-            f"Under the changed plan, exact match is of the answer that this plan has; no change of "
-            f"{result['num_without_change']} problems has another answer in the range of values. The second table is "
-            f"of the problems that are right under the reference plan."
+            f"Under the changed plan, exact match compares with the answer of that plan. "
+            f"{result['num_without_change']} problems have no change with another answer in the range of values. The "
+            f"second table covers the problems answered correctly under the reference plan."
         )
     figure = f"![Exact match under each plan, and what a changed plan does]({FIGURE_FILE})"
     return "\n\n".join([f"# {result['model']}: does the plan matter?", *notes, format_tables(result), figure]) + "\n"
 
 
 def draw(metrics: dict[str, Any], path: Path) -> None:
-    """Bars of the rates with their intervals, into an image file."""
+    """Plot the rates with their intervals into an image file."""
     figure = figure_class()(figsize=(9, 3.4), facecolor="white", layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[len(SOURCES), len(SWAP_OUTCOMES)], sharey=True)
     exact_match = {source: f"{source}_exact_match" for source in SOURCES if f"{source}_n" in metrics}
@@ -80,7 +80,7 @@ def draw(metrics: dict[str, Any], path: Path) -> None:
 
 
 def draw_rates(axes: "Axes", metrics: dict[str, Any], names: dict[str, str], colour: str) -> None:
-    """A bar for each named rate with its interval, as a percentage; `names` are by what stands below the bar."""
+    """Plot a bar for each rate with its interval, in per cent; `names` maps the label of a bar to its rate."""
     values = [100 * metrics[name] for name in names.values()]
     intervals = [[100 * end for end in metrics[f"{name}_interval"]] for name in names.values()]
     # At a rate of 0 or 1 the interval may miss the rate by a rounding, and matplotlib takes no negative lengths.
@@ -95,7 +95,7 @@ def draw_rates(axes: "Axes", metrics: dict[str, Any], names: dict[str, str], col
 
 
 def figure_class() -> type:
-    """matplotlib's `Figure`.
+    """Return matplotlib's `Figure`.
 
     Raises:
         ImportError: if matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""The prompts of a dataset, encoded, checked for their length, and put in batches."""
+"""Prompts of a dataset: encoding, length checks and batches."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ PromptType = TypeVar("PromptType", bound="Prompt")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is given.
+    """Input of the model for one answer.
 
     Args:
-        index: its place among the prompts' sources, such as a row of a dataset.
-        question_ids, plan_ids: its tokens; the plan is None unless it is given.
-        too_long: segments that have more tokens than the model takes; such a prompt is not answered.
+        index: index of the example in the dataset.
+        question_ids, plan_ids: token ids; `plan_ids` is None unless the plan is given.
+        too_long: segments with more tokens than the model accepts; such a prompt is not answered.
     """
 
     index: int
@@ -34,11 +34,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Problem(Prompt):
-    """One example that is answered once.
+    """Prompt with the texts that its answer is scored against.
 
     Args:
-        sample: number of the answer among those to the same example.
-        question, reference_answer, reference_plan: texts; the plan is None where there is none.
+        sample: index of the sample among those of the same example.
+        question, reference_answer, reference_plan: texts; `reference_plan` is None if there is none.
     """
 
     sample: int
@@ -48,7 +48,7 @@ class Problem(Prompt):
 
     @property
     def key(self) -> tuple[int, int]:
-        """What its line of `predictions.jsonl` is found by."""
+        """Key of the line in `predictions.jsonl`."""
         return self.index, self.sample
 
 
@@ -59,14 +59,15 @@ def read_problems(
     plans_are_given: bool,
     num_samples: int = 1,
 ) -> list[Problem]:
-    """Reads and encodes the problems of a dataset, each as often as it is to be answered.
+    """Read and encode the problems of a dataset, `num_samples` times each.
 
     Args:
-        dataset: has `question`, `execution` and, if plans are given, `given_plans` of [`with_given_plans`].
+        dataset: dataset with the columns `question`, `execution` and, if plans are given, `given_plans` (see
+            [`with_given_plans`]).
 
     Raises:
-        ValueError: for a dataset without examples or without a column that is needed, and for a row without an answer
-            or with a special token in its prompt; the message names the row.
+        ValueError: if the dataset is empty or a column is missing, or if a row has no answer or a special token in its
+            prompt; the message names the row.
     """
     needed = ("question", "execution", "given_plans") if plans_are_given else ("question", "execution")
     missing = [column for column in needed if column not in dataset.column_names]
@@ -95,10 +96,10 @@ def read_problems(
 def encode_prompt(
     index: int, question: str, plan: str | None, tokenizer: PreTrainedTokenizerBase, config: HierBD3LMConfig
 ) -> Prompt:
-    """Encodes what the model is given; `plan` is None where the model writes it.
+    """Encode a prompt; `plan` is None if the model generates it.
 
     Raises:
-        ValueError: for a special token in one of the texts.
+        ValueError: if a text contains a special token.
     """
     ids = encode_example({"question": question, "plan": plan, "execution": ""}, tokenizer)
     check_content(ids, config)
@@ -107,7 +108,7 @@ def encode_prompt(
 
 
 def make_batches(prompts: Iterable[PromptType], batch_size: int) -> list[list[PromptType]]:
-    """Groups the prompts that fit by their length, longest first: memory runs out at once or never."""
+    """Group the prompts that fit by length, longest first, so that running out of memory shows in the first batch."""
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, but got {batch_size}")
 
@@ -119,7 +120,7 @@ def make_batches(prompts: Iterable[PromptType], batch_size: int) -> list[list[Pr
 
 
 def collate_prompts(prompts: Sequence[Prompt], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """What `generate` takes: left-padded questions, their mask and right-padded plans if these are given.
+    """Build the inputs of `generate`: left-padded questions, attention mask, and right-padded plans if they are given.
 
     Returns:
         `input_ids`, `attention_mask` of shape `(batch, question_length)`, `plan_ids` of `(batch, plan_length)`.

@@ -1,7 +1,7 @@
-"""A run that has a model answer reasoning problems: what it writes is kept line by line.
+"""Evaluation run: a model answers reasoning problems, and the answers are scored.
 
-A run has a folder: `settings.json` (what the run is), `predictions.jsonl` (a line per example and sample, appended
-batch by batch) and, in the end, `summary.json`. An interrupted run resumes where it stopped.
+The folder of a run holds `settings.json`, `predictions.jsonl` (a line per example and sample, appended batch by batch)
+and at the end `summary.json`. An interrupted run resumes from its predictions.
 """
 
 import os
@@ -22,7 +22,7 @@ from ..generation_hierbd3lm import segment_limits
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings, settings_of
 from .arguments import EvaluationArguments
-from .checkpoints import describe_run, load_examples, load_model, versions
+from .checkpoints import describe_model, describe_run, load_examples, load_model
 from .given_plans import with_given_plans
 from .prompts import Problem, Prompt, collate_prompts, make_batches, read_problems
 from .scoring import score, summarize
@@ -32,7 +32,7 @@ SETTINGS_FILE, PREDICTIONS_FILE, SUMMARY_FILE = "settings.json", "predictions.js
 
 @dataclass(frozen=True)
 class Written:
-    """What the model wrote for one prompt: content tokens of both segments; for the others see its output's class."""
+    """Answer to one prompt: content tokens of both segments; for the other fields see `HierBD3LMGenerationOutput`."""
 
     plan_ids: list[int]
     execution_ids: list[int]
@@ -42,7 +42,7 @@ class Written:
 
 
 def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Evaluates a checkpoint, or goes on with that; returns the predictions, and the summary that is written."""
+    """Evaluate a checkpoint, or resume the evaluation; returns the predictions and the summary."""
     model, tokenizer = load_model(args.model, args.device)
     settings = resolve_settings(model.generation_config, args.generation_settings())
     segment_limits(model.config, settings)
@@ -62,14 +62,14 @@ def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str,
         "settings": settings_of(settings),
         "batch_size": args.batch_size,
         "device": str(model.device),
-        "versions": versions(),
     }
+    summary |= describe_model(model)
     run_folder.write_json(Path(args.output_dir, SUMMARY_FILE), summary)
     return predictions, summary
 
 
 def start_run(folder: str | os.PathLike, settings: dict[str, Any], overwrite: bool = False) -> None:
-    """Makes the folder of a run that `settings` decide on, or makes sure that it holds this run.
+    """Create the folder of a run, or check that it holds the run with these settings.
 
     Raises:
         ValueError: if the folder holds another run.
@@ -86,28 +86,28 @@ def predict(
     batch_size: int = 32,
     num_samples: int = 1,
 ) -> list[dict[str, Any]]:
-    """Answers every problem of a dataset; those that `folder` has answers of are not answered again.
+    """Answer every problem of a dataset, except those already answered in `folder`.
 
     Args:
-        dataset: has `question` and `execution`, which ends with `#### <answer>`, and may have `plan`.
-        settings: with `stage="execution"` the model is given the plans of [`with_given_plans`]. The seed is that of
-            the run, from which each batch gets one of its own.
-        folder: see [`start_run`].
-        batch_size: problems that are answered together, grouped by length.
-        num_samples: answers to each problem, with a plan of its own each unless it is given.
+        dataset: dataset with the columns `question`, `execution`, which ends with `#### <answer>`, and optionally
+            `plan`.
+        settings: generation settings. `stage="execution"` uses the plans of [`with_given_plans`]. The seed of each
+            batch is derived from the given one.
+        folder: folder of the run; see [`start_run`].
+        batch_size: batch size. Problems are grouped by length.
+        num_samples: answers per problem, each with its own plan unless plans are given.
 
     Returns:
-        the lines of `predictions.jsonl` (see [`score`]), in the order of the dataset, the samples of a problem
-        together.
+        the lines of `predictions.jsonl` (see [`score`]), in the order of the dataset, with the samples of a problem
+        next to each other.
 
     Raises:
-        ValueError: for a dataset without examples, for several samples at temperature 0, and as in
-            [`read_problems`].
+        ValueError: if several samples are requested at temperature 0, and as in [`read_problems`].
     """
     check_samples(num_samples, settings)
     problems = read_problems(dataset, tokenizer, model.config, settings.stage == "execution", num_samples)
     path = Path(folder, PREDICTIONS_FILE)
-    # All problems once, then all of them again.
+    # one pass over all problems per sample
     batches = chain.from_iterable(
         make_batches(problems[sample::num_samples], batch_size) for sample in range(num_samples)
     )
@@ -115,7 +115,7 @@ def predict(
     with tqdm(total=len(problems), desc="Evaluating", unit="example") as progress, run_folder.Log(path) as log:
         predictions = {_key(prediction): prediction for prediction in log.records}
         for batch in batches:
-            # A batch is answered as a whole or not at all, so that a resumed run draws what an uninterrupted one does.
+            # An incomplete batch is answered again as a whole, so that a resumed run draws the same random numbers.
             batch_settings = resolve_settings(settings, {"seed": seeds.getrandbits(62)})
             if any(problem.key not in predictions for problem in batch):
                 answers = answer_batch(model, tokenizer, batch, batch_settings)
@@ -131,7 +131,7 @@ def predict(
 
 
 def check_samples(num_samples: int, settings: HierBD3LMGenerationConfig) -> None:
-    """Raises a ValueError for several samples that would all be the same."""
+    """Raise a ValueError for several samples at temperature 0, which would all be the same."""
     if num_samples > 1 and settings.temperature == 0:
         raise ValueError(
             f"`temperature` must be > 0 for num_samples={num_samples}, but got {settings.temperature}: greedy samples "
@@ -145,7 +145,7 @@ def answer_batch(
     problems: list[Problem],
     settings: HierBD3LMGenerationConfig,
 ) -> list[dict[str, Any]]:
-    """Generates plan and execution of each problem, and scores them."""
+    """Generate and score the answers to a batch of problems."""
     start = time.perf_counter()
     batch = generate_batch(model, problems, settings)
     seconds = (time.perf_counter() - start) / len(problems)
@@ -168,11 +168,11 @@ def answer_batch(
 def generate_batch(
     model: HierBD3LMForBlockDiffusion, prompts: Sequence[Prompt], settings: HierBD3LMGenerationConfig
 ) -> list[Written]:
-    """What the model writes for each prompt."""
+    """Generate the answer to each prompt."""
     pad = model.config.pad_token_id
     prompt = {name: ids.to(model.device) for name, ids in collate_prompts(prompts, pad).items()}
     output = model.generate(**prompt, generation_config=settings)
-    plans, executions, *others = (  # on the CPU from here on, so that a clock has waited for the device
+    plans, executions, *others = (  # copied to the CPU, which waits for the device, so that timings are right
         getattr(output, name).tolist()
         for name in ("plan", "execution", "finished", "num_forward_passes", "tokens_per_forward")
     )
@@ -181,7 +181,7 @@ def generate_batch(
 
 
 def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a segment. The backbone's special tokens stay in it: an answer may have to be cut at one of them."""
+    """Decode a segment. Special tokens of the backbone are kept: an answer may have to be cut at one of them."""
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 

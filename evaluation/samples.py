@@ -10,12 +10,12 @@ from .arguments import SampleArguments
 
 
 def parse_arguments(argv: Sequence[str], prog: str | None = None) -> SampleArguments:
-    """Reads `--scorer DIR` with `--samples FILE` or `--model DIR --num_samples N`, and `[--setting value ...]`."""
+    """Parse `--scorer DIR` with `--samples FILE` or `--model DIR --num_samples N`, and `[--setting value ...]`."""
     return HfArgumentParser(SampleArguments, prog=prog).parse_args_into_dataclasses(argv)[0]
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parses, draws if a model is given, measures, prints."""
+    """Generate samples if a model is given, measure them and print the metrics."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv, prog)
 
     from .text_quality import draw, format_metrics, measure, metrics_path

@@ -1,4 +1,4 @@
-"""The score of each answer, and what the scores say together."""
+"""Scores of answers, and their summary."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -33,16 +33,16 @@ def score(
     tokens_per_forward: float | None = None,
     seconds: float = 0.0,
 ) -> dict[str, Any]:
-    """A line of `predictions.jsonl`; without an answer, plan and execution are empty and every match fails.
+    """Score an answer; returns a line of `predictions.jsonl`. An unanswered problem has empty texts and no match.
 
     Args:
         finished, num_forward_passes, tokens_per_forward: see `HierBD3LMGenerationOutput`.
-        num_tokens: denoised tokens, the `<|end|>` of each segment counted.
-        num_plan_tokens, num_execution_tokens: content of each segment, denoised or given.
-        seconds: the example's share of its batch's time.
+        num_tokens: number of denoised tokens, including one `<|end|>` per segment.
+        num_plan_tokens, num_execution_tokens: numbers of content tokens, denoised or given.
+        seconds: time of the batch divided by its size.
     """
     answer, target = cut_at_stops(execution), problem.reference_answer
-    has_plan_to_match = problem.reference_plan is not None and problem.plan_ids is None
+    compares_plans = problem.reference_plan is not None and problem.plan_ids is None
     return {
         "index": problem.index,
         "sample": problem.sample,
@@ -55,7 +55,7 @@ def score(
         "exact_match_flexible": match_flexible(answer, target),
         "exact_match_numeric": match_numeric(answer, target),
         "unparsable": not is_parsable(answer),
-        "plan_match": same_text(plan, problem.reference_plan) if has_plan_to_match else None,
+        "plan_match": same_text(plan, problem.reference_plan) if compares_plans else None,
         "too_long": problem.too_long,
         "finished": finished,
         "num_forward_passes": num_forward_passes,
@@ -68,26 +68,25 @@ def score(
 
 
 def same_text(text: str, other: str) -> bool:
-    """Whether two texts differ in white space at the most."""
+    """Return whether two texts are equal up to white space."""
     return text.split() == other.split()
 
 
-# What the lines say together
+# Summary
 
 
 def summarize(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rates and speed over all predictions.
+    """Summarize all predictions.
 
     Returns:
-        - `n` examples with `num_samples` answers each, and of these examples `num_too_long` with an over-long question
-          and `num_plan_too_long` with an over-long given plan: neither is answered, both stay in `n`.
-        - each of `RATES` as a fraction, and its 95 % interval as `..._interval`. A rate is a mean over examples, of
-          the mean over their samples where there are several: the interval then errs on the wide side. All are of
-          `n`, but `plan_match`, which is of the `num_reference_plans` examples with a plan to match; it is left out
-          where there are none.
-        - for several samples, what [`summarize_samples`] says.
-        - `num_forward_passes` (total), `num_forward_passes_mean` (of the answers), `num_tokens`, `seconds` (totals),
-          `tokens_per_forward`, `tokens_per_second` (ratios of totals); None where nothing was answered.
+        - `n`: number of examples; `num_samples`: answers per example; `num_too_long` and `num_plan_too_long`: examples
+          with an over-long question or given plan, which are not answered but count in `n`.
+        - each of `RATES` as a fraction, with its 95 % interval `..._interval`. A rate is the mean over examples of the
+          mean over their samples (with several samples the interval is conservative). `plan_match` averages over the
+          `num_reference_plans` examples with a reference plan, and is omitted if there are none.
+        - for several samples, the metrics of [`summarize_samples`].
+        - `num_forward_passes`, `num_tokens`, `seconds` (totals), `num_forward_passes_mean` (NFE per answer),
+          `tokens_per_forward`, `tokens_per_second` (ratios of totals); None if nothing was answered.
     """
     examples = [list(samples) for _, samples in groupby(predictions, key=itemgetter("index"))]
     summary: dict[str, Any] = {
@@ -121,15 +120,15 @@ def summarize(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summarize_samples(examples: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """How the samples of an example do together.
+    """Compute majority vote and pass@k over the samples of each example.
 
     Returns:
-        - `majority_vote`: rate of the examples whose most frequent value is the reference's. A sample votes with the
-          value of its strict answer; of values with equally many votes, that of the first sample wins. Samples
-          without such a value have no vote (`num_unparsable_votes`), and an example without votes is wrong
-          (`num_without_votes`); `num_tied_votes` examples have no single winner.
-        - `pass_at_k` for k = 1 .. samples: rate of the examples that one of k samples answers with the right value,
-          estimated without bias.
+        - `majority_vote`: fraction of the examples whose most frequent value is the reference's. A sample votes with
+          the value of its strict answer; ties are won by the earliest sample. Samples without a value do not vote
+          (`num_unparsable_votes`); an example without votes counts as wrong (`num_without_votes`); `num_tied_votes`
+          examples have a tie.
+        - `pass_at_k` for k = 1, ..., samples: unbiased estimate of the probability that at least one of k samples has
+          the right value.
         - the 95 % interval of each, as `..._interval`.
     """
     elections = [count_votes(cut_at_stops(sample["execution"]) for sample in samples) for samples in examples]
@@ -152,7 +151,7 @@ def summarize_samples(examples: Sequence[Sequence[dict[str, Any]]]) -> dict[str,
 
 
 def rate(name: str, values: Sequence[float]) -> dict[str, Any]:
-    """The mean of values in [0, 1] under its name, and its 95 % interval as `..._interval`."""
+    """Return the mean of values in [0, 1] as `name`, and its 95 % interval as `{name}_interval`."""
     total = sum(values)
     return {name: total / len(values), f"{name}_interval": list(wilson_interval(total, len(values)))}
 
@@ -166,7 +165,7 @@ def _ratio(numerator: float, denominator: float) -> float | None:
 
 
 def format_summary(summary: dict[str, Any]) -> str:
-    """The summary as a table for people."""
+    """Format the summary as a table."""
     lines = []
     num_samples = summary["num_samples"]
     powers = [k for k in (2**i for i in range(num_samples.bit_length())) if k <= num_samples]
@@ -186,7 +185,7 @@ def format_summary(summary: dict[str, Any]) -> str:
 
 
 def format_prediction(prediction: dict[str, Any]) -> str:
-    """A problem with what the model wrote, for people."""
+    """Format a problem with its answer."""
     verdict = "right" if prediction["exact_match_numeric"] else "wrong"
     sample = f", sample {prediction['sample']}" if prediction["sample"] else ""
     return "\n".join(

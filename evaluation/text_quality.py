@@ -1,8 +1,7 @@
-"""The quality of texts that a model writes from nothing.
+"""Quality of unconditional samples.
 
-Generative perplexity is that of the texts under another, autoregressive model, the scorer. Repeating itself lowers it,
-so that the texts' entropy and their distinct n-grams stand beside it. All three count the scorer's tokens, whatever
-the tokenizer of the model is that wrote the texts.
+Generative perplexity is the perplexity of the samples under an autoregressive model, the scorer. Repetitive texts
+lower it, so entropy and distinct n-grams are reported as well. All three use the scorer's tokenizer.
 """
 
 import json
@@ -36,7 +35,7 @@ NGRAM_SIZES = (1, 2, 3)
 
 
 def measure(args: SampleArguments, path: Path) -> dict[str, Any]:
-    """Judges a file of samples; returns what is written to [`metrics_path`] (see [`judge`])."""
+    """Compute the metrics of a file of samples (see [`judge`]), and write them to [`metrics_path`]."""
     texts = read_texts(path, args.text_field)
     scorer = AutoModelForCausalLM.from_pretrained(args.scorer).to(args.device).eval()
     context = args.context or getattr(scorer.config, "max_position_embeddings", None)
@@ -48,7 +47,7 @@ def measure(args: SampleArguments, path: Path) -> dict[str, Any]:
 
 
 def metrics_path(samples: Path) -> Path:
-    """Where the metrics of a file of samples are written: beside it."""
+    """Return the path of the metrics, in the folder of the samples."""
     return samples.with_suffix(METRICS_SUFFIX)
 
 
@@ -59,22 +58,23 @@ def judge(
     context: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """All metrics of some texts.
+    """Compute the metrics of texts.
 
     Args:
-        scorer: a causal language model of transformers, in evaluation mode; `tokenizer` is its own.
+        scorer: causal language model of transformers, in evaluation mode.
+        tokenizer: tokenizer of the scorer.
         context, batch_size: see [`nll_of_sequences`].
 
     Returns:
-        - `generative_perplexity`, `nll` (nats per token) and `num_scored_tokens`, that they average over, of all texts
-          together. The first token of a text is given: it is scored only where the tokenizer puts a BOS token before
-          it. `num_unscored` texts have no token to score.
-        - `entropy`: see [`unigram_entropy`], the mean over the texts that have tokens, with its standard error over
-          them; `num_empty` texts have none.
+        - `generative_perplexity` and `nll` (nats per token), averages over the `num_scored_tokens` tokens of all
+          texts. The first token of a text is only scored if the tokenizer adds a BOS token before it. `num_unscored`
+          texts have no token to score.
+        - `entropy`: mean of [`unigram_entropy`] over the texts that have tokens, with its standard error;
+          `num_empty` texts have none.
         - `distinct_1`, `distinct_2`, `distinct_3`: see [`distinct_ngrams`].
         - `num_samples`, `num_tokens` (without BOS), `num_longer_than_context`.
 
-        A value is None where it averages over nothing.
+        A value is None if it averages over nothing.
     """
     sequences = [_encode(tokenizer, text, add_special_tokens=True) for text in texts]
     contents = [_encode(tokenizer, text, add_special_tokens=False) for text in texts]
@@ -102,21 +102,22 @@ def judge(
 def nll_of_sequences(
     scorer: torch.nn.Module, sequences: Sequence[Sequence[int]], context: int | None = None, batch_size: int = 8
 ) -> list[float]:
-    """-log p in nats of each sequence of tokens but its first, which is given; 0 for less than two tokens.
+    """Compute -log p of each sequence given its first token, in nats; 0 for less than two tokens.
 
     Args:
-        context: most tokens that the scorer reads at once, at least 2; None for no limit. A longer sequence is read in
-            windows of so many tokens, each of which starts with the last token of the one before: that one is given,
-            so that every token is scored once.
-        batch_size: windows that are read together.
+        context: maximum context length of the scorer, >= 2; None for no limit. A longer sequence is scored in windows
+            of this length. Neighbouring windows share one token, which is given in the second, so that every token is
+            scored once.
+        batch_size: windows per batch; >= 1.
 
     Raises:
-        ValueError: for a context or a batch size out of its range.
+        ValueError: if `context` or `batch_size` is out of range.
     """
     check_at_least("context", context, 2)
     check_at_least("batch_size", batch_size, 1)
     windows = [(index, window) for index, ids in enumerate(sequences) for window in _windows(ids, context)]
-    windows.sort(key=lambda item: len(item[1]), reverse=True)  # little padding; memory runs out at once or never
+    # longest first: less padding, and running out of memory shows in the first batch
+    windows.sort(key=lambda item: len(item[1]), reverse=True)
     totals = [0.0] * len(sequences)
     for start in tqdm(range(0, len(windows), batch_size), desc="Scoring", unit="batch"):
         indices, batch = zip(*windows[start : start + batch_size], strict=True)
@@ -126,27 +127,28 @@ def nll_of_sequences(
 
 
 def unigram_entropy(ids: Sequence[int]) -> float:
-    """Entropy in nats of the frequencies of a text's own tokens, as in the evaluations of MDLM and BD3-LM.
+    """Compute the entropy of the token frequencies of a text in nats, as in the evaluations of MDLM and BD3-LM.
 
-    The most that n tokens can have is log n: compare texts of about the same length.
+    Its maximum for n tokens is log n: only compare texts of about the same length.
     """
     return sum(count / len(ids) * math.log(len(ids) / count) for count in Counter(ids).values())
 
 
 def distinct_ngrams(sequences: Iterable[Sequence[int]], size: int) -> float | None:
-    """Distinct n-grams of all texts together, as a fraction of their n-grams (Li et al. 2016, section 5.2).
+    """Compute the fraction of distinct n-grams over all texts (Li et al. 2016, section 5.2).
 
-    No n-gram reaches from one text into another. None where there is no n-gram.
+    N-grams do not cross texts. None if there is no n-gram.
     """
     ngrams = [tuple(ids[start : start + size]) for ids in sequences for start in range(len(ids) - size + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
 def read_texts(path: str | os.PathLike, text_field: str = "text") -> list[str]:
-    """The texts of a JSON lines file.
+    """Read the texts of a JSON lines file.
 
     Raises:
-        ValueError: for a line that is no JSON object with the text; the message names it. Also for no line at all.
+        ValueError: if a line is not a JSON object with a string `text_field` (the message names the line), or the file
+            is empty.
     """
     with Path(path).open(encoding="utf-8") as lines:
         texts = [
@@ -158,7 +160,7 @@ def read_texts(path: str | os.PathLike, text_field: str = "text") -> list[str]:
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
-    """The metrics as a table for people."""
+    """Format the metrics as a table."""
     decimals = {"generative_perplexity": 2, "nll": 4, "entropy": 4, "entropy_standard_error": 4}
     decimals |= {f"distinct_{size}": 4 for size in NGRAM_SIZES}
     lines = []
@@ -176,7 +178,7 @@ def _read_text(line: str, text_field: str, place: str) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{place} must be JSON with `{text_field}`, but got {line[:80]!r}") from error
     if not isinstance(text, str):
-        raise ValueError(f"{place} must have a text as `{text_field}`, but got {text!r}")
+        raise ValueError(f"{place} must have a string as `{text_field}`, but got {text!r}")
     return text
 
 
@@ -185,14 +187,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: b
 
 
 def _windows(ids: Sequence[int], context: int | None) -> Iterable[Sequence[int]]:
-    """Pieces of at most `context` tokens, of which neighbours share one; none without a token to score."""
+    """Split into windows of at most `context` tokens; neighbours share one token, and each has a token to score."""
     stride = max(len(ids), 1) if context is None else context - 1
     return (ids[start : start + stride + 1] for start in range(0, len(ids) - 1, stride))
 
 
 def _nll_of_batch(scorer: torch.nn.Module, batch: Sequence[Sequence[int]]) -> list[float]:
     rows = [torch.tensor(ids, dtype=torch.long, device=scorer.device) for ids in batch]
-    input_ids = pad_sequence(rows, batch_first=True)  # with token 0, which is as good as any where nothing reads it
+    input_ids = pad_sequence(rows, batch_first=True)  # with token 0; padding is masked
     attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     logits = scorer(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].float()
     nll = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
@@ -209,14 +211,14 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None
     return mean, math.sqrt(variance / len(values))
 
 
-# Drawing them
+# Generation of samples
 
 
 def draw(args: SampleArguments) -> Path:
-    """Has a checkpoint write texts, or go on with that; returns their file (see [`draw_samples`]).
+    """Generate samples with a checkpoint, or resume the generation; returns their file (see [`draw_samples`]).
 
     Raises:
-        ValueError: if the folder holds other texts, and as in [`draw_samples`].
+        ValueError: if the folder holds samples of another run, and as in [`draw_samples`].
     """
     model, tokenizer = load_model(args.model, args.device)
     settings = resolve_settings(model.generation_config, (args.settings or {}) | {"seed": args.seed})
@@ -241,26 +243,26 @@ def draw_samples(
     path: Path,
     batch_size: int = 8,
 ) -> list[dict[str, Any]]:
-    """Has a model write texts from an empty question; those that the file holds are not written again.
+    """Generate texts from an empty question, except those that the file already holds.
 
     Args:
-        settings: the seed is that of the run, from which each batch gets one of its own.
-        path: a JSON lines file, which grows batch by batch.
+        settings: generation settings. The seed of each batch is derived from the given one.
+        path: JSON lines file, extended batch by batch.
 
     Returns:
-        its lines: `index`, `text` (all that was written, a plan first), `plan` and `execution` (its parts),
-        `finished`, `num_forward_passes`, `tokens_per_forward` (see `HierBD3LMGenerationOutput`).
+        the lines of the file, with `index`, `plan`, `execution`, `text` (plan and execution together), `finished`,
+        `num_forward_passes` and `tokens_per_forward` (see `HierBD3LMGenerationOutput`).
 
     Raises:
-        ValueError: for several samples at temperature 0.
+        ValueError: if several samples are requested at temperature 0.
     """
     check_samples(num_samples, settings)
     seeds = random.Random(settings.seed)
     starts = range(0, num_samples, batch_size)
-    with run_folder.Log(path) as log, tqdm(total=num_samples, desc="Drawing", unit="sample") as progress:
+    with run_folder.Log(path) as log, tqdm(total=num_samples, desc="Generating", unit="sample") as progress:
         for start, stop in pairwise((*starts, num_samples)):
             batch_settings = resolve_settings(settings, {"seed": seeds.getrandbits(62)})
-            # A kill may have cut a batch: it is drawn as a whole again, as its rows share their random numbers.
+            # An incomplete batch is generated again as a whole, since its rows share their random numbers.
             if len(log.records) < stop:
                 samples = _draw_batch(model, tokenizer, stop - start, batch_settings)
                 numbered = [{"index": start + row, **sample} for row, sample in enumerate(samples)]
@@ -294,7 +296,7 @@ def generate_unconditional(
     num_samples: int,
     settings: HierBD3LMGenerationConfig,
 ) -> HierBD3LMGenerationOutput:
-    """What a model writes after an empty question, `num_samples` times; see [`draw_samples`]."""
+    """Generate `num_samples` texts from an empty question; see [`draw_samples`]."""
     prompt = collate_questions([empty_question(tokenizer)] * num_samples, model.config.pad_token_id)
     prompt = {name: ids.to(model.device) for name, ids in prompt.items()}
     return model.generate(**prompt, generation_config=settings)

@@ -64,7 +64,7 @@ def test_every_algorithm_is_measured_over_the_same_tokens(name, tmp_path, monkey
     assert ("nll_stderr" in result) is (name != "ar")
     printed = capsys.readouterr().out
     assert f"{sum(COUNTS.values())}" in printed and f"{result['ppl']:.4f}" in printed
-    assert "1 of them over-long and left out" in printed
+    assert "1 over-long examples dropped" in printed
 
 
 def test_noise_draws_agree_with_the_enumeration_within_their_error(tmp_path, monkeypatch):

@@ -272,7 +272,7 @@ def test_plans_of_another_format_are_neither_changed_nor_checked(args, tmp_path)
     "columns, message",
     [
         ({"question": ["1"], "execution": ["#### 1"]}, "`dataset` must have the column plan"),
-        ({"question": ["1"], "plan": [""], "execution": ["#### 1"]}, "row 0: `plan` must be a text of one step"),
+        ({"question": ["1"], "plan": [""], "execution": ["#### 1"]}, "row 0: `plan` must have at least one step"),
         ({"question": ["1"], "plan": ["Mia"], "execution": ["#### 1"]}, "`plans` must not be one text in more than"),
     ],
 )

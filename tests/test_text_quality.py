@@ -164,7 +164,7 @@ def test_every_line_is_a_text_whatever_it_holds(tmp_path):
     ("content", "message"),
     [
         ('{"text": "a"}\n{"txt": "b"}\n', "line 2 of .* must be JSON with `text`"),
-        ('{"text": 3}\n', "line 1 of .* must have a text as `text`, but got 3"),
+        ('{"text": 3}\n', "line 1 of .* must have a string as `text`, but got 3"),
         ("plain\n", "line 1 of .* must be JSON"),
         ("", "must hold at least one text"),
     ],

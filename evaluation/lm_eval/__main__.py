@@ -18,7 +18,7 @@ lm-evaluation-harness with the model `hierbd3lm` and the task `gsm8k_hier`:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Runs the harness's command line, with `--model hierbd3lm` among its models.
+    """Run the command line of the harness with the model `hierbd3lm`.
 
     Raises:
         ImportError: if lm-evaluation-harness is not installed.
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 
 
 def with_include_path(argv: list[str]) -> list[str]:
-    """The arguments with `--include_path` and a subcommand, the harness's default one if there is none."""
+    """Add `--include_path` and the default subcommand to the arguments if they are missing."""
     argv = argv if argv[0] in SUBCOMMANDS else ["run", *argv]
     if any(argument.partition("=")[0] == "--include_path" for argument in argv):
         return argv

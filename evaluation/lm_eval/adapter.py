@@ -1,4 +1,4 @@
-"""The model `hierbd3lm` of lm-evaluation-harness, whose command line by itself finds no models of other packages.
+"""The model `hierbd3lm` of lm-evaluation-harness; `hierbd3lm lm-eval` registers it.
 
 hierbd3lm lm-eval --model hierbd3lm --model_args pretrained=outputs/gsm8k_small --tasks gsm8k_hier --batch_size 32
 """
@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 
 LIKELIHOODS = ("monte_carlo", "exact")
 LIKELIHOOD_PLANS = ("generated", "empty")
-# Of generation; the others are the task's to set, or are set by what is asked of the model.
+# not settable as model arguments: set by the task or by the type of request
 OTHER_SETTINGS = ("stage", "temperature", "top_p", "seed")
 GENERATION_SETTINGS = tuple(name for name in SETTINGS if name not in OTHER_SETTINGS)
 GENERATION_KWARGS = ("until", "do_sample", "temperature", "top_p", "max_gen_toks")
@@ -40,7 +40,7 @@ Question = tuple[int, ...]
 
 
 class Target(NamedTuple):
-    """An execution whose likelihood is asked for, and the question that it follows: content tokens of both."""
+    """Content tokens of an execution whose likelihood is requested, and of its question."""
 
     question_ids: Question
     execution_ids: list[int]
@@ -49,45 +49,46 @@ class Target(NamedTuple):
 @register_model("hierbd3lm")
 class HierBD3LMHarnessModel(LM):
     """
-    A checkpoint as lm-evaluation-harness sees it. The context of a request is the question, word for word: a task that
-    puts `Question:` or solved examples around it (as the harness's own `gsm8k` does) asks what the model was not
-    trained on; `tasks/gsm8k_hier.yaml` gives the bare question.
+    A checkpoint as a model of lm-evaluation-harness. The context of a request is used as the question, verbatim. A
+    task that adds `Question:` or solved examples (such as the harness's own `gsm8k`) does not match the training data;
+    `tasks/gsm8k_hier.yaml` gives the bare question.
 
-    **`generate_until`** returns the execution up to the first stop string. The plan is written first and not returned.
-    It is greedy unless the task or `--gen_kwargs` sets a temperature. A question over `question_len` is answered with
-    an empty text, and counted in the results' `config` as `num_too_long_questions` (those that the harness had in its
-    cache are not asked again, and not counted).
+    **`generate_until`** returns the execution up to the first stop string. The plan is generated first and not
+    returned. Generation is greedy unless the task or `--gen_kwargs` sets a temperature. A question longer than
+    `question_len` gets an empty answer, and is counted in the `config` of the results as `num_too_long_questions`
+    (requests answered from the harness's cache are not counted).
 
-    **`loglikelihood`** is minus the NELBO, in nats, of the continuation as the whole execution: a lower bound on
+    **`loglikelihood`** returns minus the NELBO of the continuation as the whole execution, in nats: a lower bound on
     log p(execution | question, plan), unclipped and unweighted. It counts every token of the execution's blocks: the
-    continuation as it is given (with the space that the harness puts before it, unless the task sets
-    `target_delimiter: ""`), the `<|end|>` behind it and those that fill its last block. A continuation of
-    `execution_len - 1` tokens is an execution that was cut at its limit, without `<|end|>`. The plan is given and not
-    counted: it is what the model writes greedily from the question, or empty. Either way it depends on the question
-    alone, so that continuations of one question compare.
+    continuation as given (with the space that the harness puts before it, unless the task sets
+    `target_delimiter: ""`), the `<|end|>` after it and those that fill its last block. A continuation of
+    `execution_len - 1` tokens counts as truncated, without `<|end|>`. The plan is given and not counted: it is
+    generated greedily from the question, or empty. It depends on the question alone, so that the continuations of one
+    question are comparable.
 
-    `is_greedy` is answered by generation: whether the model, greedily, with its sampler, from the same question and
-    plan, writes exactly the continuation.
+    `is_greedy` is whether greedy generation, with the checkpoint's sampler, from the same question and plan gives
+    exactly the continuation.
 
-    **`loglikelihood_rolling`** sums the same over a text cut into executions of `execution_len - 1` tokens. The
-    question of the first is empty; that of a later one is the text before it, as much of it as `question_len` takes.
+    **`loglikelihood_rolling`** returns the sum over a text that is cut into executions of `execution_len - 1` tokens.
+    The question of the first is empty; that of each later one is the end of the text before it, up to `question_len`
+    tokens.
 
     Args:
         pretrained: folder or id of a checkpoint, with its tokenizer.
-        batch_size: questions that are answered together, and noisy copies of a target in a forward pass.
-        device: such as `cpu` or `cuda:0`; a GPU if there is one. The harness itself says `cuda:0` where its user says
-            nothing: without CUDA that is the CPU, with a warning, as for the harness's own models.
+        batch_size: questions per batch, and noisy copies of a target per forward pass.
+        device: device such as `cpu` or `cuda:0`; defaults to a GPU if there is one. `cuda`, the harness's default,
+            becomes `cpu` without CUDA, with a warning, as in the harness's own models.
         likelihood: `monte_carlo`, an unbiased estimate of the NELBO, or `exact`, by enumeration of the masks, for
             execution blocks of at most 8 tokens.
-        num_draws: of the noise, for `monte_carlo`; stratified over blocks and draws. They are fixed: those of a target
-            follow from `seed` and its length, whatever else is measured.
+        num_draws: noise draws for `monte_carlo`, stratified over blocks and draws. The draws for a target depend only
+            on `seed` and its length.
         likelihood_plan: `generated` or `empty`.
-        seed: of the noise, and of generation at a temperature.
-        settings: `GENERATION_SETTINGS`; those of the checkpoint if omitted.
+        seed: random seed of the noise, and of generation at a temperature.
+        settings: generation settings among `GENERATION_SETTINGS`; default to those of the checkpoint.
 
     Raises:
-        ValueError: for an unknown argument or a value out of its range. When called: for a keyword of generation that
-            is not among `GENERATION_KWARGS`, a special token in a text, or a target over its length.
+        ValueError: for an unknown argument or a value out of range. When called: for generation keywords not in
+            `GENERATION_KWARGS`, special tokens in a text, or a target that is too long.
     """
 
     def __init__(
@@ -126,14 +127,14 @@ class HierBD3LMHarnessModel(LM):
         self.num_too_long_questions = 0
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes into the `config` of its results."""
+        """Return the entries that the harness adds to the `config` of its results."""
         settings = {name: getattr(self.settings, name) for name in GENERATION_SETTINGS}
         names = ("likelihood", "num_draws", "likelihood_plan", "seed", "num_too_long_questions")
         info = {name: getattr(self, name) for name in names}
         return {"model_num_parameters": self.model.num_parameters(), "generation_settings": settings, **info}
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The execution of each request's question; see the class."""
+        """Generate the execution of each request's question; see the class."""
         texts = [""] * len(requests)
         indices_of: dict[str, list[int]] = {}  # of the requests with the same keywords
         for index, request in enumerate(requests):
@@ -152,7 +153,7 @@ class HierBD3LMHarnessModel(LM):
         return texts
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Minus the NELBO of each request's continuation, and whether it is what the model writes; see the class."""
+        """Return minus the NELBO of each continuation, and whether greedy generation gives it; see the class."""
         targets = [self._read_pair(*request.args) for request in requests]
         self._check_lengths(targets)
         plans = self._write_plans(targets)
@@ -165,7 +166,7 @@ class HierBD3LMHarnessModel(LM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Minus the NELBO of each request's text, cut into executions; see the class."""
+        """Return minus the NELBO of each text, cut into executions; see the class."""
         windows = [self._read_text(*request.args) for request in requests]
         targets = [target for windows_of_text in windows for target in windows_of_text]
         self._check_lengths(targets)
@@ -177,13 +178,13 @@ class HierBD3LMHarnessModel(LM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
         return results
 
-    # What the requests hold
+    # Requests
 
     def _prompt(self, index: int, question: str) -> Prompt:
         return encode_prompt(index, question, None, self.tokenizer, self.config)
 
     def _read_keywords(self, gen_kwargs: dict[str, Any]) -> tuple[HierBD3LMGenerationConfig, list[str]]:
-        """Settings and stop strings of `gen_kwargs`, read as the harness's other models read them."""
+        """Read settings and stop strings from `gen_kwargs`, as the harness's other models do."""
         block_size = self.config.execution_block_size
         most = segment_limits(self.config, self.settings)[1]
         keywords = normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=most)
@@ -204,7 +205,7 @@ class HierBD3LMHarnessModel(LM):
         if count:
             logger.warning(
                 f"{count} of {len(prompts)} questions have more than question_len={self.config.question_len} tokens: "
-                f"their answer is an empty text"
+                f"their answers are empty"
             )
         return count
 
@@ -231,26 +232,26 @@ class HierBD3LMHarnessModel(LM):
                     f"{sum(length > limit for length in lengths)} of {len(lengths)} have more, up to {max(lengths)}"
                 )
 
-    # What the model writes
+    # Generation
 
     def _generate(
         self, prompts: Sequence[Prompt], settings: HierBD3LMGenerationConfig
     ) -> Iterator[tuple[Prompt, Written]]:
-        """What is written for each prompt that is not too long, in the order of the batches."""
+        """Generate the answer to each prompt that is not too long, in the order of the batches."""
         seeds = random.Random(self.seed)
         for batch in make_batches(prompts, self.batch_size):
             batch_settings = resolve_settings(settings, {"seed": seeds.getrandbits(62)})
             yield from zip(batch, generate_batch(self.model, batch, batch_settings), strict=True)
 
     def _write_plans(self, targets: Sequence[Target]) -> dict[Question, list[int]]:
-        """The plan of each question."""
+        """Generate the plan of each question, unless plans are empty."""
         if self.likelihood_plan == "empty":
             return {target.question_ids: [] for target in targets}
         written = self._write({target.question_ids: None for target in targets}, stage="plan")
         return {question: content.plan_ids for question, content in written.items()}
 
     def _write_executions(self, plans: dict[Question, list[int]]) -> dict[Question, list[int]]:
-        """The greedy execution of each question with its plan, up to the model's greatest length."""
+        """Generate the greedy execution of each question with its plan, up to the model's maximum length."""
         written = self._write(plans, stage="execution", max_execution_len=None)
         return {question: content.execution_ids for question, content in written.items()}
 
@@ -267,7 +268,7 @@ class HierBD3LMHarnessModel(LM):
             yield -self._nelbo(*self._lay_out(target, plans[target.question_ids]))
 
     def _lay_out(self, target: Target, plan_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and segment ids of question, plan and execution as generation leaves them: `(1, length)`."""
+        """Lay out question, plan and execution as generation does: token and segment ids of shape `(1, length)`."""
         config, block_size = self.config, self.config.execution_block_size
         question = torch.tensor([target.question_ids], dtype=torch.long)
         plan, _ = lay_out_plan(config, self.model.order, torch.tensor([plan_ids], dtype=torch.long))
@@ -280,7 +281,7 @@ class HierBD3LMHarnessModel(LM):
 
     @torch.no_grad()
     def _nelbo(self, input_ids: torch.LongTensor, segment_ids: torch.LongTensor) -> float:
-        """NELBO in nats of the execution of one row, `(1, length)`, given its question and plan."""
+        """Compute the NELBO of the execution of one row, of shape `(1, length)`, given question and plan, in nats."""
         row = with_predicted_tokens(self.model, {"input_ids": input_ids, "segment_ids": segment_ids})
         block_ids, maskable = row["block_ids"], row.pop("maskable") & (row.pop("segment_ids") == EXECUTION)
 

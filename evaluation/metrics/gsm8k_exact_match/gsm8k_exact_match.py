@@ -44,7 +44,7 @@ MATCHES = {
 
 
 class GSM8KExactMatch(evaluate.Metric):
-    """Fractions of predictions with the correct answer, one for each of `MATCHES`."""
+    """Fraction of predictions with the correct answer, for each of `MATCHES`."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
