@@ -1,11 +1,15 @@
 """Configuration of a hierarchical block diffusion model: backbone, segments, blocks, noise and special tokens."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils import logging
 
 # role -> text of the token; the id of role `r` is `config.<r>_token_id`
 SPECIAL_TOKENS = {
@@ -18,7 +22,11 @@ SPECIAL_TOKENS = {
 NOISE_SCHEDULES = ("loglinear", "square", "cosine", "log")
 ALGORITHMS = ("hier", "bd3lm", "mdlm", "sedd", "ar")
 SIZED_BY_ALGORITHM = ("mdlm", "sedd", "ar")  # with only one possible block size
+DEFAULT_BACKBONE = "qwen3"
 BLOCK_SIZES = {"plan_block_size": "plan_len", "execution_block_size": "execution_len"}  # -> what a block is part of
+
+
+logger = logging.get_logger(__name__)
 
 
 def _field(default: Any, description: str) -> Any:
@@ -108,7 +116,7 @@ class HierBD3LMConfig(PreTrainedConfig):
     )
 
     def __post_init__(self, **kwargs):
-        _refuse_misspelt_fields(kwargs)
+        refuse_misspelt_fields(kwargs)
         self._check_order()
         block_size = kwargs.pop("block_size", None)
         for name in BLOCK_SIZES:
@@ -129,13 +137,36 @@ class HierBD3LMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> "HierBD3LMConfig":
-        """Build a configuration from a dict; fields among `kwargs` replace those of the dict and are checked alike."""
-        _refuse_misspelt_fields(kwargs)
+        """Build a configuration from a dict; fields among `kwargs` replace those of the dict and are checked alike.
+
+        Names that the constructor would refuse are left out of the dict, with a warning: a saved configuration can
+        always be loaded.
+        """
+        refuse_misspelt_fields(kwargs)
+        if isinstance(changes := kwargs.get("backbone_config"), dict):
+            stored = config_dict.get("backbone_config") or {}
+            _refuse_unknown_backbone_fields({"model_type": stored.get("model_type", DEFAULT_BACKBONE)} | changes)
+        if misspelt := _misspelt_fields(config_dict):
+            logger.warning(f"These names are no fields of {cls.__name__} and are ignored: {', '.join(misspelt)}")
+            config_dict = {name: value for name, value in config_dict.items() if name not in misspelt}
+        if isinstance(config_dict.get("backbone_config"), dict):  # may hold what other tools have stored
+            config_dict = config_dict | {"backbone_config": _make_backbone_config(config_dict["backbone_config"])}
         replaced = {name: kwargs.pop(name) for name in config_fields() if name in kwargs and name != "backbone_config"}
         merged = config_dict | replaced
         if "block_size" in replaced or has_one_block_size(merged):
             merged = {name: merged[name] for name in merged if name in replaced or name not in BLOCK_SIZES}
         return super().from_dict(merged, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Save the configuration, after a check that it can be loaded again.
+
+        Raises:
+            ValueError: if an attribute has been set to a value out of its range, or has the name of a misspelt field.
+        """
+        stored = self.to_dict()
+        refuse_misspelt_fields(stored)
+        type(self).from_dict(stored)
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def vocab_size(self) -> int:
@@ -271,13 +302,50 @@ def _resolve_backbone_config(value: dict | PreTrainedConfig | None) -> PreTraine
         raise ValueError(
             f"`backbone_config` must be a PreTrainedConfig, a dict or None, but got {type(value).__name__}"
         )
-    fields = dict(value or {})
-    model_type = fields.pop("model_type", "qwen3")
+    _refuse_unknown_backbone_fields(value or {})
+    return _make_backbone_config(value or {})
+
+
+def _make_backbone_config(fields_and_type: Mapping[str, Any]) -> PreTrainedConfig:
+    given = dict(fields_and_type)
+    return AutoConfig.for_model(_check_model_type(given.pop("model_type", DEFAULT_BACKBONE)), **given)
+
+
+def _check_model_type(model_type: str) -> str:
     if model_type == "hierbd3lm_dit":
         from .dit_hierbd3lm import HierBD3LMDiTConfig  # noqa: F401  (makes its `model_type` known to transformers)
     if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"`backbone_config` must have a `model_type` that transformers knows, but got {model_type!r}")
-    return AutoConfig.for_model(model_type, **fields)
+        raise ValueError(
+            f"`backbone_config` must have a `model_type` that transformers knows, but got {model_type!r}"
+            f"{_did_you_mean(str(model_type), CONFIG_MAPPING)}"
+        )
+    return model_type
+
+
+def _refuse_unknown_backbone_fields(fields_and_type: Mapping[str, Any]) -> None:
+    """Refuse names that the backbone's configuration would store without reading them."""
+    given = dict(fields_and_type)
+    config_class = CONFIG_MAPPING[_check_model_type(given.pop("model_type", DEFAULT_BACKBONE))]
+    known = {item.name for item in fields(config_class)} | {*config_class.attribute_map}
+    known |= {*signature(config_class.__init__).parameters}
+    _refuse_unknown_rope_parameters(config_class, given)
+    config = config_class(**given)
+    # Names of earlier versions, such as `rope_theta`, are read and not stored.
+    stored = {name for name in given if name not in known and name in vars(config)}
+    if stored:
+        config = config_class(**{name: given[name] for name in given if name not in stored})
+    _refuse_unknown(
+        "backbone_config", config_class.__name__, [n for n in given if n in stored - {*dir(config)}], known
+    )
+
+
+def _refuse_unknown_rope_parameters(config_class: type[PreTrainedConfig], given: Mapping[str, Any]) -> None:
+    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    default = config_class(**{name: given[name] for name in given if name not in ("rope_parameters", "rope_scaling")})
+    known = {*RopeParameters.__annotations__, *(getattr(default, "rope_parameters", None) or {}), "type"}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        names = [name for name, value in parameters.items() if not isinstance(value, dict)]
+        _refuse_unknown("rope_parameters", "RopeParameters", names, known)
 
 
 def config_fields() -> dict[str, str]:
@@ -286,14 +354,29 @@ def config_fields() -> dict[str, str]:
     return helps | {"block_size": "Sets plan_block_size and execution_block_size at once; not stored."}
 
 
-def _refuse_misspelt_fields(names: Iterable[str]) -> None:
+def refuse_misspelt_fields(names: Iterable[str]) -> None:
     """Refuse unknown names that are close to a field; others pass, as tools of the ecosystem store their own."""
+    for name, match in _misspelt_fields(names).items():
+        raise ValueError(f"`{name}` must be a field of HierBD3LMConfig, but is none; did you mean `{match}`?")
+
+
+def _misspelt_fields(names: Iterable[str]) -> dict[str, str]:
+    """Return the unknown names that are close to a field, with that field."""
     known = config_fields()
+    # every tokenizer role has a name that ends so in transformers
+    unknown = [name for name in names if name not in known and not name.endswith("_token_id")]
+    matches = {name: get_close_matches(name, known, n=1, cutoff=0.8) for name in unknown}
+    return {name: match[0] for name, match in matches.items() if match}
+
+
+def _refuse_unknown(argument: str, owner: str, names: Iterable[str], known: Iterable[str]) -> None:
     for name in names:
-        if name in known or name.endswith("_token_id"):  # every tokenizer role has such a name in transformers
-            continue
-        for match in get_close_matches(name, known, n=1, cutoff=0.8):
-            raise ValueError(f"`{name}` must be a field of HierBD3LMConfig, but is none; did you mean `{match}`?")
+        if name not in known:
+            raise ValueError(f"`{argument}` must have fields of {owner}, but got {name!r}{_did_you_mean(name, known)}")
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    return "".join(f"; did you mean `{match}`?" for match in get_close_matches(name, known, n=1))
 
 
 def _is_number(value: object) -> bool:

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any
 
 from transformers import GenerationConfig
+from transformers.utils import logging
 
 STAGES = ("full", "plan", "execution")
 SAMPLERS = ("first_hitting", "ancestral", "confidence", "entropy")
@@ -37,6 +39,8 @@ NOT_APPLICABLE = {
     ),
 }
 MAX_SEED = 2**63 - 1
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(eq=False, repr=False)
@@ -157,7 +161,7 @@ class HierBD3LMGenerationConfig(GenerationSettings, GenerationConfig):
     """[`GenerationSettings`] as transformers' `GenerationConfig`: saved and loaded with a checkpoint.
 
     Raises:
-        ValueError: for an unknown setting or a value out of its range.
+        ValueError: for an unknown setting or a value out of its range, also when it is set as an attribute.
     """
 
     # The Trainer writes the tokenizer's special tokens here; those of generation are the model configuration's.
@@ -170,6 +174,21 @@ class HierBD3LMGenerationConfig(GenerationSettings, GenerationConfig):
         self.transformers_version: str | None = kwargs.pop("transformers_version", None)
         check_names(kwargs)
         GenerationSettings.__init__(self, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and not hasattr(type(self), name) and name != "transformers_version":
+            check_names([name])
+        if name in SETTINGS:
+            GenerationSettings(**(settings_of(self) | {name: value}))  # raises
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "HierBD3LMGenerationConfig":
+        """Build the settings of a file. Names that are no settings are ignored with a warning: it can be loaded."""
+        known = {*SETTINGS, "transformers_version"}
+        if unknown := [name for name in config_dict if name not in known and not name.startswith("_")]:
+            logger.warning(f"These names are no settings of {cls.__name__} and are ignored: {', '.join(unknown)}")
+        return super().from_dict({n: value for n, value in config_dict.items() if n not in unknown}, **kwargs)
 
     def get_generation_mode(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("block diffusion has samplers instead of autoregressive generation modes")
@@ -184,7 +203,8 @@ def check_names(names: Iterable[str]) -> None:
         if name in NOT_APPLICABLE:
             raise ValueError(f"`{name}` does not apply to block diffusion: {NOT_APPLICABLE[name]}")
         if name not in SETTINGS:
-            raise ValueError(f"`generation_config` has no setting {name}; it has {', '.join(SETTINGS)}")
+            nearest = "".join(f"; did you mean `{match}`?" for match in get_close_matches(name, SETTINGS, n=1))
+            raise ValueError(f"`generation_config` has no setting {name}; it has {', '.join(SETTINGS)}{nearest}")
 
 
 def resolve_settings(base: GenerationConfig, overrides: dict[str, Any]) -> HierBD3LMGenerationConfig:

@@ -1,11 +1,13 @@
 """The settings of the data, shared by training and evaluation."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from .synthetic.config import SyntheticConfig
 from .text.detokenization import RULES
 
 SYNTHETIC = "synthetic"  # what `dataset` says for the synthetic problems
@@ -91,6 +93,7 @@ class DataArguments:
 
     def __post_init__(self):
         self.synthetic = json.loads(self.synthetic) if isinstance(self.synthetic, str) else self.synthetic or {}
+        check_names("synthetic", self.synthetic, [item.name for item in fields(SyntheticConfig)])
         if self.tested_on is None and self.dataset in GSM8K_IDS:
             self.tested_on = self.dataset
         if self.text_column is None and self.dataset.endswith(".txt") and not self.auto_split:
@@ -135,6 +138,14 @@ def optional_fields(source: type, without: Sequence[str]) -> list[tuple[str, Any
         for item in fields(source)
         if item.name not in without
     ]
+
+
+def check_names(setting: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise a ValueError for a name inside a nested setting that is not known, with the nearest one that is."""
+    for name in given:
+        if name not in known:
+            nearest = "".join(f"; did you mean `{match}`?" for match in get_close_matches(name, known, n=1))
+            raise ValueError(f"`{setting}` must have fields of {', '.join(known)}, but got {name!r}{nearest}")
 
 
 def check_at_least(name: str, value: int | None, low: int) -> None:

@@ -1,5 +1,6 @@
 """Fixtures that every test file shares."""
 
+import logging
 import os
 from types import SimpleNamespace
 
@@ -27,6 +28,20 @@ def config():
 @pytest.fixture
 def model():
     return make_model()
+
+
+@pytest.fixture
+def capture_warnings():
+    """The texts of the warnings that this package logs during a test."""
+    lines = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    loggers = [logging.getLogger("hierbd3lm"), logging.getLogger("transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield lines
+    for logger in loggers:
+        logger.removeHandler(handler)
 
 
 @pytest.fixture

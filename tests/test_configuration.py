@@ -4,7 +4,7 @@ import json
 from dataclasses import fields
 
 import pytest
-from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import AutoConfig, GenerationConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from hierbd3lm.configuration_hierbd3lm import NOISE_SCHEDULES, HierBD3LMConfig
 
@@ -228,6 +228,73 @@ def test_misspelt_field_raises_and_names_the_right_one(name, field):
         make_config(**{name: 4})
     with pytest.raises(ValueError, match=message):
         HierBD3LMConfig.from_dict(make_config().to_dict(), **{name: 4})
+
+
+UNKNOWN_IN_BACKBONE = {
+    "hiden_size": ({"hiden_size": 32}, "Qwen3Config, but got 'hiden_size'; did you mean `hidden_size`"),
+    "llama": ({"model_type": "llama", "num_layer": 1}, "LlamaConfig, but got 'num_layer'; did you mean `num_hidden_"),
+    "gpt2": ({"model_type": "gpt2", "n_layers": 1}, "GPT2Config, but got 'n_layers'; did you mean `n_layer`"),
+    "far from any": ({"zzz": 1}, "Qwen3Config, but got 'zzz'$"),
+    "rope": (
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "facto": 4.0}},
+        "RopeParameters, but got 'facto'; did you mean `factor`",
+    ),
+    "rope of a layer type": (
+        {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"rope_type": "default", "rope_thet": 1}}},
+        "RopeParameters, but got 'rope_thet'; did you mean `rope_theta`",
+    ),
+    "model type": ({"model_type": "qwen33"}, "'qwen33'; did you mean `qwen3`"),
+}
+
+
+@pytest.mark.parametrize(("backbone", "message"), UNKNOWN_IN_BACKBONE.values(), ids=UNKNOWN_IN_BACKBONE.keys())
+def test_unknown_field_of_the_backbone_is_refused_and_the_nearest_is_named(backbone, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_config(backbone_config=backbone)
+    make_config(backbone_config=Qwen3Config(vocab_size=40)).save_pretrained(tmp_path)
+    if "model_type" not in backbone:
+        with pytest.raises(ValueError, match=message):
+            HierBD3LMConfig.from_pretrained(tmp_path, backbone_config=backbone)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gpt2", "gemma3_text", "phi3", "ministral3", "deepseek_v3", "olmo3"])
+def test_every_field_that_a_backbone_saves_is_accepted(model_type):
+    saved = AutoConfig.for_model(model_type).to_dict() | {"vocab_size": 40}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = make_config(backbone_config=saved | ids).backbone_config
+    assert config.to_dict() == AutoConfig.for_model(**(saved | ids)).to_dict()
+
+
+def test_names_of_earlier_versions_of_transformers_are_accepted():
+    rope = {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    config = make_config(backbone_config=SMALL_LLAMA | rope | {"torch_dtype": "bfloat16"})
+    assert config.backbone_config.rope_parameters["rope_theta"] == 5e5
+    assert config.backbone_config.rope_parameters["factor"] == 4.0
+
+
+def test_a_backbone_with_attributes_of_another_tool_is_loaded(tmp_path):
+    config = make_config()
+    config.backbone_config.hiden_size = 3
+    config.save_pretrained(tmp_path)
+    assert HierBD3LMConfig.from_pretrained(tmp_path).backbone_config.hiden_size == 3
+
+
+@pytest.mark.parametrize(("name", "value"), [("plan_block_size", 5), ("noise", "linear"), ("plan_blok_size", 4)])
+def test_a_configuration_that_could_not_be_loaded_is_not_saved(name, value, tmp_path):
+    config = make_config()
+    setattr(config, name, value)
+    with pytest.raises(ValueError, match=f"`{name}` must "):
+        config.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_saved_configuration_with_a_misspelt_name_is_loaded_without_it(tmp_path, capture_warnings):
+    make_config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"plan_blok_size": 8}))
+    config = HierBD3LMConfig.from_pretrained(tmp_path)
+    assert not hasattr(config, "plan_blok_size") and config.plan_block_size == 4
+    assert ["plan_blok_size" in line for line in capture_warnings] == [True]
 
 
 def test_names_that_transformers_passes_are_accepted():

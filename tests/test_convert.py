@@ -17,8 +17,8 @@ from hierbd3lm.convert import published
 from hierbd3lm.convert.dit import BUFFERS, NEVER, PublishedModel, convert, fold_modulation, read_published
 from hierbd3lm.dit_hierbd3lm import HierBD3LMDiTConfig, HierBD3LMDiTForCausalLM
 from hierbd3lm.evaluation.text_quality import generate_unconditional
-from hierbd3lm.masking_hierbd3lm import EXECUTION
-from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion, check_backbone_behaviour
+from hierbd3lm.masking_hierbd3lm import EXECUTION, check_backbone_behaviour
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
 
 from .test_remote_code import CODE, QUESTION, assert_same_model, load_elsewhere

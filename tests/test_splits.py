@@ -38,6 +38,11 @@ def file_arguments(tmp_path, count=10, **fields):
 # Synthetic problems
 
 
+def test_an_unknown_field_of_the_synthetic_problems_is_refused():
+    with pytest.raises(ValueError, match=r"`synthetic` must have fields .* 'num_step'; did you mean `num_steps`"):
+        DataArguments(synthetic='{"num_step": [1, 1]}')
+
+
 def test_synthetic_splits_share_no_problem():
     args = DataArguments(num_train_examples=300, num_validation_examples=100)
     skeletons = {split: set(load_split(args, split, 100)["skeleton"]) for split in ("validation", "test")}
