@@ -31,6 +31,13 @@ class DataArguments:
         default=None, metadata={"help": "Configuration of the dataset; for GSM8K `main` or `socratic`."}
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the Hub."})
+    parse_example: str | None = field(
+        default=None,
+        metadata={
+            "help": "Function `module:function` that makes `question`, `plan`, `execution` (and `answer`) from a row. "
+            "Rows with `messages`, or with `prompt` and `completion`, need none."
+        },
+    )
     text_column: str | None = field(
         default=None,
         metadata={
@@ -87,6 +94,13 @@ class DataArguments:
         default=False, metadata={"help": "Pads every segment to its greatest length, not to what a batch needs."}
     )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that encode; one if omitted."})
+    special_tokens: str = field(
+        default="drop",
+        metadata={
+            "help": "What is done with examples whose text spells out a special token of the layout, such as "
+            "<|plan|>: `drop` (and count) or `raise`."
+        },
+    )
     over_long: str = field(
         default="drop", metadata={"help": "What is done with over-long examples: `drop` (and count) or `raise`."}
     )

@@ -228,6 +228,15 @@ def check_content(example: ExampleIds, config: HierBD3LMConfig) -> None:
             raise ValueError(f"`{key}` must not contain special tokens, but got {names}")
 
 
+def has_special_token(example: ExampleIds, config: HierBD3LMConfig) -> bool:
+    """Return True if [`check_content`] rejects the example."""
+    try:
+        check_content(example, config)
+    except ValueError:
+        return True
+    return False
+
+
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[int]:
     return tokenizer(text, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
         "input_ids"

@@ -1,12 +1,13 @@
 """Loading of datasets, and encoding of problems."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -15,23 +16,28 @@ from .arguments import GSM8K_IDS
 from .collator import (
     ID_KEYS,
     SEGMENTS,
+    ExampleIds,
     check_content,
     check_lengths,
     encode_example,
     example_length,
+    has_special_token,
     over_long_segments,
 )
+from .files import READERS, PlacedRow, as_text, check_texts, file_kind, infer_features, load_file, stream_file
+from .formats import Parser, parser_for
 from .gsm8k.problems import load_gsm8k, load_gsm8k_rows
 from .text.detokenization import detokenize
 
 logger = logging.get_logger(__name__)
 
-FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".txt": "text"}  # of `load_dataset`; .txt: one row per line
+PARQUET = ".parquet"
+KINDS = (*READERS, PARQUET)
 SAVED_FILES = ("dataset_info.json", "dataset_dict.json")  # `save_to_disk` writes one of them
-OVER_LONG = ("drop", "raise")
+UNFIT = ("drop", "raise")  # what may be done with an example that cannot be used
 ENCODED_FEATURES = {
     **{key: List(Value("int64")) for key in ID_KEYS},
-    **{"length": Value("int64"), "over_long": List(Value("string"))},
+    **{"length": Value("int64"), "over_long": List(Value("string")), "has_special_token": Value("bool")},
 }
 
 
@@ -39,25 +45,27 @@ def load_reasoning_dataset(
     path_or_hub_id: str | os.PathLike,
     split: str | None = None,
     name: str | None = None,
-    parse_example: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    parse_example: Parser | None = None,
     auto_split: bool = False,
     **load_dataset_kwargs: Any,
 ) -> Dataset:
     """Load a dataset with the columns `question`, `plan`, `execution`; other columns, such as `answer`, are kept.
 
     Args:
-        path_or_hub_id: a `.json` or `.jsonl` file, a folder written by `save_to_disk`, a folder with data files, or
-            a Hub id. `openai/gsm8k` is loaded with [`load_gsm8k`].
+        path_or_hub_id: a `.json`, `.jsonl`, `.csv` or `.parquet` file (see [`load_file`]), a folder written by
+            `save_to_disk`, a folder with data files, or a Hub id. `openai/gsm8k` is loaded with [`load_gsm8k`].
         split: the split to load; may be omitted if there is only one.
         name: the dataset's configuration; for GSM8K the subset, `main` (default) or `socratic`.
         parse_example: function that maps a row of another format to `question`, `plan`, `execution` (and `answer`).
-            The result has only the columns that it returns.
+            The result has only the columns that it returns. If omitted, rows with `prompt` and `completion` or with
+            `messages` are converted as in [`parse_prompt_completion`] and [`parse_messages`].
         auto_split: accept a dataset with `text` in place of the three columns, for a collator with `auto_split`.
         load_dataset_kwargs: passed to `datasets.load_dataset`, for GSM8K to [`load_gsm8k`].
 
     Raises:
-        ValueError: if there are several splits and none is given, or a column is missing.
-        FileNotFoundError: if a `.json` or `.jsonl` file does not exist.
+        ValueError: if there are several splits and none is given, a column is missing, a file cannot be read, a row
+            cannot be parsed, or a value is not a text (only a plan may be None); the message names the row.
+        FileNotFoundError: if a file does not exist.
     """
     if str(path_or_hub_id) in GSM8K_IDS:
         load = load_gsm8k if parse_example is None else load_gsm8k_rows
@@ -68,17 +76,25 @@ def load_reasoning_dataset(
         raise ValueError(
             f"{path_or_hub_id} must load as a Dataset, but got {type(dataset).__name__}: `streaming` is not supported"
         )
+    if parse_example is None:
+        parse_example = parser_for(dataset.column_names)
     if parse_example is not None:
-        # not from the cache: its key does not include what the parser imports
-        dataset = dataset.map(parse_example, remove_columns=dataset.column_names, load_from_cache_file=False)
+        dataset = _parse(dataset, parse_example, str(path_or_hub_id))
     missing = [segment for segment in SEGMENTS if segment not in dataset.column_names]
     is_text_alone = "text" in dataset.column_names and len(missing) == len(SEGMENTS)
     if missing and not (auto_split and is_text_alone):
         raise ValueError(
             f"`{path_or_hub_id}` must have the columns {', '.join(SEGMENTS)}, but lacks {', '.join(missing)} among "
-            f"{', '.join(dataset.column_names)}; `parse_example` can convert another format"
+            f"{', '.join(dataset.column_names)}; `parse_example` converts another format"
         )
+    for name in dataset.column_names if is_text_alone else SEGMENTS:
+        _check_column(dataset, name, str(path_or_hub_id))
     return dataset
+
+
+def is_one_split(source: str | os.PathLike) -> bool:
+    """Return True for a file and for a single dataset saved by `save_to_disk`, which have no names of splits."""
+    return Path(source).is_file() or Path(source, SAVED_FILES[0]).is_file()
 
 
 def load_documents(
@@ -93,6 +109,7 @@ def load_documents(
 
     Args:
         path_or_hub_id, split, name: as in [`load_reasoning_dataset`]; also a `.txt` file with one document per line.
+            A file may be compressed: `.gz`, `.bz2`, `.xz`.
         text_column: name of the column that contains the documents.
         detokenizer: name of the rules for [`detokenize`]; texts are kept unchanged if omitted.
         load_dataset_kwargs: passed to `datasets.load_dataset`; `streaming=True` returns a stream, also for a saved
@@ -126,6 +143,7 @@ def prepare_dataset(
     tokenizer: PreTrainedTokenizerBase,
     config: HierBD3LMConfig,
     over_long: str = "drop",
+    special_tokens: str = "drop",
     num_proc: int | None = None,
     keep_text: bool = False,
     auto_split: bool = False,
@@ -135,26 +153,31 @@ def prepare_dataset(
     Args:
         dataset: has `question`, `plan`, `execution`, or `text` if `auto_split` is set.
         over_long: `drop` or `raise`, for an example with a segment that exceeds its configured length.
+        special_tokens: `drop` or `raise`, for an example with a text that spells out a special token of the layout,
+            such as `<|plan|>`.
         num_proc: number of processes for encoding; one by default.
         keep_text: keep the texts in addition to `answer`, which is always kept.
 
     Returns:
         the dataset with `question_ids`, `plan_ids`, `execution_ids` (content only) and `length` (tokens of the
         laid-out example), and a report: `num_examples`, `num_kept`, `num_dropped`, `dropped_by_segment` (an example
-        with two over-long segments counts in both).
+        with two over-long segments counts in both), `num_with_special_tokens` (these are not counted by segment).
 
     Raises:
-        ValueError: for an unknown `over_long`, an empty dataset, an over-long example with `over_long="raise"`, and
-            an example that [`encode_example`] or [`check_content`] rejects; the message names the row.
+        ValueError: for an unknown `over_long` or `special_tokens`, an empty dataset, an example that is to raise, and
+            one that [`encode_example`] rejects; the message names the row.
     """
-    if over_long not in OVER_LONG:
-        raise ValueError(f"`over_long` must be one of {', '.join(OVER_LONG)}, but got {over_long!r}")
+    for name, choice in (("over_long", over_long), ("special_tokens", special_tokens)):
+        if choice not in UNFIT:
+            raise ValueError(f"`{name}` must be one of {', '.join(UNFIT)}, but got {choice!r}")
     if len(dataset) == 0:
         raise ValueError("`dataset` must have at least one example, but has none")
     wanted = {"answer", *((*SEGMENTS, "text") if keep_text else ())}
     kept_features = {column: feature for column, feature in dataset.features.items() if column in wanted}
+    checks = (check_content,) if special_tokens == "raise" else ()
+    checks += (check_lengths,) if over_long == "raise" else ()
     prepared = dataset.map(
-        partial(_encode_row, tokenizer=tokenizer, config=config, must_fit=over_long == "raise", auto_split=auto_split),
+        partial(_encode_row, tokenizer=tokenizer, config=config, checks=checks, auto_split=auto_split),
         with_indices=True,
         remove_columns=[column for column in dataset.column_names if column not in kept_features],
         features=Features(kept_features | ENCODED_FEATURES),
@@ -162,35 +185,89 @@ def prepare_dataset(
         load_from_cache_file=False,  # its key does not include the encoding code
         desc="Encoding",
     )
-    too_long = prepared["over_long"][:]
-    kept = [row for row, segments in enumerate(too_long) if not segments]
+    special, too_long = prepared["has_special_token"][:], prepared["over_long"][:]
+    kept = [row for row, segments in enumerate(too_long) if not segments and not special[row]]
     report = {
         "num_examples": len(dataset),
         "num_kept": len(kept),
         "num_dropped": len(dataset) - len(kept),
         "dropped_by_segment": {segment: sum(segment in row for row in too_long) for segment in SEGMENTS},
+        "num_with_special_tokens": sum(special),
     }
     log = logger.warning if report["num_dropped"] else logger.info
-    log(f"Kept {report['num_kept']} of {report['num_examples']} examples; over-long: {report['dropped_by_segment']}")
-    return prepared.select(kept).remove_columns("over_long"), report
+    log(
+        f"Kept {report['num_kept']} of {report['num_examples']} examples; over-long: {report['dropped_by_segment']}; "
+        f"with special tokens: {report['num_with_special_tokens']}"
+    )
+    return prepared.select(kept).remove_columns(["over_long", "has_special_token"]), report
+
+
+def _parse(dataset: Dataset, parse_example: Parser, source: str) -> Dataset:
+    def parse(row: int) -> dict[str, Any]:
+        try:
+            parsed = parse_example(dataset[row])
+        except ValueError as error:
+            raise ValueError(f"row {row} of {source}: {error}") from error
+        except Exception as error:
+            raise ValueError(f"row {row} of {source}: `parse_example` failed: {error!r}") from error
+        if not isinstance(parsed, dict):
+            raise ValueError(f"row {row} of {source}: `parse_example` must return a dict, but got {parsed!r}")
+        return parsed
+
+    def read() -> Iterator[PlacedRow]:
+        return ((f"row {row}", parse(row)) for row in range(len(dataset)))
+
+    features, mixed = infer_features(read, source)
+    return dataset.map(
+        lambda _, row: {name: as_text(value) if name in mixed else value for name, value in parse(row).items()},
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=features,
+        load_from_cache_file=False,  # its key does not include what the parser imports
+        desc="Parsing",
+    )
+
+
+def _check_column(dataset: Dataset, name: str, source: str) -> None:
+    is_text = dataset.features[name] in (Value("string"), Value("large_string"))
+    if not (is_text and (name == "plan" or dataset.data.column(name).null_count == 0)):
+        check_texts(((f"row {row}", example) for row, example in enumerate(dataset)), source, name)
 
 
 def _load(source: str, split: str | None, name: str | None, kwargs: dict[str, Any]) -> Dataset | IterableDataset:
     path = Path(source)
+    kind = PARQUET if path.suffix == PARQUET else file_kind(path)
     is_saved = any((path / file).is_file() for file in SAVED_FILES)
-    is_file = path.is_file() or (path.suffix in FILE_BUILDERS and "://" not in source)
+    is_file = path.is_file() or (kind is not None and "://" not in source)
     if name is not None and (is_saved or is_file):
         raise ValueError(f"`name` must be None for a file or a saved dataset, but got {name!r} for {source}")
     if is_saved:
         streaming = kwargs.pop("streaming", False)
         dataset = _choose_split(load_from_disk(source, **kwargs), source, split)
         return dataset.to_iterable_dataset() if streaming else dataset
-    if not is_file:
+    if is_file:
+        return _load_file(path, kind, split, **kwargs)
+    try:
         dataset = load_dataset(source, name, split=split, **kwargs)
-        return _choose_split(dataset, source, split if isinstance(dataset, dict) else None)
-    if path.suffix not in FILE_BUILDERS or not path.is_file():
-        raise FileNotFoundError(f"`path_or_hub_id` must be an existing .json, .jsonl or .txt file, but got {source}")
-    return load_dataset(FILE_BUILDERS[path.suffix], data_files=source, split=split or "train", **kwargs)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{source} must be readable by `datasets`, but got: {error.__cause__ or error}") from error
+    return _choose_split(dataset, source, split if isinstance(dataset, dict) else None)
+
+
+def _load_file(
+    path: Path, kind: str | None, split: str | None, streaming: bool = False, **kwargs: Any
+) -> Dataset | IterableDataset:
+    if not path.is_file():
+        raise FileNotFoundError(f"`path_or_hub_id` must be an existing file, but got {path}")
+    if kind is None:
+        raise ValueError(f"`path_or_hub_id` must be a {', '.join(KINDS)} file, but got {path}")
+    if split not in (None, "train"):
+        raise ValueError(f"`split` must be None for a file, which is one split, but got {split!r} for {path}")
+    if kwargs:
+        raise ValueError(f"`load_dataset_kwargs` must be empty for a file, but got {kwargs} for {path}")
+    if kind == PARQUET:
+        return load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
+    return stream_file(path) if streaming else load_file(path)
 
 
 def _choose_split(dataset: Any, source: str, split: str | None) -> Dataset | IterableDataset:
@@ -210,14 +287,15 @@ def _encode_row(
     row: int,
     tokenizer: PreTrainedTokenizerBase,
     config: HierBD3LMConfig,
-    must_fit: bool,
+    checks: Sequence[Callable[[ExampleIds, HierBD3LMConfig], None]],
     auto_split: bool,
 ) -> dict[str, Any]:
     try:
         ids = encode_example(example, tokenizer, auto_split)
-        check_content(ids, config)
-        if must_fit:
-            check_lengths(ids, config)
+        for check in checks:
+            check(ids, config)
     except ValueError as error:
         raise ValueError(f"row {row}: {error}") from error
-    return ids | {"length": example_length(ids, config), "over_long": over_long_segments(ids, config)}
+    special = has_special_token(ids, config)
+    over_long = [] if special else over_long_segments(ids, config)
+    return ids | {"length": example_length(ids, config), "over_long": over_long, "has_special_token": special}

@@ -1,6 +1,5 @@
 """The examples of each split: what a run trains on, is validated on and is tested on."""
 
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -8,9 +7,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
 from .arguments import GSM8K_IDS, SYNTHETIC, DataArguments
+from .formats import find_parser
 from .gsm8k.near_duplicates import NEAR_DUPLICATE, highest_similarities
 from .gsm8k.problems import load_gsm8k_rows
-from .loading import load_documents, load_reasoning_dataset, prepare_dataset
+from .loading import is_one_split, load_documents, load_reasoning_dataset, prepare_dataset
 from .synthetic.config import HASH_SPLITS, SyntheticConfig
 from .synthetic.problems import generate_dataset
 from .text.rows import prepare_text
@@ -79,6 +79,7 @@ def encode_split(
         tokenizer,
         config,
         over_long=args.over_long,
+        special_tokens=args.special_tokens,
         num_proc=args.dataset_num_proc,
         auto_split=args.auto_split,
     )
@@ -122,10 +123,13 @@ def _without_near_test(dataset: Dataset, tested_on: str) -> tuple[Dataset, dict[
 
 
 def _load(args: DataArguments, split: str | None, streaming: bool = False) -> Dataset | IterableDataset:
-    if Path(args.dataset).is_file():
-        split = None  # a file is one split, whatever it is called
+    if is_one_split(args.dataset):
+        split = None  # whatever it is called
     of_hub = {} if args.dataset_revision is None else {"revision": args.dataset_revision}
     if args.text_column is None:
-        return load_reasoning_dataset(args.dataset, split, args.dataset_name, auto_split=args.auto_split, **of_hub)
+        parse_example = None if args.parse_example is None else find_parser(args.parse_example)
+        return load_reasoning_dataset(
+            args.dataset, split, args.dataset_name, parse_example, auto_split=args.auto_split, **of_hub
+        )
     of_hub |= {"streaming": True} if streaming else {}
     return load_documents(args.dataset, split, args.dataset_name, args.text_column, args.detokenizer, **of_hub)

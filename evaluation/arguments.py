@@ -26,10 +26,21 @@ class CheckpointArguments:
             f"plain text: {', '.join(TEXT_SETS)}; defaults to the training data of the checkpoint."
         },
     )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset; as in training if omitted."}
+    )
+    parse_example: str | None = field(
+        default=None,
+        metadata={
+            "help": "Function `module:function` that makes question, plan, execution (and answer) from a row; as in "
+            "training if omitted."
+        },
+    )
     split: str = field(
         default="test",
         metadata={
-            "help": "train, validation or test; ood_longer and ood_wider too for `synthetic`. A file is a test split."
+            "help": "train, validation or test; ood_longer and ood_wider too for `synthetic`. A file, or a dataset "
+            "saved without splits, is a test split."
         },
     )
     limit: int | None = field(

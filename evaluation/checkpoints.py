@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .. import __version__
 from ..data import run_folder
 from ..data.arguments import FILE_NAME, SYNTHETIC, DataArguments
+from ..data.loading import is_one_split
 from ..data.splits import load_split
 from ..data.text.sets import TEXT_SETS
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
@@ -39,22 +40,27 @@ def load_examples(args: CheckpointArguments, text_column: str | None = None) -> 
 def find_data(args: CheckpointArguments, text_column: str | None = None) -> DataArguments:
     """Return the data arguments of training, or those of another dataset if one is given.
 
-    Another dataset is plain text, in `text_column` or the column of training, if the training data is. Streaming is
-    switched off.
+    Another dataset is plain text, in `text_column` or the column of training, if the training data is; `train` is its
+    whole training split. Streaming is switched off.
 
     Raises:
-        ValueError: for the test split of a file that the checkpoint was trained on: a file is one split.
+        ValueError: for the test split of a file or a single saved dataset that the checkpoint was trained on: it is
+            one split.
     """
     if args.dataset in TEXT_SETS:
         return DataArguments(**TEXT_SETS[args.dataset])
     trained_on = replace(DataArguments.load(args.model), streaming=False)
     if args.dataset is None and not Path(args.model, FILE_NAME).is_file():
         logger.warning(f"{args.model} has no {FILE_NAME}, so that it is evaluated on {trained_on.dataset}")
+    given = {name: getattr(args, name) for name in ("dataset_name", "parse_example")}
+    given = {name: value for name, value in given.items() if value is not None}
     if args.dataset not in (None, trained_on.dataset):
-        return DataArguments(
-            dataset=args.dataset, text_column=text_column or trained_on.text_column, wrap=trained_on.wrap
-        )
-    if args.split == "test" and Path(trained_on.dataset).is_file():
+        if args.split == "train":
+            given["num_validation_examples"] = 0  # nothing is held out
+        text_column = text_column or trained_on.text_column
+        return DataArguments(dataset=args.dataset, text_column=text_column, wrap=trained_on.wrap, **given)
+    trained_on = replace(trained_on, **given)
+    if args.split == "test" and is_one_split(trained_on.dataset):
         raise ValueError(
             f"`split` must be train or validation for {trained_on.dataset}, which {args.model} was trained on, but "
             f"got 'test': give `--dataset` for other examples"

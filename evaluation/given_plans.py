@@ -1,10 +1,10 @@
 """Given plans, which replace those that the model would generate."""
 
-import json
 from pathlib import Path
 
 from datasets import Dataset
 
+from ..data.files import read_text_rows
 from .arguments import REFERENCE_PLANS
 
 
@@ -42,24 +42,9 @@ def read_plans(path: Path) -> dict[str, list[str]]:
     """Read the plans of each question from a JSON lines file, in the order of the file.
 
     Raises:
-        ValueError: if a line is not a JSON object with strings `question` and `plan`; the message names the line.
+        ValueError: if a line is not a JSON object with the texts `question` and `plan`; the message names the line.
     """
     plans: dict[str, list[str]] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                question, plan = _read_plan(line)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"line {number} of {path} must be JSON with strings `question` and `plan`, but got {line[:80]!r}"
-                ) from error
-            plans.setdefault(question, []).append(plan)
+    for row in read_text_rows(path, ("question", "plan")):
+        plans.setdefault(row["question"], []).append(row["plan"])
     return plans
-
-
-def _read_plan(line: str) -> tuple[str, str]:
-    row = json.loads(line)
-    question, plan = row["question"], row["plan"]
-    if not isinstance(question, str) or not isinstance(plan, str):
-        raise TypeError(f"`question` and `plan` must be strings, but got {question!r} and {plan!r}")
-    return question, plan

@@ -4,7 +4,6 @@ Generative perplexity is the perplexity of the samples under an autoregressive m
 lower it, so entropy and distinct n-grams are reported as well. All three use the scorer's tokenizer.
 """
 
-import json
 import math
 import os
 import random
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ..data import run_folder
 from ..data.arguments import check_at_least
 from ..data.collator import collate_questions, empty_question
+from ..data.files import read_text_rows
 from ..generation_hierbd3lm import HierBD3LMGenerationOutput, segment_limits
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
@@ -150,10 +150,7 @@ def read_texts(path: str | os.PathLike, text_field: str = "text") -> list[str]:
         ValueError: if a line is not a JSON object with a string `text_field` (the message names the line), or the file
             is empty.
     """
-    with Path(path).open(encoding="utf-8") as lines:
-        texts = [
-            _read_text(line, text_field, f"line {number} of {path}") for number, line in enumerate(lines, start=1)
-        ]
+    texts = [row[text_field] for row in read_text_rows(path, (text_field,))]
     if not texts:
         raise ValueError(f"`samples` must hold at least one text, but {path} is empty")
     return texts
@@ -170,16 +167,6 @@ def format_metrics(metrics: dict[str, Any]) -> str:
         elif name.startswith("num_"):
             lines.append((name.removeprefix("num_"), f"{value:,}"))
     return "\n".join(f"{name.replace('_', ' '):<26}{value:>12}" for name, value in lines)
-
-
-def _read_text(line: str, text_field: str, place: str) -> str:
-    try:
-        text = json.loads(line)[text_field]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{place} must be JSON with `{text_field}`, but got {line[:80]!r}") from error
-    if not isinstance(text, str):
-        raise ValueError(f"{place} must have a string as `{text_field}`, but got {text!r}")
-    return text
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:

@@ -109,9 +109,9 @@ def test_missing_file_raises(tmp_path, name):
 
 
 def test_file_of_another_kind_raises(tmp_path):
-    (tmp_path / "rows.csv").write_text("2 + 3?", encoding="utf-8")
-    with pytest.raises(FileNotFoundError, match=r"\.json, \.jsonl or \.txt"):
-        load_reasoning_dataset(tmp_path / "rows.csv")
+    (tmp_path / "rows.xml").write_text("2 + 3?", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"must be a \.json, \.jsonl, \.csv, \.txt, \.parquet file"):
+        load_reasoning_dataset(tmp_path / "rows.xml")
 
 
 def test_missing_columns_are_named(tmp_path):
@@ -187,7 +187,13 @@ def test_prepared_columns_are_the_encoded_texts(tokenizer, config):
         assert {key: encoded[key] for key in encode_example(row, tokenizer)} == encode_example(row, tokenizer)
         assert encoded["answer"] == row["answer"]
     nothing = {"question": 0, "plan": 0, "execution": 0}
-    assert report == {"num_examples": 3, "num_kept": 3, "num_dropped": 0, "dropped_by_segment": nothing}
+    assert report == {
+        "num_examples": 3,
+        "num_kept": 3,
+        "num_dropped": 0,
+        "dropped_by_segment": nothing,
+        "num_with_special_tokens": 0,
+    }
 
 
 def test_length_is_the_tokens_in_a_batch(tokenizer, config):
@@ -201,6 +207,7 @@ def test_texts_are_kept_when_asked_for(tokenizer, config):
     assert prepared.select_columns(list(ROWS[0])).to_list() == ROWS
 
 
+SPECIAL = {"question": "<|plan|>", "plan": "<|mask|>", "execution": "<|execution|>"}
 LONG = {
     "question": ROWS[0] | {"question": "x" * 17},
     "plan": ROWS[0] | {"plan": "x" * 23},
@@ -219,6 +226,7 @@ def test_over_long_examples_are_dropped_and_counted(tokenizer, config):
         "num_kept": 2,
         "num_dropped": 5,
         "dropped_by_segment": {"question": 2, "plan": 2, "execution": 2},
+        "num_with_special_tokens": 0,
     }
 
 
@@ -253,15 +261,25 @@ def test_empty_dataset_raises(tokenizer, config):
         prepare_dataset(Dataset.from_list(ROWS).select([]), tokenizer, config)
 
 
-def test_unknown_choice_raises(tokenizer, config):
-    with pytest.raises(ValueError, match="`over_long` must be one of drop, raise, but got 'truncate'"):
-        prepare_dataset(Dataset.from_list(ROWS), tokenizer, config, over_long="truncate")
+@pytest.mark.parametrize("name", ["over_long", "special_tokens"])
+def test_unknown_choice_raises(tokenizer, config, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be one of drop, raise, but got 'truncate'"):
+        prepare_dataset(Dataset.from_list(ROWS), tokenizer, config, **{name: "truncate"})
 
 
 def test_special_token_in_a_text_raises_with_its_row(tokenizer, config):
     dataset = Dataset.from_list([*ROWS, ROWS[0] | {"plan": "<|mask|>"}])
     with pytest.raises(ValueError, match="row 3: `plan_ids` must not contain special tokens"):
-        prepare_dataset(dataset, tokenizer, config)
+        prepare_dataset(dataset, tokenizer, config, special_tokens="raise")
+
+
+def test_examples_with_special_tokens_are_dropped_and_counted(tokenizer, config):
+    special = [ROWS[1] | {name: f"a{token}b"} for name, token in zip(SPECIAL, SPECIAL.values(), strict=True)]
+    rows = [ROWS[0], *special, LONG["plan"], LONG["plan"] | {"question": "<|end|>"}, ROWS[2]]
+    prepared, report = prepare_dataset(Dataset.from_list(rows), tokenizer, config)
+    assert prepared["answer"][:] == ["5", "8"]
+    assert report["num_with_special_tokens"] == 4 and report["num_dropped"] == 5
+    assert report["dropped_by_segment"] == {"question": 0, "plan": 1, "execution": 0}
 
 
 def test_texts_alone_are_split_when_asked_for(tokenizer, config):
@@ -277,7 +295,8 @@ def test_dropped_examples_are_warned_of(tokenizer, config, monkeypatch):
     messages = []
     monkeypatch.setattr(loading.logger, "warning", messages.append)
     prepare_dataset(Dataset.from_list([ROWS[0], LONG["plan"]]), tokenizer, config)
-    assert messages == ["Kept 1 of 2 examples; over-long: {'question': 0, 'plan': 1, 'execution': 0}"]
+    over_long = {"question": 0, "plan": 1, "execution": 0}
+    assert messages == [f"Kept 1 of 2 examples; over-long: {over_long}; with special tokens: 0"]
 
 
 def test_nothing_is_warned_of(tokenizer, config, caplog):

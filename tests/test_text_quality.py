@@ -163,9 +163,9 @@ def test_every_line_is_a_text_whatever_it_holds(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a"}\n{"txt": "b"}\n', "line 2 of .* must be JSON with `text`"),
-        ('{"text": 3}\n', "line 1 of .* must have a string as `text`, but got 3"),
-        ("plain\n", "line 1 of .* must be JSON"),
+        ('{"text": "a"}\n{"txt": "b"}\n', "line 2 of .* must have the text `text`, but got None"),
+        ('{"text": 3}\n', "line 1 of .* must have the text `text`, but got 3"),
+        ("plain\n", "line 1 of .* must be a JSON object"),
         ("", "must hold at least one text"),
     ],
 )

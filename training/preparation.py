@@ -55,7 +55,7 @@ def training_texts(data_args: DataArguments, examples: Examples) -> list[str]:
         if not isinstance(dataset, Dataset):
             raise ValueError("`tokenizer` must be given to train on a stream, which is not read beforehand; got None")
         columns = [column for column in (*SEGMENTS, "text") if column in dataset.column_names]
-        texts += [text for column in columns for text in dataset[column]]
+        texts += [text for column in columns for text in dataset[column] if text is not None]  # a plan may be None
     return texts
 
 

@@ -13,7 +13,6 @@ contains no number that only the solution computes: `[1]` is the result of step 
 In `socratic`, every step of a solution has a sub-question: the sub-questions are the plan.
 """
 
-import json
 import os
 import re
 from collections import Counter
@@ -27,6 +26,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from ..arguments import GSM8K_IDS
+from ..files import read_text_rows
 from ..steps import STEP_SEPARATOR, make_row, number_steps, pair_lines
 from .answers import reference_answer
 from .numbers import CONSTANTS, NUMBER, QUANTITY, plain, quantity_value, stated_values, values
@@ -75,8 +75,7 @@ def load_gsm8k_rows(split: str, subset: str = "main", data_dir: str | os.PathLik
     path = Path(data_dir) / (f"{split}.jsonl" if subset == "main" else f"{split}_{subset}.jsonl")
     if not path.is_file():
         raise FileNotFoundError(f"`data_dir` (or GSM8K_DIR) must contain {path.name}, but {data_dir} does not")
-    with path.open(encoding="utf-8") as lines:
-        return Dataset.from_list([json.loads(line) for line in lines])
+    return Dataset.from_list(list(read_text_rows(path, ("question", "answer"))))
 
 
 def parse_main(row: dict, keep_calculator: bool = False) -> dict[str, Any]:
