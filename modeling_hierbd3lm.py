@@ -18,6 +18,7 @@ from .configuration_hierbd3lm import (
     config_fields,
     refuse_misspelt_fields,
     special_token_ids,
+    vocabulary_size,
 )
 from .diffusion_hierbd3lm import TOKEN_LOSSES, masked_nll
 from .generation_hierbd3lm import HierBD3LMGenerationMixin
@@ -119,6 +120,12 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         check_backbone_signature(backbone)
         check_tied_as_loaded(fields.get("tie_word_embeddings"), backbone)
         num_added = add_special_tokens(tokenizer)
+        num_rows = max(len(tokenizer), backbone.get_input_embeddings().weight.shape[0])
+        if vocabulary_size(tokenizer) > num_rows:
+            raise ValueError(
+                f"`tokenizer` must have ids below {num_rows}, as the checkpoint has no rows for others, but got "
+                f"{vocabulary_size(tokenizer) - 1}"
+            )
         add_token_rows(backbone, len(tokenizer) - num_added, len(tokenizer))
         config = HierBD3LMConfig(
             backbone_config=backbone.config,

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
+from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig, pad_on_the_left
 from ..dit_hierbd3lm import HierBD3LMDiTConfig
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig
@@ -238,7 +238,8 @@ def _extend_tokenizer(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None
             f"`tokenizer` must have {num_rows - 1} tokens, so that the ids of {', '.join(TEXT_TOKENS)} are {wanted}, "
             f"but got {ids}"
         )
-    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    tokenizer.pad_token = tokenizer.eos_token
+    pad_on_the_left(tokenizer)
 
 
 def _num_blocks(weights: Weights) -> int:

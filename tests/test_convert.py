@@ -377,6 +377,7 @@ def test_the_command_saves_a_model_that_loads_with_its_tokenizer(checkpoint, tmp
     tokenizer = AutoTokenizer.from_pretrained(target, config=model.config)
     assert tokenizer.convert_tokens_to_ids(["<|mask|>", "<|plan|>", "<|execution|>"]) == [31, 32, 33]
     assert tokenizer.pad_token_id == model.config.end_token_id == TEXT_END
+    assert tokenizer.padding_side == "left"
 
 
 def test_the_backbone_is_known_to_the_auto_classes():

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -11,6 +13,7 @@ from transformers import (
     Llama4TextConfig,
     MambaConfig,
     MptConfig,
+    PreTrainedTokenizerFast,
     Qwen3NextConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -99,6 +102,12 @@ def test_rows_of_tokens_that_were_added_before_are_near_the_mean_too():
     weight = model.get_input_embeddings().weight
     assert len(weight) == len(tokenizer) == NUM_PLAIN + 5
     assert (weight[NUM_PLAIN:] - weight[:NUM_PLAIN].mean(dim=0)).abs().max() < 0.05
+
+
+def test_a_tokenizer_with_ids_beyond_the_rows_of_the_checkpoint_is_refused():
+    words = Tokenizer(WordLevel({"a": 0, "b": NUM_PLAIN + 50}, unk_token="a"))
+    with pytest.raises(ValueError, match=f"`tokenizer` must have ids below {NUM_PLAIN}, .* but got {NUM_PLAIN + 50}"):
+        convert(autoregressive(), PreTrainedTokenizerFast(tokenizer_object=words))
 
 
 def test_trained_rows_of_special_tokens_are_kept():

@@ -3,6 +3,7 @@
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 from hierbd3lm.configuration_hierbd3lm import (
@@ -10,6 +11,7 @@ from hierbd3lm.configuration_hierbd3lm import (
     HierBD3LMConfig,
     add_special_tokens,
     special_token_ids,
+    vocabulary_size,
 )
 from hierbd3lm.data.synthetic.config import SPLITS, SyntheticConfig
 from hierbd3lm.data.synthetic.problems import generate_problems
@@ -124,6 +126,55 @@ def test_pad_is_end_for_a_tokenizer_without_pad():
     add_special_tokens(tokenizer)
     ids = special_token_ids(tokenizer)
     assert ids["pad_token_id"] == ids["end_token_id"] == tokenizer.convert_tokens_to_ids("<|end|>")
+
+
+def word_tokenizer(ids, **special_tokens):
+    """`<unk>`, and a word `w<id>` for each id."""
+    words = Tokenizer(WordLevel({"<unk>": 0} | {f"w{i}": i for i in ids}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **special_tokens)
+
+
+@pytest.mark.parametrize("pad_token", [None, "<pad>", "<unk>"])
+def test_a_prepared_tokenizer_pads_on_the_left_and_is_saved_so(pad_token, tmp_path):
+    tokenizer = word_tokenizer((1, 2, 3), pad_token=pad_token)
+    add_special_tokens(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    for ready in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        batch = ready(["w1 w9 w3", "w2"], padding=True, return_tensors="pt")
+        assert list(batch) == ["input_ids", "attention_mask"]
+        pad = special_token_ids(ready)["pad_token_id"]
+        assert batch["input_ids"].tolist() == [[1, 0, 3], [pad, pad, 2]]
+        assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+        assert ready.convert_ids_to_tokens(pad) == ("<pad>" if pad_token == "<pad>" else "<|end|>")
+
+
+def test_a_pad_token_that_is_the_unknown_token_is_replaced_with_a_warning(capture_warnings):
+    tokenizer = plain_tokenizer(pad_token="<unk>", extra_special_tokens=[*SPECIAL_TOKENS.values()])
+    with pytest.raises(ValueError, match="`tokenizer` must pad with another token than its unknown token <unk>"):
+        special_token_ids(tokenizer)
+    add_special_tokens(tokenizer)
+    assert special_token_ids(tokenizer)["pad_token_id"] != tokenizer.unk_token_id
+    assert ["pads with <unk>, its unknown token" in line for line in capture_warnings] == [True]
+
+
+@pytest.mark.parametrize("ids", [(1, 2, 4, 5, 6), (1, 2, 7), (2,)])
+def test_new_tokens_never_take_the_id_of_an_existing_one(ids):
+    tokenizer = word_tokenizer(ids)
+    before = tokenizer.get_vocab()
+    with pytest.raises(
+        ValueError, match=r"`tokenizer` must leave ids for new tokens, but <\|\w+\|> would take the id"
+    ):
+        add_special_tokens(tokenizer)
+    assert tokenizer.get_vocab() == before
+    assert tokenizer("w2").input_ids == [2] and tokenizer.decode([2]) == "w2"
+
+
+def test_unused_ids_that_no_new_token_reaches_are_no_reason_to_refuse():
+    tokenizer = word_tokenizer((1, 2, 50))
+    add_special_tokens(tokenizer)
+    assert vocabulary_size(tokenizer) == 51
+    assert sorted(tokenizer.get_vocab().values()) == [0, 1, 2, 4, 5, 6, 7, 50]
 
 
 def test_missing_special_tokens_are_named():

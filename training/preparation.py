@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..configuration_hierbd3lm import HierBD3LMConfig, add_special_tokens, special_token_ids
+from ..configuration_hierbd3lm import HierBD3LMConfig, add_special_tokens, special_token_ids, vocabulary_size
 from ..data.arguments import SYNTHETIC, DataArguments
 from ..data.collator import SEGMENTS
 from ..data.splits import encode_split, load_counted_split, training_splits
@@ -69,7 +69,7 @@ def make_model(
         kwargs["attn_implementation"] = model_args.attn_implementation
     if model_args.init_from is None:
         add_special_tokens(tokenizer)
-        backbone = dict(model_args.backbone or {}) | {"vocab_size": len(tokenizer)}
+        backbone = dict(model_args.backbone or {}) | {"vocab_size": vocabulary_size(tokenizer)}
         config = HierBD3LMConfig(backbone_config=backbone, **(special_token_ids(tokenizer) | fields))
         return HierBD3LMForBlockDiffusion._from_config(config, **kwargs)
     model = load_checkpoint(model_args.init_from, tokenizer, fields, **kwargs)
