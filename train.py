@@ -67,12 +67,19 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     from hierbd3lm.data.collator import HierarchicalDataCollator
     from hierbd3lm.trainer import HierBD3LMTrainer
     from hierbd3lm.training.checkpoints import find_checkpoint
-    from hierbd3lm.training.preparation import load_examples, make_datasets, make_model, make_tokenizer
+    from hierbd3lm.training.preparation import (
+        load_examples,
+        make_datasets,
+        make_model,
+        make_tokenizer,
+        set_largest_block_size,
+    )
 
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     set_seed(args.seed)
     examples = load_examples(data_args, args)
     tokenizer = make_tokenizer(model_args, data_args, args, examples)
+    set_largest_block_size(model_args, args)
     model = make_model(model_args, tokenizer)
     datasets = make_datasets(data_args, args, examples, tokenizer, model.config)
     trainer = HierBD3LMTrainer(

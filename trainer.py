@@ -1,6 +1,7 @@
 """`Trainer` of hierarchical block diffusion models."""
 
 import contextlib
+import copy
 import functools
 import time
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
 
+from .configuration_hierbd3lm import BLOCK_SIZES
 from .evaluation.likelihood import likelihood_metrics, measure_batch, per_segment, with_predicted_tokens
 from .masking_hierbd3lm import PADDING
+from .order_hierbd3lm import BlockOrder
 from .training.arguments import HierBD3LMTrainingArguments
-from .training.checkpoints import has_average, original_class
+from .training.block_growth import BlockGrowth, check_schedule, lay_out_blocks, resize_blocks, resized
+from .training.checkpoints import check_same_model, has_average, original_class
 from .training.clip_search import ClipSearch, clipped_segments, draw_losses, measure_costs
 from .training.ema import EMACallback
 from .training.length_sampler import EpochLengthSampler
@@ -40,7 +44,8 @@ class HierBD3LMTrainer(Trainer):
 
     Evaluations and `save_model` use the averaged weights; `model` itself keeps the trained weights. Clip intervals
     that a search has selected are part of the trainer's state and saved in `trainer_state.json`; the model's
-    configuration does not change.
+    configuration does not change. With `block_size_schedule` it holds the block size of the last step, and so do
+    checkpoints. Evaluations use that block size.
 
     Overridden methods of transformers' `Trainer`:
 
@@ -50,7 +55,7 @@ class HierBD3LMTrainer(Trainer):
     - `_evaluate`: run the search for clip intervals after an evaluation during training.
     - `get_batch_samples`: number the micro-batches of an update, for the seed of their noise.
     - `_get_train_sampler`, `_get_eval_sampler`: group batches by length, in an order that resuming does not change.
-    - `log`: add the loss of each segment and the throughput.
+    - `log`: add the loss of each segment, the throughput, and a block size that changes.
     - `save_model`: save the averaged weights.
     - `_save`: write the model's original class, not the subclass of FSDP2, into a checkpoint.
     - `_save_optimizer_and_scheduler`: save the trained weights and the average.
@@ -69,7 +74,10 @@ class HierBD3LMTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if args.use_liger_kernel:
             apply_liger_kernel_to_backbone(model, args.liger_kernel_config or {})
+        self.block_growth: BlockGrowth | None = None
         self.objective = make_objective(model.config, args.estimator)
+        if args.block_size_schedule is not None:
+            self._start_block_growth(args.block_size_schedule)
         self._check_parallelism()
         self._check_adapter()
         self._check_noise()
@@ -80,6 +88,23 @@ class HierBD3LMTrainer(Trainer):
             self.add_callback(ClipSearch(args.clip_search, args.clip_search_levels))
         self._num_micro_batches = 0  # of the current update
         self._progress = TrainingProgress()
+
+    def _start_block_growth(self, schedule: dict[int | float, int]) -> None:
+        """Collate batches for the largest block size, and set the first one; see [`lay_out_blocks`]."""
+        config = self.model.config
+        check_schedule(schedule, config, self.data_collator)
+        self.data_collator = copy.copy(self.data_collator)
+        self.data_collator.order = BlockOrder.from_config(resized(config, max(schedule.values())))
+        self.block_growth = BlockGrowth(schedule, self._resize_blocks)
+        self._resize_blocks(schedule[0])
+        self.add_callback(self.block_growth)
+
+    def _resize_blocks(self, block_size: int) -> None:
+        """Set the block size of model and objective. Clip intervals that were chosen for another one are dropped."""
+        resize_blocks(self.model, block_size)
+        self.objective = make_objective(self.model.config, self.args.estimator)
+        if self.clip_search is not None:
+            self.clip_search.reset()
 
     def _check_parallelism(self) -> None:
         ranks_of_a_batch = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
@@ -108,7 +133,7 @@ class HierBD3LMTrainer(Trainer):
 
     def _check_noise(self) -> None:
         noisy_copies, clip_search = self.args.noisy_copies, self.args.clip_search
-        if self.objective.has_noise:
+        if self.objective.has_noise or self.block_growth is not None:
             return
         if noisy_copies > 1:
             raise ValueError(f"`noisy_copies` must be 1 for an objective without noise, but got {noisy_copies}")
@@ -146,9 +171,9 @@ class HierBD3LMTrainer(Trainer):
         """Compute the training loss of one micro-batch: its contribution to the mean over the counted tokens of the
         accumulated batch.
         """
-        batch = with_predicted_tokens(self._unwrapped(), inputs)
-        clip, copies = self._clip_intervals(batch["segment_ids"]), self.args.noisy_copies
-        nelbo = self._training_nelbo(model, batch, self._training_generator(), clip, copies)
+        batch = self._read_batch(inputs)
+        clip = self._clip_intervals(batch["segment_ids"])
+        nelbo = self._training_nelbo(model, batch, self._training_generator(), clip, self.args.noisy_copies)
         self._count_progress(batch, nelbo.detach())
         if num_items_in_batch is None:  # called outside of `train`: the mean of this batch
             loss = nelbo.sum() / (batch["labels"] != -100).sum()
@@ -158,6 +183,13 @@ class HierBD3LMTrainer(Trainer):
                 # The count is over all processes, and DDP averages the gradients.
                 loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _read_batch(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Lay out a collated batch for the present block size, and mark the tokens that the model predicts."""
+        model = self._unwrapped()
+        if self.block_growth is not None:
+            inputs = lay_out_blocks(inputs, model.order, keep_columns=self.data_collator.fixed_length)
+        return with_predicted_tokens(model, inputs)
 
     def _count_progress(self, batch: dict[str, torch.Tensor], nelbo: torch.Tensor) -> None:
         segment_ids, counted = batch["segment_ids"], batch["labels"] != -100
@@ -173,6 +205,7 @@ class HierBD3LMTrainer(Trainer):
         noisy_copies: int = 1,
     ) -> torch.Tensor:
         """Return the contribution of each token to the training loss in nats, `(batch, length)`."""
+        noisy_copies = noisy_copies if self.objective.has_noise else 1
         with self.accelerator.autocast():
             nelbo = self.objective.token_nelbo(model, batch, generator, clip=clip, noisy_copies=noisy_copies)
         filler = (batch["labels"] == -100) & (batch["input_ids"] == self.model.config.end_token_id)
@@ -221,7 +254,7 @@ class HierBD3LMTrainer(Trainer):
         generator = seeded_generator(self.args.device, self.args.eval_seed, self.args.process_index)
         rows = []
         for inputs in dataloader:
-            batch = with_predicted_tokens(self._unwrapped(), self._prepare_inputs(inputs))
+            batch = self._read_batch(self._prepare_inputs(inputs))
             with self.accelerator.autocast():  # needed for a model that `train` has not prepared yet
                 row = measure_batch(self.objective, self.model, batch, self.args.eval_noise_draws, generator)
             # drops the rows that pad the last batch
@@ -233,7 +266,7 @@ class HierBD3LMTrainer(Trainer):
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate during training, then select clip intervals for the next steps."""
         metrics = super()._evaluate(*args, **kwargs)
-        if self.clip_search is not None:
+        if self.clip_search is not None and self.objective.has_noise:
             self._search_clip(self.clip_search)
         return metrics
 
@@ -246,7 +279,7 @@ class HierBD3LMTrainer(Trainer):
         segments, candidates, variances = clipped_segments(self.model.config), search.candidates, []
         self.model.eval()
         for inputs in self.get_eval_dataloader(name):
-            batch = with_predicted_tokens(self._unwrapped(), self._prepare_inputs(inputs))
+            batch = self._read_batch(self._prepare_inputs(inputs))
             costs = measure_costs(
                 functools.partial(self._training_nelbo, self.model, batch, generator),
                 batch,
@@ -316,9 +349,11 @@ class HierBD3LMTrainer(Trainer):
         return dataset[column][:]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss of each segment and the throughput to the training logs."""
+        """Add the loss of each segment and the throughput to the training logs, and a block size that changes."""
         if "loss" in logs:
             logs |= self._progress.take(self.accelerator)
+        if self.block_growth is not None:
+            logs = logs | {"block_size": self.block_growth.block_size}
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -338,6 +373,11 @@ class HierBD3LMTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved = check_same_model(
+            resume_from_checkpoint, self._unwrapped().config, () if self.block_growth is None else BLOCK_SIZES
+        )
+        if self.block_growth is not None:
+            self.block_growth.checkpoint_block_size = None if saved is None else saved.execution_block_size
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema is None and has_average(resume_from_checkpoint):
             raise ValueError(

@@ -59,6 +59,9 @@ def train(block_size: int) -> Path:
     settings = {
         "output_dir": folder,
         "block_size": block_size,
+        "block_size_schedule": "null",
+        "per_device_train_batch_size": 16,
+        "noisy_copies": 3,
         "max_steps": NUM_STEPS,
         "resume_from_checkpoint": "last",
     }

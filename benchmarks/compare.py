@@ -147,6 +147,7 @@ class Run:
             backbone |= {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
             backbone |= {"initializer_range": 0.1, "tie_word_embeddings": True}
             settings |= {"backbone": json.dumps(backbone), "synthetic": json.dumps(PROBLEMS)}
+            settings |= {"block_size_schedule": "null"}
             settings |= {"num_train_examples": BATCH_SIZE * self.steps, "per_device_train_batch_size": BATCH_SIZE}
         settings |= ALGORITHMS.get(self.algorithm) or ABLATIONS.get(self.algorithm, {})
         if part:

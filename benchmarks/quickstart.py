@@ -34,21 +34,10 @@ def train(folder: str, **settings: Any) -> list[str]:
     return command + as_flags({"output_dir": folder} | settings)
 
 
-COMMANDS = {  # training commands; the second starts from the demo's model with blocks of one token
+COMMANDS = {  # training commands
     DEMO: ["make", "demo"],
-    BLOCKS_OF_8: train(
-        BLOCKS_OF_8,
-        init_from="outputs/quickstart_tokenwise",
-        backbone="null",
-        block_size=8,
-        seed=1,
-        noisy_copies=2,
-        per_device_train_batch_size=24,
-        max_steps=1800,
-        muon_learning_rate=0.01,
-        learning_rate=0.001,
-    ),
-    AR: train(AR, algorithm="ar", noisy_copies=1),
+    BLOCKS_OF_8: train(BLOCKS_OF_8, block_size=8, block_size_schedule="{0: 1, 0.58: 8}"),
+    AR: train(AR, algorithm="ar", noisy_copies=1, max_steps=4200, per_device_train_batch_size=16),
 }
 
 

@@ -67,17 +67,15 @@ def test_a_recipe_is_a_model_data_and_a_training(name, tmp_path):
     assert data_args.num_validation_examples > 0 and args.eval_strategy != "no"
 
 
-def test_the_demo_goes_from_blocks_of_one_token_to_those_that_it_answers_with():
+def test_the_demo_goes_from_blocks_of_one_token_to_larger_ones_in_one_command():
     printed = subprocess.run(["make", "-n", "demo"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     commands = [shlex.split(line) for line in printed.replace("\\\n", " ").splitlines()]
-    runs = [words[words.index("train.py") + 1 :] for words in commands if "train.py" in words]
-    tokenwise, blockwise = (train.parse_arguments(words) for words in runs)
-    assert (tokenwise[0].block_size, tokenwise[0].init_from) == (1, None)
-    assert (blockwise[0].block_size, blockwise[0].init_from) == (4, tokenwise[2].output_dir)
-    assert tokenwise[2].output_dir != blockwise[2].output_dir
-    assert tokenwise[1] == blockwise[1]  # the same problems, so that none of the other's held-out ones is trained on
+    (training,) = [words[words.index("train.py") + 1 :] for words in commands if "train.py" in words]
+    model_args, _, args = train.parse_arguments(training)
+    assert list(args.block_size_schedule.values()) == [1, 4]
+    assert model_args.init_from is None
     (answers,) = [words[words.index("eval_gsm8k.py") + 1 :] for words in commands if "eval_gsm8k.py" in words]
-    assert eval_gsm8k.parse_arguments(answers).model == blockwise[2].output_dir
+    assert eval_gsm8k.parse_arguments(answers).model == args.output_dir
 
 
 @pytest.mark.parametrize("name", RECIPES)

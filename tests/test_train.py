@@ -76,6 +76,23 @@ def test_a_recipe_trains_any_algorithm(setting, tmp_path, monkeypatch):
     assert config.plan_block_size == {"sedd": 80, "ar": 1, "true": 32}[setting[1]]
 
 
+def test_the_block_size_grows_in_one_command(tmp_path, monkeypatch):
+    schedule = {"block_size": None, "block_size_schedule": {0: 1, 0.5: 8}}
+    run(monkeypatch, write_config(tmp_path, **schedule))
+    sizes = [
+        HierBD3LMForBlockDiffusion.from_pretrained(tmp_path / "out" / folder).config.plan_block_size
+        for folder in ("checkpoint-2", "checkpoint-4", "")
+    ]
+    assert sizes == [1, 8, 8]
+    config = write_config(tmp_path, output_dir=str(tmp_path / "new"), **schedule)
+    with pytest.raises(ValueError, match=r"`plan_block_size` must be omitted or 8, the largest .*, but got 4"):
+        run(monkeypatch, config, "--plan_block_size", "4")
+    run(monkeypatch, config, "--algorithm", "ar", "--max_steps", "1")  # whose block size is always 1
+    arguments = train.parse_arguments([config, "--block_size_schedule", "{0: 2, 3: 4}"])
+    assert arguments[2].block_size_schedule == {0: 2, 3: 4}
+    assert train.parse_arguments([config, "--block_size_schedule", "null"])[2].block_size_schedule is None
+
+
 def test_a_run_leaves_a_checkpoint_that_says_what_it_was_trained_on(tmp_path, monkeypatch):
     run(monkeypatch, write_config(tmp_path, synthetic={"max_value": 30}))
     out = tmp_path / "out"

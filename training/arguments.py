@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from ..diffusion_hierbd3lm import ESTIMATORS
+from .block_growth import read_schedule
 from .clip_search import Candidates
 from .settings import ObjectiveArguments
 
@@ -23,6 +24,7 @@ class HierBD3LMTrainingArguments(ObjectiveArguments, TrainingArguments):
             raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATORS)}, but got {self.estimator!r}")
         if self.muon_learning_rate is not None and not self.muon_learning_rate > 0:
             raise ValueError(f"`muon_learning_rate` must be > 0 or None, but got {self.muon_learning_rate}")
+        self.block_size_schedule = read_schedule(self.block_size_schedule)
         if self.noisy_copies < 1:
             raise ValueError(f"`noisy_copies` must be >= 1, but got {self.noisy_copies}")
         if not self.filler_weight >= 0:

@@ -153,8 +153,13 @@ class ClipSearch(TrainerCallback, ExportableState):
     def __init__(self, widths: Sequence[float], num_levels: int = 20):
         self.candidates = Candidates(tuple(widths), num_levels)
         # group of `clipped_segments` -> [[low, high, variance], ...] of the last search, and the selected [low, high]
-        self.variances: dict[str, list[list[float]]] = {}
-        self.chosen: dict[str, list[float]] = {}
+        self.variances: dict[str, list[list[float]]]
+        self.chosen: dict[str, list[float]]
+        self.reset()
+
+    def reset(self) -> None:
+        """Return to the intervals of the configuration."""
+        self.variances, self.chosen = {}, {}
 
     def choose(self, names: Sequence[str], variance: torch.Tensor) -> dict[str, float]:
         """Select the interval with the lowest variance for each group, and return the values to log.

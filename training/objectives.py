@@ -25,11 +25,16 @@ class BlockDiffusion:
         estimator: one of `ESTIMATORS`.
     """
 
-    has_noise = True  # two calls of `token_nelbo` differ
-
     def __init__(self, config: HierBD3LMConfig, estimator: str = "stratified"):
         self.config, self.estimator = config, estimator
         self.order = BlockOrder.from_config(config)
+
+    @property
+    def has_noise(self) -> bool:
+        """True if two calls of `token_nelbo` differ. A block of one token is always masked, with a weight of 1."""
+        order = self.order
+        is_blockwise = not order.is_joint and not order.is_aligned
+        return self.estimator != "stratified" or not is_blockwise or any(part.block_size > 1 for part in order.parts)
 
     def token_nelbo(
         self,

@@ -6,8 +6,16 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from ..configuration_hierbd3lm import HierBD3LMConfig, add_special_tokens, special_token_ids, vocabulary_size
+from ..configuration_hierbd3lm import (
+    BLOCK_SIZES,
+    HierBD3LMConfig,
+    add_special_tokens,
+    has_one_block_size,
+    special_token_ids,
+    vocabulary_size,
+)
 from ..data.arguments import SYNTHETIC, DataArguments
 from ..data.collator import SEGMENTS
 from ..data.splits import encode_split, load_counted_split, training_splits
@@ -18,6 +26,8 @@ from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from .arguments import TrainScriptArguments
 from .lora import HierBD3LMAdapter, add_adapter, load_checkpoint, load_tokenizer
 from .settings import ModelArguments
+
+logger = logging.get_logger(__name__)
 
 # of each split, with the counts of what loading dropped
 Examples = dict[str, tuple[Dataset | IterableDataset, dict[str, int]]]
@@ -57,6 +67,30 @@ def training_texts(data_args: DataArguments, examples: Examples) -> list[str]:
         columns = [column for column in (*SEGMENTS, "text") if column in dataset.column_names]
         texts += [text for column in columns for text in dataset[column] if text is not None]  # a plan may be None
     return texts
+
+
+def set_largest_block_size(model_args: ModelArguments, args: TrainScriptArguments) -> None:
+    """Give the model the largest block size of `block_size_schedule`, for which examples are encoded, in place.
+
+    An algorithm with one possible block size has no schedule, as it has no `block_size` of a recipe.
+
+    Raises:
+        ValueError: if another block size is given.
+    """
+    schedule = args.block_size_schedule
+    if schedule is not None and has_one_block_size(vars(model_args)):
+        logger.info(f"Block sizes follow from the algorithm; not used: `block_size_schedule` {schedule}")
+        schedule = args.block_size_schedule = None
+    if schedule is None:
+        return
+    largest = max(schedule.values())
+    for name in ("block_size", *BLOCK_SIZES):
+        if getattr(model_args, name) not in (None, largest):
+            raise ValueError(
+                f"`{name}` must be omitted or {largest}, the largest block size of `block_size_schedule`, but got "
+                f"{getattr(model_args, name)}; `--block_size_schedule null` trains with one block size"
+            )
+    model_args.block_size = largest
 
 
 def make_model(

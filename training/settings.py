@@ -115,9 +115,20 @@ class ObjectiveArguments:
         default=None,
         metadata={"help": "Trains the backbone's matrices by Muon at this rate, all else by AdamW; > 0."},
     )
+    block_size_schedule: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Block sizes of plan and execution in the course of training, such as `{0: 1, 0.4: 2, 0.6: 4}`: "
+            "each starts at a step (an integer) or at a fraction of the run (below 1), and divides the largest. None: "
+            "block_size throughout."
+        },
+    )
     noisy_copies: int = field(
         default=1,
-        metadata={"help": "Noisy copies of each example in a training pass; they share its clean tokens; >= 1."},
+        metadata={
+            "help": "Noisy copies of each example in a training pass; they share its clean tokens; >= 1. There is one "
+            "where a block size of 1 leaves no noise."
+        },
     )
     filler_weight: float = field(
         default=1.0,
