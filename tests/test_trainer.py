@@ -11,7 +11,7 @@ import torch
 import transformers.integrations.liger
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback
+from transformers import LlamaConfig, Trainer, TrainerCallback
 
 import hierbd3lm.trainer
 import hierbd3lm.training.liger
@@ -346,7 +346,8 @@ def test_liger_kernels_are_applied_to_the_backbone_without_the_fused_loss(tmp_pa
 def test_unsupported_liger_kernels_are_refused(tmp_path, liger, monkeypatch):
     with pytest.raises(ValueError, match="`liger_kernel_config` must be without fused_linear_cross_entropy"):
         make_trainer(tmp_path, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
-    llama = make_model(backbone_config=make_config().backbone_config.to_dict() | {"model_type": "llama"})
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    llama = make_model(backbone_config=LlamaConfig(num_attention_heads=4, pad_token_id=None, **sizes))
     with pytest.raises(ValueError, match="`use_liger_kernel` must be False for a backbone of type 'llama'"):
         make_trainer(tmp_path, llama, use_liger_kernel=True)
     for module in (hierbd3lm.training.liger, transformers.integrations.liger):
