@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import datasets
 import pytest
 import torch
 
@@ -13,11 +14,18 @@ import hierbd3lm.training.objectives
 from hierbd3lm.diffusion_hierbd3lm import MaskDraw, draw_mask
 
 from .tiny import make_config, make_model
+from .tiny_evaluation import args, checkpoint, dataset_of, rows, script  # noqa: F401  (fixtures)
 
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Keep the cache of datasets apart for each test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -49,8 +57,8 @@ def draws(monkeypatch):
     """Record all noise draws, in order, with their clip intervals."""
     record = []
 
-    def recording_draw_mask(block_ids, maskable, clip, *args):
-        draw = draw_mask(block_ids, maskable, clip, *args)
+    def recording_draw_mask(block_ids, maskable, clip, *others):
+        draw = draw_mask(block_ids, maskable, clip, *others)
         one_copy = MaskDraw(draw.masked[:, 0], draw.weights[:, 0])
         record.append(SimpleNamespace(draw=one_copy, clip=clip, block_ids=block_ids, maskable=maskable, copies=draw))
         return draw

@@ -1,4 +1,4 @@
-"""What the evaluation reports is what the model wrote, however often it was interrupted."""
+"""What the evaluation reports is what the model wrote."""
 
 import itertools
 import json
@@ -7,142 +7,24 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen3Config
+from transformers import AutoTokenizer
 
 from hierbd3lm import eval_gsm8k
-from hierbd3lm.configuration_hierbd3lm import special_token_ids
 from hierbd3lm.data.arguments import DataArguments
 from hierbd3lm.data.gsm8k.answers import wilson_interval
-from hierbd3lm.data.splits import load_split
-from hierbd3lm.data.synthetic.config import SyntheticConfig
-from hierbd3lm.data.synthetic.wording import vocabulary_texts
-from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.eval_gsm8k import parse_arguments
-from hierbd3lm.evaluation import checkpoints, runner
-from hierbd3lm.evaluation.arguments import EvaluationArguments
+from hierbd3lm.evaluation import checkpoints
 from hierbd3lm.evaluation.checkpoints import find_data
-from hierbd3lm.evaluation.given_plans import read_plans, with_given_plans
 from hierbd3lm.evaluation.prompts import make_batches, read_problems
 from hierbd3lm.evaluation.runner import evaluate
 from hierbd3lm.evaluation.scoring import format_summary
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
 
-from .tiny import make_model
-
-SYNTHETIC = SyntheticConfig()
-FOREIGN_TOKEN = "<|im_end|>"  # a special token of the backbone's tokenizer that ends a generated text
-SHORT = {"max_plan_len": 8, "max_execution_len": 8}
-MODEL_SETTINGS = {name for name in vars(HierBD3LMGenerationConfig()) if name[0] != "_"} - {"transformers_version"}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """A random model that was "trained" on the synthetic problems."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = train_tokenizer([*vocabulary_texts(SYNTHETIC), " Question: ####"])
-    tokenizer.add_special_tokens({"extra_special_tokens": [FOREIGN_TOKEN]}, replace_extra_special_tokens=False)
-    backbone = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
-    )
-    torch.manual_seed(0)
-    model = make_model(
-        **special_token_ids(tokenizer), backbone_config=backbone, question_len=96, plan_len=32, execution_len=32
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    DataArguments(synthetic={"num_steps": [1, 2]}).save(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def args(checkpoint, tmp_path):
-    def make(**fields):
-        defaults = {"model": checkpoint, "output_dir": str(tmp_path / "eval"), "limit": 10, "batch_size": 3}
-        return EvaluationArguments(**(defaults | {"device": "cpu"} | SHORT | fields))
-
-    return make
-
-
-@pytest.fixture
-def rows():
-    return load_split(DataArguments(synthetic={"num_steps": [1, 2]}), "test", 10).to_list()
-
-
-@pytest.fixture
-def dataset_of(tmp_path):
-    def write(rows):
-        path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return str(path)
-
-    return write
-
-
-def read_lines(args):
-    return [json.loads(line) for line in Path(args.output_dir, "predictions.jsonl").read_text("utf-8").splitlines()]
-
-
-def read_summary(args):
-    return json.loads(Path(args.output_dir, "summary.json").read_text("utf-8"))
-
-
-def without_time(values):
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in values]
-
-
-class Scripted:
-    """Stands in for `generate`: writes texts that are looked up by the question, in a pass per 4 tokens.
-
-    A question has a pair of plan and execution, or a list of them of which every call takes the next.
-    """
-
-    def __init__(self, checkpoint, texts):
-        self.tokenizer, self.texts, self.batches = AutoTokenizer.from_pretrained(checkpoint + "/tokenizer"), texts, []
-
-    def __call__(self, model, input_ids, attention_mask, plan_ids=None, generation_config=None):
-        questions = [
-            self.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(input_ids, attention_mask, strict=True)
-        ]
-        self.batches.append(questions)
-        pairs = [self.texts[question] for question in questions]
-        pairs = [pair.pop(0) if isinstance(pair, list) else pair for pair in pairs]
-        plans, executions = ([self.tokenizer(pair[part])["input_ids"] for pair in pairs] for part in (0, 1))
-        num_tokens = torch.tensor([len(plan) + len(steps) + 2 for plan, steps in zip(plans, executions, strict=True)])
-        passes = (num_tokens + 3) // 4
-        return SimpleNamespace(
-            plan=self.pad(plans),
-            execution=self.pad(executions),
-            num_forward_passes=passes,
-            tokens_per_forward=num_tokens / passes,
-            finished=torch.ones(len(questions), dtype=torch.bool),
-        )
-
-    def pad(self, rows):
-        widest = max(map(len, rows))
-        return torch.tensor([row + [self.tokenizer.pad_token_id] * (widest - len(row)) for row in rows])
-
-
-@pytest.fixture
-def script(checkpoint, monkeypatch, tmp_path):
-    def install(texts):
-        AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False).save_pretrained(tmp_path / "tokenizer")
-        scripted = Scripted(str(tmp_path), texts)
-        monkeypatch.setattr(HierBD3LMForBlockDiffusion, "generate", lambda model, **kwargs: scripted(model, **kwargs))
-        return scripted
-
-    return install
-
+from .tiny_evaluation import FOREIGN_TOKEN, MODEL_SETTINGS, SHORT, read_lines, read_summary, without_time
 
 # Scores
 
@@ -361,97 +243,6 @@ def test_nothing_but_too_long_questions_still_gives_a_report(args, rows, dataset
     assert summary["tokens_per_forward"] is summary["num_forward_passes_mean"] is None
 
 
-def test_given_plan_is_used_and_is_not_scored(args, rows, checkpoint):
-    model = HierBD3LMForBlockDiffusion.from_pretrained(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    predictions, summary = evaluate(args(given_plan="reference"))
-    own = [prediction["execution"] for prediction in evaluate(args(overwrite=True))[0]]
-    for row, prediction in zip(rows, predictions, strict=True):
-        ids = {name: torch.tensor([tokenizer(row[name])["input_ids"]]) for name in ("question", "plan")}
-        output = model.generate(ids["question"], plan_ids=ids["plan"], stage="execution", **SHORT)
-        assert prediction["plan"] == row["plan"]
-        assert prediction["execution"] == tokenizer.decode(output.execution[0])
-        assert prediction["num_tokens"] == prediction["num_execution_tokens"] + output.finished.item()
-    assert [prediction["execution"] for prediction in predictions] != own
-    assert summary["settings"]["stage"] == "execution"
-    assert summary["num_reference_plans"] == 0 and "plan_match" not in summary
-
-
-def test_plan_that_is_not_there_cannot_be_given(args, rows, dataset_of):
-    rows[2]["plan"] = ""
-    with pytest.raises(ValueError, match="row 2: `given_plan` must hold 1 of its plans, but 'reference' has 0"):
-        evaluate(args(dataset=dataset_of(rows), given_plan="reference"))
-    assert evaluate(args(dataset=dataset_of(rows), overwrite=True))[1]["num_reference_plans"] == 9
-
-
-def plans_of(tmp_path, plans):
-    path = tmp_path / "plans.jsonl"
-    lines = [json.dumps({"question": question, "plan": plan}) + "\n" for question, plan in plans]
-    path.write_text("".join(lines), encoding="utf-8")
-    return str(path)
-
-
-def test_plans_of_a_file_are_found_by_the_question(args, rows, tmp_path):
-    by_reference = evaluate(args(given_plan="reference"))[0]
-    plans = [(row["question"], row["plan"]) for row in rows]
-    source = plans_of(tmp_path, [("another question", "Mia = 1"), *reversed(plans)])
-    given, summary = evaluate(args(given_plan=source, overwrite=True))
-    assert without_time(given) == without_time(by_reference)
-    assert summary["given_plan"] == source and "plan_match" not in summary
-
-
-def test_plans_that_a_run_wrote_give_its_executions_again(args, tmp_path):
-    written, _ = evaluate(args(output_dir=str(tmp_path / "written")))
-    given, _ = evaluate(args(given_plan=str(tmp_path / "written" / "predictions.jsonl")))
-    closed = [i for i, line in enumerate(written) if line["num_plan_tokens"] < SHORT["max_plan_len"] - 1]
-    assert len(closed) >= 2  # the others were cut at their limit, and are closed when they are given
-    assert [given[i]["plan"] for i in closed] == [written[i]["plan"] for i in closed]
-    assert [given[i]["execution"] for i in closed] == [written[i]["execution"] for i in closed]
-
-
-def test_samples_share_one_given_plan_or_have_one_each(args, rows, tmp_path):
-    sampling = {"num_samples": 2, "temperature": 1.0, "limit": 3}
-    shared = [(row["question"], row["plan"]) for row in rows[:3]]
-    predictions, _ = evaluate(args(given_plan=plans_of(tmp_path, shared), **sampling))
-    assert [line["plan"] for line in predictions] == [plan for _, plan in shared for _ in range(2)]
-    own = [(question, f"Mia = {sample}") for question, _ in shared for sample in range(2)]
-    predictions, _ = evaluate(args(given_plan=plans_of(tmp_path, own), overwrite=True, **sampling))
-    assert [line["plan"] for line in predictions] == [plan for _, plan in own]
-
-
-def test_other_plans_in_the_same_file_are_another_run(args, rows, tmp_path):
-    plans = [(row["question"], row["plan"]) for row in rows]
-    evaluate(args(given_plan=plans_of(tmp_path, plans)))
-    plans[3] = (plans[3][0], "Mia = 1")
-    with pytest.raises(ValueError, match="hash_of_data"):
-        evaluate(args(given_plan=plans_of(tmp_path, plans)))
-
-
-@pytest.mark.parametrize(("num_plans", "accepted"), [(0, "1"), (2, "1"), (2, "1 or num_samples=3")])
-def test_wrong_number_of_plans_raises(args, rows, tmp_path, num_plans, accepted):
-    plans = [(row["question"], row["plan"]) for i, row in enumerate(rows) for _ in range(num_plans if i == 4 else 1)]
-    sampling = {"num_samples": 3, "temperature": 1.0} if "3" in accepted else {}
-    with pytest.raises(ValueError, match=f"row 4: `given_plan` must hold {accepted} of its plans, .* has {num_plans}"):
-        evaluate(args(given_plan=plans_of(tmp_path, plans), **sampling))
-    assert not Path(args().output_dir).exists()
-
-
-@pytest.mark.parametrize(
-    "line", ["{", "[]", '{"question": "a"}', '{"question": "a", "plan": null}', '{"question": [], "plan": ""}']
-)
-def test_line_without_a_plan_raises(tmp_path, line):
-    path = tmp_path / "plans.jsonl"
-    path.write_text('{"question": "a", "plan": ""}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"line 2 of .* must (be a JSON object|have the text `(question|plan)`)"):
-        read_plans(path)
-
-
-def test_reference_plans_of_a_dataset_without_plans_raise(args, rows, tmp_path):
-    rows = [{"question": row["question"], "execution": row["execution"]} for row in rows]
-    with pytest.raises(ValueError, match="`dataset` must have the column plan, but has question, execution"):
-        with_given_plans(datasets.Dataset.from_list(rows), "reference")
-
-
 def test_special_token_in_a_question_raises(args, rows, dataset_of):
     rows[2]["question"] = "<|mask|>"
     with pytest.raises(ValueError, match="row 2: `question_ids` must not contain special tokens"):
@@ -462,140 +253,6 @@ def test_reference_without_an_answer_raises(args, rows, dataset_of):
     rows[2]["execution"] = "5"
     with pytest.raises(ValueError, match="row 2: `text` must end with '#### '"):
         evaluate(args(dataset=dataset_of(rows)))
-
-
-# Interruptions
-
-
-def interrupt(monkeypatch, after):
-    """Lets so many batches through, then fails."""
-    generate, calls = HierBD3LMForBlockDiffusion.generate, []
-
-    def failing(model, **kwargs):
-        calls.append(len(kwargs["input_ids"]))
-        if len(calls) > after:
-            raise KeyboardInterrupt
-        return generate(model, **kwargs)
-
-    monkeypatch.setattr(HierBD3LMForBlockDiffusion, "generate", failing)
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("after", "cut", "num_samples"), [(0, 0, 1), (1, 0, 1), (3, 0, 1), (1, 1, 1), (3, 40, 1), (6, 1, 2)]
-)
-def test_resumed_run_equals_an_uninterrupted_one(args, monkeypatch, tmp_path, after, cut, num_samples):
-    """Interrupted after so many batches, with the last bytes of the file cut off."""
-    sampling = {"temperature": 1.0, "sampler": "first_hitting", "seed": 3, "num_samples": num_samples}
-    whole = args(output_dir=str(tmp_path / "whole"), **sampling)
-    evaluate(whole)
-    run = args(**sampling)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt(patch, after)
-        evaluate(run)
-    path = Path(run.output_dir, "predictions.jsonl")
-    content = path.read_bytes()
-    assert content.count(b"\n") == 3 * after - 2 * (after > 4)  # the fourth batch has the tenth problem alone
-    path.write_bytes(content[: len(content) - cut])
-    seconds = [json.loads(line)["seconds"] for line in content.splitlines()]
-    kept_batches = after if cut == 0 else max(after - 1, 0)
-    calls = interrupt(monkeypatch, after=10)
-    evaluate(run)
-    assert len(calls) == 4 * num_samples - kept_batches
-    assert without_time(read_lines(run)) == without_time(read_lines(whole))
-    is_time = {"seconds", "tokens_per_second"}
-    assert {name: value for name, value in read_summary(run).items() if name not in is_time} == {
-        name: value for name, value in read_summary(whole).items() if name not in is_time
-    }
-    times = [line["seconds"] for line in read_lines(run)]
-    num_kept = 3 * kept_batches - 2 * (kept_batches > 3)
-    assert set(seconds[:num_kept]) <= set(times)  # the time of the first part counts
-    assert read_summary(run)["seconds"] == pytest.approx(sum(times))
-
-
-def test_run_that_is_interrupted_again_after_a_torn_line_goes_on(args, monkeypatch):
-    run = args()
-    path = Path(run.output_dir, "predictions.jsonl")
-    for after, num_lines in [(2, 6), (1, 5 + 3)]:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            interrupt(patch, after)
-            evaluate(run)
-        assert len(read_lines(run)) == num_lines
-        path.write_bytes(path.read_bytes()[:-40])
-    evaluate(run)
-    assert [line["index"] for line in read_lines(run)] == list(range(10))
-
-
-def test_answers_are_on_the_disk_before_the_next_batch_begins(args, monkeypatch):
-    run, on_disk, generate = args(), [], HierBD3LMForBlockDiffusion.generate
-
-    def counting(model, **kwargs):
-        on_disk.append(len(read_lines(run)))
-        return generate(model, **kwargs)
-
-    monkeypatch.setattr(HierBD3LMForBlockDiffusion, "generate", counting)
-    evaluate(run)
-    assert on_disk == [0, 3, 6, 9]
-
-
-def test_batches_draw_different_numbers(args, rows, dataset_of):
-    run = args(dataset=dataset_of(rows[:1] * 4), batch_size=1, temperature=1.0)
-    assert len({prediction["execution"] for prediction in evaluate(run)[0]}) > 1
-
-
-def test_finished_run_is_only_summarised_again(args, monkeypatch):
-    run = args()
-    first = evaluate(run)
-    calls = interrupt(monkeypatch, after=0)
-    assert evaluate(run) == first
-    assert calls == []
-
-
-CHANGES = {"threshold": 0.5, "limit": 9, "split": "validation", "seed": 1, "batch_size": 4, "given_plan": "reference"}
-
-
-@pytest.mark.parametrize(("name", "value"), CHANGES.items())
-def test_other_settings_are_refused_until_overwritten(args, name, value):
-    first = evaluate(args())
-    before = {path.name: path.read_bytes() for path in Path(args().output_dir).iterdir()}
-    with pytest.raises(ValueError, match="`output_dir` must be new or contain this run"):
-        evaluate(args(**{name: value}))
-    assert {path.name: path.read_bytes() for path in Path(args().output_dir).iterdir()} == before
-    second = evaluate(args(overwrite=True, **{name: value}))
-    assert second[1]["n"] == (9 if name == "limit" else 10)
-    assert evaluate(args(**{name: value}))[0] == second[0] != first[0]
-
-
-def test_refusal_names_what_differs(args):
-    evaluate(args())
-    with pytest.raises(ValueError, match=r"another one \(threshold: 0\.9 stored, 0\.5 now\)"):
-        evaluate(args(threshold=0.5))
-
-
-def test_other_weights_and_other_rows_in_the_same_place_are_refused(args, rows, dataset_of, monkeypatch):
-    evaluate(args(dataset=dataset_of(rows)))
-    load_model = runner.load_model
-
-    def retrained(path, device):
-        model, tokenizer = load_model(path, device)
-        with torch.no_grad():
-            next(model.parameters())[0, 0] += 1
-        return model, tokenizer
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "load_model", retrained)
-        with pytest.raises(ValueError, match="checksum_of_weights"):
-            evaluate(args(dataset=dataset_of(rows)))
-    rows[0]["execution"] = "#### 1"
-    with pytest.raises(ValueError, match="hash_of_data"):
-        evaluate(args(dataset=dataset_of(rows)))
-
-
-def test_predictions_of_nobody_knows_what_are_refused(args):
-    evaluate(args())
-    Path(args().output_dir, "settings.json").unlink()
-    with pytest.raises(ValueError, match="`output_dir` must be new"):
-        evaluate(args())
 
 
 # Arguments

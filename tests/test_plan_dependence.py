@@ -33,11 +33,6 @@ NUM_PROBLEMS = 24
 INTERVALS = {"": 0.5, "_interval": [0.15, 0.85]}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory):
     """Random models that were "trained" on the synthetic problems."""

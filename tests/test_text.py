@@ -1,53 +1,40 @@
-"""Plain text: no token is lost on the way to a row, all algorithms count the same ones, and models learn it."""
+"""Plain text: no token is lost on the way to a row, and every model counts the same tokens."""
 
 import json
 import math
-import random
-import sys
 from dataclasses import fields
 from itertools import chain
 
-import datasets
 import pytest
 import torch
-import yaml
 from datasets import Dataset
-from safetensors.torch import load_file
 
-from hierbd3lm import eval_ppl, train
+from hierbd3lm import train
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.data.arguments import DataArguments
 from hierbd3lm.data.collator import HierarchicalDataCollator
-from hierbd3lm.data.loading import load_documents
-from hierbd3lm.data.splits import load_split
 from hierbd3lm.data.text.detokenization import RULES, detokenize
 from hierbd3lm.data.text.rows import DOCUMENTS_PER_BATCH, prepare_text
 from hierbd3lm.data.text.sets import TEXT_SETS
 from hierbd3lm.evaluation import checkpoints
 from hierbd3lm.evaluation.likelihood import measure_likelihood
-from hierbd3lm.evaluation.text_quality import generate_unconditional
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
-from hierbd3lm.trainer import HierBD3LMTrainer
 
 from .tiny import make_model
 from .tiny_algorithms import ALGORITHMS
+from .tiny_text import (
+    DOCUMENTS,
+    NO_SEGMENTS,
+    WHOLE,
+    as_dataset,
+    bytes_with_ends,
+    checkpoint,
+    many_documents,
+    measure,
+    texts_of_rows,
+    write_lines,
+)
 from .tiny_tokenizer import make_config_for, make_tokenizer
-
-NO_SEGMENTS = {"question_len": 0, "plan_len": 0}
-WHOLE = 23  # tokens of text on a row of 24
-DOCUMENTS = [
-    "one two three",
-    "",
-    "a document that is too long for one row of the tiny model",
-    "<|end|> é",
-    "x" * WHOLE,
-]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -58,34 +45,6 @@ def tokenizer():
 @pytest.fixture
 def config(tokenizer):
     return make_config_for(tokenizer, **NO_SEGMENTS)
-
-
-def many_documents(count, seed=0):
-    letters = random.Random(seed)
-    return ["".join(letters.choices("abc d", k=letters.randrange(40))) for _ in range(count)]
-
-
-def as_dataset(texts):
-    return Dataset.from_dict({"text": texts})
-
-
-def bytes_with_ends(texts, tokenizer, config):
-    """The tokens of the texts, each with an `<|end|>` behind it, for a tokenizer that has a token a byte."""
-    vocabulary = {token: ids for token, ids in tokenizer.get_vocab().items() if len(token) == 1}
-    alphabet = {byte: vocabulary[token] for byte, token in byte_alphabet().items()}
-    return [[alphabet[byte] for byte in text.encode()] + [config.end_token_id] for text in texts]
-
-
-def byte_alphabet():
-    """The character that byte-level tokenizers write a byte as: itself where it can be seen, else the next free."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
-
-
-def texts_of_rows(rows, config):
-    """What is written on the rows, the `<|end|>` that the collator adds included."""
-    return [row["execution_ids"] + [config.end_token_id] * (not row["continues"]) for row in rows]
 
 
 # From documents to rows
@@ -218,30 +177,6 @@ def test_only_documents_on_one_row_see_each_other(tokenizer, config, wrap):
 # Likelihood
 
 
-def checkpoint(folder, tokenizer, **overrides):
-    torch.manual_seed(0)
-    model = HierBD3LMForBlockDiffusion(make_config_for(tokenizer, **NO_SEGMENTS | overrides)).eval()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model
-
-
-def write_lines(path, texts):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-    return str(path)
-
-
-def measure(monkeypatch, folder, **arguments):
-    argv = [
-        "eval_ppl.py",
-        *(f"--{name}={value}" for name, value in ({"model": folder, "device": "cpu"} | arguments).items()),
-    ]
-    monkeypatch.setattr(sys, "argv", argv)
-    eval_ppl.main()
-    return json.loads((folder / "likelihood.json").read_text())
-
-
 @pytest.mark.parametrize("wrap", [True, False])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_counts_the_tokens_of_the_text(name, wrap, tmp_path, tokenizer, monkeypatch, capsys):
@@ -302,170 +237,6 @@ def test_without_a_plan_hier_is_bd3lm_and_one_block_is_mdlm(tokenizer):
 def test_there_is_no_hierarchy_to_take_away_from_a_model_without_a_plan(fields, tokenizer):
     with pytest.raises(ValueError, match=r"must be .* for plan_len=0, but got"):
         make_config_for(tokenizer, **NO_SEGMENTS | fields)
-
-
-# Training
-
-
-TINY = {
-    "backbone": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    | {"num_key_value_heads": 1, "head_dim": 16},
-    "vocab_size": 300,
-    **NO_SEGMENTS,
-    "execution_len": 32,
-    "block_size": 8,
-    "num_validation_examples": 20,
-    "max_steps": 20,
-    "learning_rate": 3e-3,
-    "ema_decay": 0.0,
-    "per_device_train_batch_size": 8,
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-}
-
-
-def run(monkeypatch, folder, **settings):
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "settings.yaml"
-    path.write_text(yaml.safe_dump(TINY | {"output_dir": str(folder / "out")} | settings))
-    monkeypatch.setattr(sys, "argv", ["train.py", str(path)])
-    train.main()
-    return folder / "out"
-
-
-@pytest.mark.parametrize("wrap", [True, False])
-def test_a_tiny_model_learns_a_text_file_writes_and_is_measured(tmp_path, monkeypatch, wrap):
-    path = write_lines(tmp_path / "lines.txt", many_documents(300))
-    out = run(monkeypatch, tmp_path, dataset=path, wrap=wrap, eval_strategy="steps", eval_steps=1)
-    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    nlls = [entry["eval_nll"] for entry in log if "eval_nll" in entry]
-    assert nlls[-1] < 0.8 * nlls[0]
-    assert not any("plan" in name for entry in log for name in entry)
-    report = json.loads((out / "data_report.json").read_text())
-    assert (report["train"]["num_documents"], report["validation"]["num_documents"]) == (280, 20)
-    held_out = write_lines(tmp_path / "held_out.txt", many_documents(300)[280:])
-    result = measure(monkeypatch, out, dataset=held_out, num_draws=4)
-    again = measure(monkeypatch, out, split="validation", num_draws=4)
-    assert result["nll"] == again["nll"] == pytest.approx(nlls[-1], rel=0.05)
-    model = HierBD3LMForBlockDiffusion.from_pretrained(out)
-    settings = HierBD3LMGenerationConfig(sampler="first_hitting", temperature=1.0, seed=0)
-    output = generate_unconditional(model, evaluation_tokenizer(out), 4, settings)
-    assert output.plan.shape == (4, 0) and output.execution.shape[1] > 1
-
-
-def test_a_clip_search_chooses_for_the_text_alone(tmp_path, monkeypatch):
-    path = write_lines(tmp_path / "lines.txt", many_documents(100))
-    search = {"clip_search": [0.5], "eval_strategy": "steps", "eval_steps": 1}
-    out = run(monkeypatch, tmp_path, dataset=path, max_steps=1, **search)
-    state = json.loads((out / "trainer_state.json").read_text())
-    chosen = state["stateful_callbacks"]["ClipSearch"]["attributes"]["chosen"]
-    low, high = chosen["execution"]
-    assert high - low == pytest.approx(0.5) and chosen.keys() == {"execution"}
-    variances = [entry[name] for entry in state["log_history"] for name in entry if "clip_variance" in name]
-    assert variances and all(map(math.isfinite, variances))
-
-
-def evaluation_tokenizer(folder):
-    return checkpoints.load_model(str(folder), "cpu")[1]
-
-
-@pytest.mark.parametrize("shuffle_buffer", [0, 100])
-def test_training_on_a_stream_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch, tokenizer, shuffle_buffer):
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    stream = {"dataset": write_lines(tmp_path / "lines.txt", many_documents(1500)), "streaming": True}
-    stream |= {"tokenizer": str(tmp_path / "tokenizer"), "vocab_size": None, "save_strategy": "steps"}
-    stream |= {"max_steps": 6, "save_steps": 4, "eval_noise_draws": 1, "shuffle_buffer": shuffle_buffer}
-    seen = record_batches(monkeypatch)
-    whole = load_file(run(monkeypatch, tmp_path / "whole", **stream) / "model.safetensors")
-    expected = list(seen)
-    seen.clear()
-    last = tmp_path / "whole" / "out" / "checkpoint-4"
-    again = run(monkeypatch, tmp_path / "again", **stream, resume_from_checkpoint=str(last))
-    assert seen == expected[4:] and len(expected) == 6
-    weights = load_file(again / "model.safetensors")
-    assert all(torch.equal(weights[name], whole[name]) for name in whole)
-
-
-def record_batches(monkeypatch):
-    """The input ids of every training step, as they come."""
-    seen, step = [], HierBD3LMTrainer.training_step
-
-    def recording_step(trainer, model, inputs, *args, **kwargs):
-        seen.append(inputs["input_ids"].tolist())
-        return step(trainer, model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(HierBD3LMTrainer, "training_step", recording_step)
-    return seen
-
-
-def test_a_stream_holds_its_first_documents_out(tmp_path):
-    texts = many_documents(30)
-    args = DataArguments(
-        dataset=write_lines(tmp_path / "lines.txt", texts),
-        streaming=True,
-        num_validation_examples=5,
-        num_train_examples=8,
-    )
-    assert [row["text"] for row in load_split(args, "train")] == texts[5:13]
-    assert load_split(args, "validation")["text"][:] == texts[:5]
-
-
-def test_a_stream_is_shuffled_within_its_buffer(tmp_path):
-    texts = many_documents(60)
-    args = DataArguments(
-        dataset=write_lines(tmp_path / "lines.txt", texts),
-        streaming=True,
-        shuffle_buffer=20,
-        num_validation_examples=5,
-        num_train_examples=50,
-    )
-    read, again = ([row["text"] for row in load_split(args, "train")] for _ in range(2))
-    assert read == again != texts[5:55]
-    assert sorted(read) == sorted(texts[5:55])
-    assert all(texts.index(text) - 5 < place + 20 for place, text in enumerate(read))  # once it is in the buffer
-
-
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "saved", "folder"])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_documents_are_read_from_wherever_they_are(kind, streaming, tmp_path):
-    texts, column = ["one", "two words"], "text" if kind == "txt" else "body"
-    rows = Dataset.from_dict({column: texts, "other": [1, 2]})
-    path = tmp_path / f"corpus.{kind}"
-    if kind == "txt":
-        write_lines(path, texts)
-    elif kind == "jsonl":
-        rows.to_json(path)
-    elif kind == "saved":
-        rows.save_to_disk(path)
-    else:
-        path.mkdir()
-        rows.to_json(path / "train.jsonl")
-    documents = load_documents(path, text_column=column, streaming=streaming)
-    assert isinstance(documents, Dataset) is not streaming
-    assert list(documents) == [{"text": text} for text in texts]
-    with pytest.raises(ValueError, match=f"`text_column` must be one of {column}.*but got 'content'"):
-        load_documents(path, text_column="content", streaming=streaming)
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"streaming": True}, "`streaming` must be False without `text_column`"),
-        ({"text_column": "text", "shuffle_buffer": 9}, "`shuffle_buffer` must be 0 without `streaming`"),
-        ({"text_column": "text", "auto_split": True}, "`auto_split` must be False for plain text"),
-        ({"text_column": "text", "tested_on": "gsm8k"}, "`tested_on` must be None for plain text"),
-    ],
-)
-def test_settings_that_text_does_not_have_are_refused(setting, message):
-    with pytest.raises(ValueError, match=message):
-        DataArguments(dataset="somewhere", **setting)
-
-
-def test_a_stream_needs_a_tokenizer(tmp_path, monkeypatch):
-    path = write_lines(tmp_path / "lines.txt", many_documents(30))
-    with pytest.raises(ValueError, match="`tokenizer` must be given to train on a stream"):
-        run(monkeypatch, tmp_path, dataset=path, streaming=True)
 
 
 # Generation

@@ -11,9 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import pytest
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from hierbd3lm.data import run_folder
 from hierbd3lm.data.arguments import DataArguments
@@ -27,57 +25,28 @@ from hierbd3lm.data.plans.write_plans import parse_arguments
 from hierbd3lm.data.splits import load_split
 
 from .plan_server import PlanServer
+from .tiny_plans import (
+    KINDS,
+    NUM_PROBLEMS,
+    NUM_SAMPLES,
+    RESULTS,
+    VERDICTS,
+    kind_of,
+    make_problem_row,
+    read_lines,
+    results_of,
+    seeds_of,
+    write_problems,
+    write_reply,
+)
 from .tiny_tokenizer import make_config_for, make_tokenizer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("openai") is None, reason="openai is not installed")
 
-NUM_PROBLEMS, NUM_SAMPLES = 6, 3
-RESULTS = ("plans.jsonl", "rejected.jsonl", "summary.json", "README.md")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def make_problem_row(i):
-    boxes, pens, lost = 11 + i, 30 + 2 * i, 4 + i
-    everything = boxes * pens
-    return {
-        "question": f"Tom has {boxes} boxes of {pens} pens each and loses {lost} pens. How many pens does he keep?",
-        "execution": f"Tom has {boxes} * {pens} = {everything} pens.\n"
-        f"He keeps {everything} - {lost} = {everything - lost} pens.\n#### {everything - lost}",
-    }
-
 
 @pytest.fixture
 def problems_file(tmp_path):
-    path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(make_problem_row(i)) + "\n" for i in range(NUM_PROBLEMS)), encoding="utf-8")
-    return str(path)
-
-
-# What the server writes is told by the seed of the request.
-
-KINDS = ("good", "better", "leak", "gibberish", "short")
-VERDICTS = {"leak": "leaks_final_answer", "gibberish": "not_steps", "short": "not_aligned"}
-
-
-def kind_of(seed):
-    return KINDS[seed % len(KINDS)]
-
-
-def write_reply(body):
-    results = re.findall(r"= (\d+) pens", body["messages"][-1]["content"])
-    return {
-        "good": "1. Multiply the boxes by the pens in each\n2. Subtract the lost pens from [1]",
-        "better": json.dumps(
-            {"steps": ["Find all pens that Tom has", "Find the pens that he keeps, without the lost"]}
-        ),
-        "leak": json.dumps({"steps": ["Multiply", f"Subtract to get {results[-1]}"]}),
-        "gibberish": "\u0133\x1fq!{{7",
-        "short": json.dumps({"steps": ["Multiply, then subtract"]}),
-    }[kind_of(body["seed"])]
+    return write_problems(tmp_path)
 
 
 @pytest.fixture
@@ -100,19 +69,6 @@ def arguments(problems_file, server, tmp_path):
         return WritePlansArguments(**defaults | fields)
 
     return make
-
-
-def read_lines(folder, name):
-    return [json.loads(line) for line in Path(folder, name).read_text("utf-8").splitlines()]
-
-
-def seeds_of(bodies):
-    """The seeds of all requests, by question."""
-    seeds = {}
-    for body in bodies:
-        question = body["messages"][-1]["content"].split("\n")[1]
-        seeds.setdefault(question, set()).add(body["seed"])
-    return seeds
 
 
 # What is written
@@ -201,15 +157,6 @@ def test_each_sample_is_drawn_with_a_seed_of_its_own_that_follows_from_the_seed(
 
 
 # Interruptions
-
-
-def results_of(folder):
-    """All that a run leaves; the replies without their order, which is that of their coming."""
-    replies = read_lines(folder, "replies.jsonl")
-    keys = [(reply["index"], reply["sample"]) for reply in replies]
-    assert len(set(keys)) == len(keys), "no reply is there twice"
-    replies = sorted(replies, key=lambda reply: (reply["index"], reply["sample"]))
-    return replies, {name: Path(folder, name).read_bytes() for name in RESULTS}
 
 
 def test_complete_run_asks_for_nothing_and_makes_its_results_anew(arguments, server):
@@ -465,67 +412,3 @@ def test_arguments_are_read_with_either_dash():
 def test_bad_argument_is_refused_with_its_name_and_value(name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be .*, but got {value!r}"):
         WritePlansArguments(**{name: value})
-
-
-# The real server of transformers
-
-
-@pytest.fixture
-def random_checkpoint(tmp_path):
-    """A chat model that knows nothing; one token in sixteen ends its reply."""
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
-    )
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = LlamaForCausalLM(config)
-    ends = list(range(0, len(tokenizer), 16))
-    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-    folder = str(tmp_path / "checkpoint")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def transformers_serve(random_checkpoint):
-    """The URL of `transformers serve` with the random checkpoint."""
-    for name in ("fastapi", "uvicorn"):
-        pytest.importorskip(name)
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", random_checkpoint]
-    command += ["--host", "127.0.0.1", "--port", "0", "--device", "cpu", "--log-level", "info"]
-    with subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            printed = []
-            for line in process.stdout:
-                printed.append(line)
-                if url := re.search(r"running on (http://127.0.0.1:\d+)", line):
-                    break
-            assert url, "".join(printed)
-            yield f"{url[1]}/v1"
-        finally:
-            process.kill()
-
-
-@pytest.mark.slow
-def test_random_model_behind_transformers_serve_gets_every_plan_rejected(
-    arguments, random_checkpoint, transformers_serve, tmp_path
-):
-    # one request at a time: this server has one random generator for all
-    fields = {"base_url": transformers_serve, "model": random_checkpoint, "max_tokens": 16, "concurrency": 1}
-    args = arguments(**fields, fallback="rule")
-    summary = write_plans(args)
-    replies, _ = results_of(args.output_dir)
-    assert len(replies) == summary["num_replies"] == NUM_PROBLEMS * NUM_SAMPLES
-    assert (summary["num_accepted"], summary["num_plans_by_rule"]) == (0, NUM_PROBLEMS)
-    reasons = Counter(reply["rejected_by"] for reply in read_lines(args.output_dir, "rejected.jsonl"))
-    assert reasons.total() == len(replies)
-    assert summary["rejected_by"] == {name: reasons[name] for name in FILTERS}
-    assert reasons["too_long"] == sum(reply["is_cut_off"] and reply["text"].strip() != "" for reply in replies) > 0
-    assert reasons["not_steps"] > 0
-
-    assert len({reply["text"] for reply in replies}) > NUM_PROBLEMS, "replies are drawn"
-    write_plans(arguments(**fields, output_dir=str(tmp_path / "again")))
-    assert results_of(tmp_path / "again")[0] == replies, "the server takes the seeds"
