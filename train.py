@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     from hierbd3lm.trainer import HierBD3LMTrainer
     from hierbd3lm.training.checkpoints import find_checkpoint
     from hierbd3lm.training.preparation import (
+        SaveDataArguments,
         load_examples,
         make_datasets,
         make_model,
@@ -91,6 +92,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
             model.config, tokenizer, fixed_length=data_args.fixed_length, auto_split=data_args.auto_split
         ),
         processing_class=tokenizer,
+        callbacks=[SaveDataArguments(data_args)],
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
     report(trainer, "train", result.metrics)

@@ -139,10 +139,33 @@ class DataArguments:
         Path(folder, FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: str) -> "DataArguments":
-        """What a checkpoint was trained on; the defaults where the folder does not say."""
-        path = Path(folder, FILE_NAME)
-        return cls(**json.loads(path.read_text())) if path.is_file() else cls()
+    def load(cls, model: str) -> "DataArguments":
+        """Load what a checkpoint was trained on.
+
+        Args:
+            model: folder of a run, of one of its checkpoints, or Hub id.
+
+        Raises:
+            ValueError: if the file with the arguments is missing.
+        """
+        path = find_saved_arguments(model)
+        if path is None:
+            raise ValueError(f"`model` must have {FILE_NAME}, which says what it was trained on, but got {model!r}")
+        return cls(**json.loads(path.read_text()))
+
+
+def find_saved_arguments(model: str) -> Path | None:
+    """Find the file that [`DataArguments.save`] wrote, in a folder or on the Hub; None if there is none.
+
+    A run's `checkpoint-N` without the file has the arguments of the run, in the folder above.
+    """
+    from transformers.utils import cached_file
+
+    missing_is_none = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    found = cached_file(str(model), FILE_NAME, **missing_is_none)
+    if found is None and Path(model).is_dir() and Path(model).absolute().name.startswith("checkpoint-"):
+        found = cached_file(str(Path(model).absolute().parent), FILE_NAME, **missing_is_none)
+    return None if found is None else Path(found)
 
 
 def optional_fields(source: type, without: Sequence[str]) -> list[tuple[str, Any, Any]]:

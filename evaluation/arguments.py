@@ -68,7 +68,7 @@ class EvaluationArguments(GivenSettings, CheckpointArguments):
     """Arguments of `hierbd3lm eval`. Generation settings default to those of the checkpoint."""
 
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the results; defaults to `eval` in `model`."}
+        default=None, metadata={"help": "Folder for the results; defaults to `eval` in the model's folder."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Delete existing results in `output_dir`."})
     given_plan: str | None = field(
@@ -92,7 +92,7 @@ class EvaluationArguments(GivenSettings, CheckpointArguments):
         if self.given_plan not in (None, REFERENCE_PLANS) and not Path(self.given_plan).is_file():
             raise ValueError(f"`given_plan` must be {REFERENCE_PLANS!r} or a file, but got {self.given_plan!r}")
         if self.output_dir is None:
-            self.output_dir = str(Path(self.model, "eval"))
+            self.output_dir = str(results_folder(self.model) / "eval")
 
     def generation_settings(self) -> dict[str, Any]:
         """Return the given settings of HierBD3LMGenerationConfig; the stage follows from `given_plan`."""
@@ -115,7 +115,8 @@ class LikelihoodArguments(CheckpointArguments):
     estimator: str = field(default="stratified", metadata={"help": "Estimator of the NELBO: stratified or bernoulli."})
     seed: int = field(default=0, metadata={"help": "Random seed of the noise."})
     output: str | None = field(
-        default=None, metadata={"help": f"File for the results; defaults to {LIKELIHOOD_FILE} in `model`."}
+        default=None,
+        metadata={"help": f"File for the results; defaults to {LIKELIHOOD_FILE} in the model's folder."},
     )
 
     def __post_init__(self):
@@ -126,7 +127,7 @@ class LikelihoodArguments(CheckpointArguments):
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATORS)}, but got {self.estimator!r}")
         if self.output is None:
-            self.output = str(Path(self.model, LIKELIHOOD_FILE))
+            self.output = str(results_folder(self.model) / LIKELIHOOD_FILE)
 
 
 @dataclass
@@ -134,7 +135,7 @@ class AnalysisArguments(CheckpointArguments):
     """Arguments of `hierbd3lm analyze`. Generation settings are those of the checkpoint."""
 
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the results; defaults to `analysis` in `model`."}
+        default=None, metadata={"help": "Folder for the results; defaults to `analysis` in the model's folder."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Delete existing results in `output_dir`."})
     num_draws: int = field(default=8, metadata={"help": "Noise draws per likelihood; >= 1."})
@@ -146,7 +147,7 @@ class AnalysisArguments(CheckpointArguments):
         super().__post_init__()
         check_at_least("num_draws", self.num_draws, 1)
         if self.output_dir is None:
-            self.output_dir = str(Path(self.model, "analysis"))
+            self.output_dir = str(results_folder(self.model) / "analysis")
 
 
 @dataclass
@@ -165,7 +166,8 @@ class SampleArguments:
     )
     seed: int = field(default=0, metadata={"help": "Random seed; the seed of each batch is derived from it."})
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the generated texts; defaults to `samples` in `model`."}
+        default=None,
+        metadata={"help": "Folder for the generated texts; defaults to `samples` in the model's folder."},
     )
     overwrite: bool = field(default=False, metadata={"help": "Delete existing texts in `output_dir`."})
     text_field: str = field(default="text", metadata={"help": "Key of the text in each line of the samples."})
@@ -188,9 +190,17 @@ class SampleArguments:
         if isinstance(self.settings, str):
             self.settings = json.loads(self.settings)
         if self.model is not None and self.output_dir is None:
-            self.output_dir = str(Path(self.model, "samples"))
+            self.output_dir = str(results_folder(self.model) / "samples")
         if self.device is None:
             self.device = default_device()
+
+
+def results_folder(model: str) -> Path:
+    """Return the folder for results: that of the checkpoint, or for a Hub id one in `outputs/`.
+
+    A folder named like the Hub id would hide the model on the Hub from the next run.
+    """
+    return Path(model) if Path(model).is_dir() else Path("outputs", str(model).replace("/", "--"))
 
 
 def default_device() -> str:

@@ -1,7 +1,6 @@
 """Loading of a checkpoint and its examples, and the description of an evaluation run."""
 
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from transformers.utils import logging
 
 from .. import __version__
 from ..data import run_folder
-from ..data.arguments import FILE_NAME, SYNTHETIC, DataArguments
+from ..data.arguments import SYNTHETIC, DataArguments, find_saved_arguments
 from ..data.loading import is_one_split
 from ..data.splits import load_split
 from ..data.text.sets import TEXT_SETS
@@ -44,14 +43,15 @@ def find_data(args: CheckpointArguments, text_column: str | None = None) -> Data
     whole training split. Streaming is switched off.
 
     Raises:
-        ValueError: for the test split of a file or a single saved dataset that the checkpoint was trained on: it is
-            one split.
+        ValueError: if no dataset is given and the checkpoint does not say what it was trained on, and for the test
+            split of a file or a single saved dataset that it was trained on: it is one split.
     """
     if args.dataset in TEXT_SETS:
         return DataArguments(**TEXT_SETS[args.dataset])
-    trained_on = replace(DataArguments.load(args.model), streaming=False)
-    if args.dataset is None and not Path(args.model, FILE_NAME).is_file():
-        logger.warning(f"{args.model} has no {FILE_NAME}, so that it is evaluated on {trained_on.dataset}")
+    if args.dataset is None or find_saved_arguments(args.model):
+        trained_on = replace(DataArguments.load(args.model), streaming=False)
+    else:
+        trained_on = DataArguments()
     given = {name: getattr(args, name) for name in ("dataset_name", "parse_example")}
     given = {name: value for name, value in given.items() if value is not None}
     if args.dataset not in (None, trained_on.dataset):

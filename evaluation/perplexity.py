@@ -32,6 +32,7 @@ def measure_checkpoint(args: LikelihoodArguments) -> dict[str, Any]:
         "device": str(model.device),
     }
     result |= describe_model(model)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     write_json(Path(args.output), result)
     return result
 

@@ -285,10 +285,6 @@ def test_every_generation_setting_can_be_given():
     assert given == {"stage": "execution", "seed": 0}
 
 
-def test_results_lie_beside_the_checkpoint_by_default():
-    assert parse_arguments(["--model", "a"]).output_dir == str(Path("a", "eval"))
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [("limit", 0), ("batch_size", 0), ("num_samples", 0), ("num_examples_to_print", -1), ("given_plan", "mine")],

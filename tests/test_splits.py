@@ -254,8 +254,9 @@ def test_arguments_are_loaded_as_they_were_saved(tmp_path):
     assert DataArguments.load(tmp_path) == args != DataArguments()
 
 
-def test_folder_that_says_nothing_gives_the_defaults(tmp_path):
-    assert DataArguments.load(tmp_path) == DataArguments()
+def test_a_folder_without_saved_arguments_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"`model` must have {FILE_NAME}"):
+        DataArguments.load(tmp_path)
     assert not (tmp_path / FILE_NAME).exists()
 
 

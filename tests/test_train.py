@@ -99,7 +99,8 @@ def test_a_run_leaves_a_checkpoint_that_says_what_it_was_trained_on(tmp_path, mo
     model = HierBD3LMForBlockDiffusion.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out, config=model.config)
     assert len(tokenizer) == model.config.vocab_size
-    assert json.loads((out / "data_config.json").read_text())["synthetic"] == {"max_value": 30}
+    for folder in (out, out / "checkpoint-2", out / "checkpoint-4"):
+        assert json.loads((folder / "data_config.json").read_text())["synthetic"] == {"max_value": 30}
     assert json.loads((out / "data_report.json").read_text())["train"]["num_kept"] == 24
     assert json.loads((out / "eval_results.json").read_text())["eval_num_tokens"] > 0
     assert "train_loss" in json.loads((out / "train_results.json").read_text())

@@ -5,7 +5,15 @@ import os
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..configuration_hierbd3lm import (
@@ -129,3 +137,14 @@ def make_datasets(
     first, *others = (datasets[split] for split in training_splits(data_args))
     trained_on = concatenate_datasets([first, *others]) if others else first
     return {"train": trained_on, "validation": datasets.get("validation")}
+
+
+class SaveDataArguments(TrainerCallback):
+    """Save the data arguments with each checkpoint, so that it can be evaluated like the finished run."""
+
+    def __init__(self, data_args: DataArguments):
+        self.data_args = data_args
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        if state.is_world_process_zero:
+            self.data_args.save(os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
