@@ -22,6 +22,8 @@ SPECIAL_TOKENS = {
 
 NOISE_SCHEDULES = ("loglinear", "square", "cosine", "log")
 ALGORITHMS = ("hier", "bd3lm", "mdlm", "sedd", "ar")
+PREDICTIONS = ("in_place", "shifted")
+QUESTION_ATTENTIONS = ("bidirectional", "causal")
 SIZED_BY_ALGORITHM = ("mdlm", "sedd", "ar")  # with only one possible block size
 DEFAULT_BACKBONE = "qwen3"
 BLOCK_SIZES = {"plan_block_size": "plan_len", "execution_block_size": "execution_len"}  # -> what a block is part of
@@ -95,6 +97,16 @@ class HierBD3LMConfig(PreTrainedConfig):
     execution_block_size: int | None = _field(
         None, "Execution tokens that are denoised together; see plan_block_size. Divides execution_len."
     )
+    prediction: str | None = _field(
+        None,
+        "`in_place`: a token is predicted by the hidden state in its place. `shifted`: by that of the token before "
+        "it, as in an autoregressive model. By default `shifted` for `ar` and converted checkpoints, else `in_place`.",
+    )
+    question_attention: str | None = _field(
+        None,
+        "`bidirectional`: the question's tokens see each other. `causal`: each sees those before it. By default "
+        "`causal` for `ar` and converted checkpoints, else `bidirectional`.",
+    )
     noise: str = _field("loglinear", f"Noise schedule: {', '.join(NOISE_SCHEDULES)}.")
     sampling_eps: float = _field(
         1e-3, "Smallest mask probability that the Bernoulli estimator of the NELBO draws, in (0, 1)."
@@ -119,6 +131,8 @@ class HierBD3LMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         refuse_misspelt_fields(kwargs)
         self._check_order()
+        for name, choices in (("prediction", PREDICTIONS), ("question_attention", QUESTION_ATTENTIONS)):
+            setattr(self, name, self._resolve_choice(name, choices))
         block_size = kwargs.pop("block_size", None)
         for name in BLOCK_SIZES:
             setattr(self, name, self._resolve_block_size(name, block_size))
@@ -216,6 +230,16 @@ class HierBD3LMConfig(PreTrainedConfig):
                 setting = f"algorithm={self.algorithm!r}" if self.is_flat else "plan_len=0"
                 accepted = f"{default} for {setting}" if needs_default else "True or False"
                 raise ValueError(f"`{name}` must be {accepted}, but got {value!r}")
+
+    def _resolve_choice(self, name: str, choices: tuple[str, str]) -> str:
+        """The first choice is the default, the second is what a causal language model has."""
+        value, is_causal = getattr(self, name), self.algorithm == "ar"
+        if value is None:
+            return choices[is_causal]
+        if value not in choices or (is_causal and value != choices[1]):
+            accepted = f"{choices[1]} for algorithm='ar'" if is_causal else f"one of {', '.join(choices)}"
+            raise ValueError(f"`{name}` must be {accepted}, but got {value!r}")
+        return value
 
     def _resolve_block_size(self, name: str, block_size: int | None) -> int:
         value = getattr(self, name)

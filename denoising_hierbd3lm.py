@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from .cache_hierbd3lm import BlockCache
 from .diffusion_hierbd3lm import SCHEDULES
-from .masking_hierbd3lm import EXECUTION, PADDING, PLAN, QUESTION
+from .masking_hierbd3lm import CLEAN, EXECUTION, NOISY, PADDING, PLAN, TokenLayout
 from .order_hierbd3lm import BlockOrder, CanvasSchedule
 from .samplers_hierbd3lm import Sampler, draw_tokens
 from .settings_hierbd3lm import HierBD3LMGenerationConfig
@@ -120,6 +120,8 @@ class ActiveRows:
         index: `(rows,)`, place of the row in the batch.
         pending, pending_block_ids, pending_position_ids: `(rows, length)`, clean tokens that are not cached yet.
         canvas, canvas_block_ids, canvas_position_ids: `(rows, width)`; block ids are -1 on unused columns.
+        states_before: `(rows, slots, hidden_size)`, hidden states of the tokens before the blocks of the canvas; of a
+            shifted order only.
         reveal_times: `(rows, width)`, times in [0, 1] at which a scheduled sampler reveals each token, 1 first.
     """
 
@@ -130,6 +132,7 @@ class ActiveRows:
     canvas: torch.Tensor
     canvas_block_ids: torch.Tensor
     canvas_position_ids: torch.Tensor
+    states_before: torch.Tensor | None
     reveal_times: torch.Tensor | None
 
     def select(self, order: torch.LongTensor) -> "ActiveRows":
@@ -173,6 +176,7 @@ class BlockDenoiser:
             blank,
             blank,
             None,
+            None,
         )
         self._open_canvases(torch.ones(len(question), dtype=torch.bool, device=self.device))
         self.cache = BlockCache(
@@ -201,32 +205,57 @@ class BlockDenoiser:
         """The question and all blocks that are given: tokens, block ids and position ids, `(batch, length)`."""
         is_real = attention_mask.bool()
         position_ids = (is_real.long().cumsum(dim=1) - 1).clamp(min=0).masked_fill(~is_real, 0)
-        of_question = question, torch.where(is_real, QUESTION, PADDING), position_ids
+        of_question = question, self.order.question_ranks(is_real), position_ids
         return tuple(torch.cat(pair, dim=1) for pair in zip(of_question, self.schedule.context[:3], strict=True))
 
     def _step(self) -> None:
         """Run one forward pass: encode what is pending, denoise one step of every row's canvas."""
         rows, masked = self.rows, self._masked()
         candidates = masked if rows.reveal_times is None else masked & self._due(masked)
-        logits = self.model(
-            input_ids=rows.pending,
-            block_ids=rows.pending_block_ids,
-            position_ids=rows.pending_position_ids,
-            noisy_input_ids=rows.canvas,
-            noisy_block_ids=rows.canvas_block_ids,
-            noisy_position_ids=rows.canvas_position_ids,
-            past_key_values=self.cache,
-            logits_to_keep=candidates,
-        ).logits
-        self.answer.num_forward_passes[rows.index] += 1
+        states = self._states()
+        logits = self.model.project(states[candidates])
         if rows.pending.shape[1]:
-            pass_length = rows.pending.shape[1] + rows.canvas.shape[1]
-            self.cache.commit(rows.pending_block_ids, rows.pending_position_ids, pass_length)
             for name in ("pending", "pending_block_ids", "pending_position_ids"):
                 setattr(rows, name, getattr(rows, name)[:, :0])
         self._reveal(candidates, logits.float().index_fill(-1, self.never_written, -math.inf))
         if self.streamer is not None and hasattr(self.streamer, "put_draft"):
             self.streamer.put_draft(value=rows.canvas[self._inside()].cpu())
+
+    def _states(self) -> torch.FloatTensor:
+        """Run one forward pass and return the hidden states that predict the canvas, `(rows, width, hidden_size)`."""
+        rows, num_pending = self.rows, self.rows.pending.shape[1]
+        first = self.schedule.place_of == 0
+        reads_canvas = not (self.order.is_shifted and first.all())  # blocks of one token are predicted before them
+        tokens, block_ids, position_ids = rows.pending, rows.pending_block_ids, rows.pending_position_ids
+        stream_ids = torch.full_like(block_ids, CLEAN)
+        if reads_canvas:
+            # Blocks that are denoised jointly are told apart by their ranks: the later one sees the earlier one.
+            stream = CLEAN if self.order.is_joint else NOISY
+            tokens = torch.cat([tokens, rows.canvas], dim=1)
+            block_ids = torch.cat([block_ids, rows.canvas_block_ids], dim=1)
+            position_ids = torch.cat([position_ids, rows.canvas_position_ids], dim=1)
+            stream_ids = torch.cat([stream_ids, torch.full_like(rows.canvas, stream)], dim=1)
+        if not tokens.shape[1]:
+            return rows.states_before
+        layout = TokenLayout(block_ids, stream_ids, position_ids)
+        states = self.model.encode(tokens, layout, self.cache, self.order)
+        self.answer.num_forward_passes[rows.index] += 1
+        if num_pending:
+            self.cache.commit(rows.pending_block_ids, rows.pending_position_ids, tokens.shape[1])
+        if not self.order.is_shifted:
+            return states[:, num_pending:]
+        if rows.states_before is None:
+            rows.states_before = states.new_zeros(len(states), int(first.sum()), states.shape[-1])
+        if num_pending:
+            before = rows.canvas_position_ids[:, first, None] - 1 == rows.pending_position_ids[:, None]
+            before = before & (rows.pending_block_ids != PADDING)[:, None]  # (rows, slots, pending)
+            found = states[torch.arange(len(states), device=self.device)[:, None], before.long().argmax(dim=2)]
+            rows.states_before = torch.where(before.any(dim=2, keepdim=True), found, rows.states_before)
+        if not reads_canvas:
+            return rows.states_before
+        shifted = states[:, num_pending:].roll(1, dims=1)
+        shifted[:, first] = rows.states_before
+        return shifted
 
     def _masked(self) -> torch.BoolTensor:
         return self.rows.canvas == self.order.mask_token_id

@@ -73,18 +73,19 @@ class HierBD3LMGenerationMixin:
             raise ValueError(f"`{min(unread)}` has no effect with a sampler of your own: set it there")
         settings = resolve_settings(generation_config or self.generation_config, kwargs)
         chosen = sampler if isinstance(sampler, Sampler) else make_sampler(settings)
-        settings = resolve_settings(settings, {"stage": check_stage(self.order, settings.stage)})
+        order = order_of(self, settings)
+        settings = resolve_settings(settings, {"stage": check_stage(order, settings.stage)})
         # 2. The prompt: the question, and the plan if it is given
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
-        check_prompt(self.config, self.order, settings, input_ids, attention_mask, plan_ids, streamer)
-        schedule = make_schedule(self.config, self.order, settings, attention_mask, plan_ids)
+        check_prompt(self.config, order, settings, input_ids, attention_mask, plan_ids, streamer)
+        schedule = make_schedule(self.config, order, settings, attention_mask, plan_ids)
         # 3. Denoise until every row has ended
         answer = Answer(schedule)
         with ending(streamer):
             if streamer is not None:
                 streamer.put(input_ids.cpu())
-            if self.order.is_causal:
+            if order.is_causal and len(order.parts) == 1:
                 write_causally(self, settings, answer, input_ids, attention_mask, streamer)
             else:
                 BlockDenoiser(self, settings, chosen, answer, input_ids, attention_mask, streamer).run()
@@ -246,13 +247,18 @@ def read_inputs(
     return inputs.long(), attention_mask
 
 
-def segment_limits(config: Any, settings: HierBD3LMGenerationConfig) -> tuple[int, int]:
-    """Return the maximum number of tokens of plan and execution.
+def order_of(model: Any, settings: HierBD3LMGenerationConfig) -> BlockOrder:
+    """Return the order that these settings generate in: the model's, with their block size."""
+    return model.order if settings.block_size is None else model.order.with_block_size(settings.block_size)
+
+
+def segment_limits(config: Any, order: BlockOrder, settings: HierBD3LMGenerationConfig) -> dict[int, int]:
+    """Return the maximum number of tokens of each segment.
 
     Raises:
         ValueError: if a limit exceeds the model's, or is not a whole number of blocks.
     """
-    order, limits = BlockOrder.from_config(config), {}
+    limits = {}
     for segment, name in ((PLAN, "plan"), (EXECUTION, "execution")):
         wanted, most = getattr(settings, f"max_{name}_len"), getattr(config, f"{name}_len")
         multiple = order.multiple(segment)
@@ -272,7 +278,7 @@ def segment_limits(config: Any, settings: HierBD3LMGenerationConfig) -> tuple[in
                 f"`max_plan_len + max_execution_len` must be a multiple of the block size {part.block_size}, but got "
                 f"{limits[PLAN]} + {limits[EXECUTION]}"
             )
-    return limits[PLAN], limits[EXECUTION]
+    return limits
 
 
 def check_stage(order: BlockOrder, stage: str) -> str:
@@ -298,7 +304,7 @@ def make_schedule(
     plan_ids: torch.LongTensor | None,
 ) -> CanvasSchedule:
     """Return what the rows of a `generate` call denoise; arguments as in `generate`."""
-    lengths = dict(zip((PLAN, EXECUTION), segment_limits(config, settings), strict=True))
+    lengths = segment_limits(config, order, settings)
     limits = [min(part.max_len, sum(lengths[segment] for segment in part.segments)) for part in order.parts]
     stage = {"full": {PLAN, EXECUTION}, "plan": {PLAN}, "execution": {EXECUTION}}[settings.stage]
     written = [not stage.isdisjoint(part.segments) for part in order.parts]

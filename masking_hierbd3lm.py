@@ -90,7 +90,9 @@ def attends(
     Returns:
         `torch.BoolTensor`, true where the query may attend to the key.
     """
-    before = k_block < q_block if precedes is None else precedes[q_block.clamp(min=0), k_block.clamp(min=0)]
+    before = k_block < q_block
+    if precedes is not None:
+        before = before & ((q_block <= 0) | precedes[q_block.clamp(min=0), k_block.clamp(min=0)])
     finished = before & (k_stream == CLEAN)
     same_block = (k_block == q_block) & (k_stream == q_stream)
     return (q_block != PADDING) & (k_block != PADDING) & (finished | same_block)
@@ -291,9 +293,10 @@ def check_backbone_behaviour(model: PreTrainedModel) -> None:
         left = (padding, 0)
         pad = nn.functional.pad
         positions = pad(torch.arange(9, device=device)[None], left)
-        layout = {"block_ids": pad(block_ids, left, value=PADDING), "position_ids": positions}
-        output = model(input_ids=pad(x0, left), noisy_input_ids=pad(xt, left), **layout)
-        return output.logits[0, padding:].float()
+        clean = TokenLayout(pad(block_ids, left, value=PADDING), torch.full_like(positions, CLEAN), positions)
+        tokens = torch.cat([pad(x0, left), pad(xt, left)], dim=1)
+        states = model.encode(tokens, clean + clean.in_stream(NOISY))
+        return model.project(states[0, -9:]).float()
 
     was_training = model.training
     model.eval()

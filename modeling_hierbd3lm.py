@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .cache_hierbd3lm import BlockCache
 from .configuration_hierbd3lm import (
     HierBD3LMConfig,
     add_special_tokens,
@@ -49,19 +49,17 @@ class HierBD3LMOutput(ModelOutput):
     """
     Args:
         logits (`torch.FloatTensor` of shape `(batch, length, vocab_size)`, or `(num_true, vocab_size)`):
-            Logits of the noisy stream (of the clean one where there is no noisy one); with a bool `logits_to_keep`
-            those of its true positions in row-major order.
+            Logits of the noisy tokens, wherever they are predicted; with a bool `logits_to_keep` of its true positions
+            in row-major order. Without a noisy stream, those of the hidden states of `input_ids`.
         nll (`torch.FloatTensor` of shape `(num_true,)`):
             Instead of logits if `target_ids` are given: -log p of the clean tokens in nats (for SEDD their score
             entropy).
-        past_key_values (`Cache`): The cache that was passed in.
         hidden_states, attentions (tuples of `torch.FloatTensor`, *optional*):
             Of the backbone, over its `[clean | noisy]` input.
     """
 
     logits: torch.FloatTensor | None = None
     nll: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -102,7 +100,8 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
                 becomes the backbone itself, not a copy.
             tokenizer: the checkpoint's tokenizer. The special tokens that it lacks are added to it, in place.
             kwargs: fields of [`HierBD3LMConfig`]; and `dtype`, `attn_implementation`, `revision`, ... for
-                `from_pretrained`.
+                `from_pretrained`. `prediction` is "shifted" and `question_attention` "causal" by default: with blocks
+                of one token the model is the checkpoint.
 
         Raises:
             ValueError: if the architecture cannot run under the hierarchical mask; the message says why.
@@ -110,6 +109,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         known = config_fields().keys() - {"backbone_config"}
         refuse_misspelt_fields(kwargs)
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
+        fields = {"prediction": "shifted", "question_attention": "causal"} | fields
         if isinstance(model_or_path, PreTrainedModel):
             if kwargs:
                 raise ValueError(f"`kwargs` must be fields of HierBD3LMConfig for a loaded model, but got {[*kwargs]}")
@@ -136,7 +136,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             model = cls(config)
         model.backbone = backbone
         model.train(backbone.training)
-        if not model.order.is_causal:
+        if not model.order.is_autoregressive:
             check_backbone_behaviour(model)
         check_head(model)
         return model
@@ -163,9 +163,6 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         block_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         example_ids: torch.LongTensor | None = None,
-        noisy_block_ids: torch.LongTensor | None = None,
-        noisy_position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         logits_to_keep: torch.BoolTensor | None = None,
         target_ids: torch.LongTensor | None = None,
         **kwargs: Any,
@@ -180,21 +177,17 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
                 0 on padding; read only when neither `segment_ids` nor `block_ids` are given, and by `ar`.
             noisy_input_ids (`torch.LongTensor` of shape `(batch, noisy_length)`, *optional*):
-                Noisy tokens xt. Without `noisy_block_ids` they are the noisy copy of `input_ids`, column by column;
-                the copy of question and padding is ignored. Shape `(batch, copies, length)` holds several noisy
-                copies, which do not see each other.
+                Noisy tokens xt, the noisy copy of `input_ids`, column by column; the copy of question and padding is
+                ignored. Shape `(batch, copies, length)` holds several noisy copies, which do not see each other.
             segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 0 question, 1 plan, 2 execution, -1 padding. Read from `<|plan|>` and `<|execution|>` if omitted.
             block_ids, position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Rank of each token's block (-1 on padding) and its position; derived from the segments if omitted.
             example_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Example of each token, in packed rows; these need `block_ids` and `position_ids`.
-            noisy_block_ids, noisy_position_ids (`torch.LongTensor` of shape `(batch, noisy_length)`, *optional*):
-                The same for noisy tokens that are no copy of `input_ids`, as in generation.
-            past_key_values (`BlockCache`, *optional*):
-                Finished blocks. A pass reads them and writes to the scratch space only; see [`BlockCache`].
             logits_to_keep (`torch.BoolTensor` of the shape of `noisy_input_ids`, *optional*):
-                Noisy positions whose logits are computed; positions of `input_ids` if there is no noisy stream.
+                Noisy tokens whose logits are computed. If there is no noisy stream, positions of `input_ids` whose
+                hidden states are projected: with `prediction="shifted"` those before the predicted tokens.
             target_ids (`torch.LongTensor` of the shape of `noisy_input_ids`, *optional*):
                 Clean tokens of those positions. The output then holds the NLL of those at `logits_to_keep` and no
                 logits, which are computed in chunks and discarded.
@@ -205,31 +198,43 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             kwargs["targets"] = target_ids[logits_to_keep]
         if self.order.is_causal:
             if noisy_input_ids is not None:
-                raise ValueError("`noisy_input_ids` must be None for an autoregressive model, which has no noise")
+                raise ValueError("`noisy_input_ids` must be None for a model without noise, token by token")
             return self._run_causally(input_ids, attention_mask, segment_ids, position_ids, logits_to_keep, **kwargs)
         clean = self._clean_layout(input_ids, attention_mask, segment_ids, block_ids, position_ids, example_ids)
         if noisy_input_ids is None:
-            return self._run_backbone(input_ids, clean, logits_to_keep, past_key_values, **kwargs)
-        if noisy_block_ids is not None:
-            # Blocks that are denoised jointly are told apart by their ranks: the later one sees the earlier one.
-            stream = CLEAN if self.order.is_joint else NOISY
-            noisy = TokenLayout(noisy_block_ids, torch.full_like(noisy_block_ids, stream), noisy_position_ids)
-            num_clean, wanted = clean.length, slice(None)
-        else:
-            if noisy_input_ids.ndim == 2:
-                noisy_input_ids = noisy_input_ids[:, None]
-            num_clean, first_noisy = (clean.length, 0) if logits_to_keep is None else needed_columns(clean.block_ids)
-            wanted = slice(first_noisy, None)
-            noisy = self._noisy_copies(clean.columns(first_noisy), noisy_input_ids.shape[1])
-        input_ids, clean = input_ids[:, :num_clean], clean.columns(0, num_clean)
-        tokens = torch.cat([input_ids, noisy_input_ids[..., wanted].flatten(1)], dim=1)
-        if logits_to_keep is None:
-            return self._run_backbone(tokens, clean + noisy, noisy.length, past_key_values, **kwargs)
-        keep = logits_to_keep[..., wanted].flatten(1)
+            kept = None if logits_to_keep is None else logits_to_keep.flatten().nonzero()[:, 0]
+            return self._run_backbone(input_ids, clean, kept, **kwargs)
+        if noisy_input_ids.ndim == 2:
+            noisy_input_ids = noisy_input_ids[:, None]
+        keep = torch.ones_like(noisy_input_ids, dtype=torch.bool) if logits_to_keep is None else logits_to_keep
+        keep = keep.view(noisy_input_ids.shape)
         if target_ids is not None:
-            kwargs["targets"] = target_ids[..., wanted].flatten(1)[keep]
-        keep = torch.cat([keep.new_zeros(input_ids.shape), keep], dim=1)
-        return self._run_backbone(tokens, clean + noisy, keep, past_key_values, **kwargs)
+            kwargs["targets"] = target_ids.view(keep.shape)[keep]
+        num_clean, first_noisy = (clean.length, 0) if logits_to_keep is None else needed_columns(clean.block_ids)
+        noisy = self._noisy_copies(clean.columns(first_noisy), noisy_input_ids.shape[1])
+        kept = self._predicting(clean.block_ids, keep, num_clean, first_noisy)
+        tokens = torch.cat([input_ids[:, :num_clean], noisy_input_ids[..., first_noisy:].flatten(1)], dim=1)
+        output = self._run_backbone(tokens, clean.columns(0, num_clean) + noisy, kept, **kwargs)
+        if logits_to_keep is None:
+            output.logits = output.logits.view(len(tokens), noisy.length, -1)
+        return output
+
+    def encode(
+        self,
+        tokens: torch.LongTensor,
+        layout: TokenLayout,
+        cache: BlockCache | None = None,
+        order: BlockOrder | None = None,
+    ) -> torch.FloatTensor:
+        """Last hidden states `(batch, length, hidden_size)` of a pass over tokens of any layout.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `(batch, length)`), layout: clean and noisy tokens.
+            cache: finished blocks. A pass reads them and writes to the scratch space only; see [`BlockCache`].
+            order: order over the blocks; the model's if omitted.
+        """
+        body = self._compiled_body if cache is not None and cache.is_compiled else self.backbone.base_model
+        return body(**self._backbone_inputs(tokens, layout, cache, order)).last_hidden_state
 
     def masked_nll(
         self, masked: torch.BoolTensor, input_ids: torch.LongTensor, **layout: torch.Tensor
@@ -285,25 +290,47 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         noisy = replace(clean, block_ids=block_ids)
         return functools.reduce(TokenLayout.__add__, (noisy.in_stream(NOISY + copy) for copy in range(copies)))
 
+    def _predicting(
+        self, block_ids: torch.LongTensor, keep: torch.BoolTensor, num_clean: int, first_noisy: int
+    ) -> torch.LongTensor:
+        """Places in the flattened `[clean | noisy]` input whose hidden states predict the noisy tokens in `keep`.
+
+        Args:
+            block_ids (`(batch, length)`), keep (`(batch, copies, length)`).
+            num_clean, first_noisy: clean columns in the input, and the first column of the noisy copies in it.
+        """
+        row, copy, column = keep.nonzero(as_tuple=True)
+        width = keep.shape[2] - first_noisy
+        place = num_clean + copy * width + column - first_noisy
+        if self.order.is_shifted:
+            before = (column - 1).clamp(min=0)  # the first column of a row has none before it
+            opens = (column == 0) | (block_ids[row, before] != block_ids[row, column])
+            place = torch.where(opens, before, place - 1)
+        return row * (num_clean + keep.shape[1] * width) + place
+
     def _run_backbone(
+        self, tokens: torch.Tensor, layout: TokenLayout, kept: torch.LongTensor | None, **kwargs: Any
+    ) -> HierBD3LMOutput:
+        """Run the backbone; `kept` are flat places as in [`_predicting`], all of them if None."""
+        return self._logits_or_nll(kept, **self._backbone_inputs(tokens, layout), **kwargs)
+
+    def _backbone_inputs(
         self,
         tokens: torch.Tensor,
         layout: TokenLayout,
-        logits_to_keep: torch.Tensor | int | None,
-        cache: Cache | None,
-        **kwargs: Any,
-    ) -> HierBD3LMOutput:
+        cache: BlockCache | None = None,
+        order: BlockOrder | None = None,
+    ) -> dict[str, Any]:
         keys = layout if cache is None else layout + cache.layout
-        precedes = self.order.precedes
+        precedes = (self.order if order is None else order).precedes
         precedes = None if precedes is None else precedes.to(tokens.device)
-        kwargs |= {
+        return {
             "input_ids": tokens,
             "attention_mask": render_mask(self.backbone.config, layout, keys, self.dtype, precedes),
             "position_ids": layout.position_ids,
             "past_key_values": cache,
             "use_cache": cache is not None,  # explicit, as the backbone builds a cache by default
         }
-        return self._logits_or_nll(logits_to_keep, **kwargs)
 
     def _run_causally(
         self,
@@ -319,23 +346,21 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         if position_ids is None:
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        return self._logits_or_nll(logits_to_keep, use_cache=False, **kwargs)
+        kept = None if logits_to_keep is None else logits_to_keep.flatten().nonzero()[:, 0]
+        return self._logits_or_nll(kept, use_cache=False, **kwargs)
 
     def _logits_or_nll(
-        self, logits_to_keep: torch.Tensor | int | None, targets: torch.LongTensor | None = None, **kwargs: Any
+        self, kept: torch.LongTensor | None, targets: torch.LongTensor | None = None, **kwargs: Any
     ) -> HierBD3LMOutput:
-        """Run the backbone with `kwargs`; `targets` are the clean tokens at `logits_to_keep`, `(num_true,)`."""
-        cache = kwargs.get("past_key_values")
-        if not isinstance(logits_to_keep, torch.Tensor):
-            outputs = self.backbone(logits_to_keep=logits_to_keep or 0, **kwargs)
-            return HierBD3LMOutput(outputs.logits, None, cache, outputs.hidden_states, outputs.attentions)
-        kept = logits_to_keep.flatten().nonzero()[:, 0]
-        is_compiled = cache is not None and cache.is_compiled
-        outputs = (self._compiled_body if is_compiled else self.backbone.base_model)(**kwargs)
+        """Run the backbone with `kwargs`; `targets` are the clean tokens that are predicted at `kept`."""
+        if kept is None:
+            outputs = self.backbone(**kwargs)
+            return HierBD3LMOutput(outputs.logits, None, outputs.hidden_states, outputs.attentions)
+        outputs = self.backbone.base_model(**kwargs)
         hidden_states = outputs.last_hidden_state.flatten(0, 1).index_select(0, kept)  # (num_true, hidden)
         logits = self.project(hidden_states) if targets is None else None
         nll = None if targets is None else self.nll_in_chunks(hidden_states, targets)
-        return HierBD3LMOutput(logits, nll, cache, outputs.hidden_states, outputs.attentions)
+        return HierBD3LMOutput(logits, nll, outputs.hidden_states, outputs.attentions)
 
     def nll_in_chunks(self, hidden_states: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
         """The loss of each token, `(num_tokens,)`, never with more than `LOGITS_AT_ONCE` logits in memory.

@@ -5,7 +5,7 @@ decides anything by the algorithm or by an ablation of the hierarchy. A [`Canvas
 one call of `generate`.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,7 +40,8 @@ class Part:
 class BlockOrder:
     """The order over the blocks that follow the question.
 
-    Blocks have ranks: 0 is the question, 1, 2, ... number the blocks of all parts along the sequence.
+    Blocks have ranks: 0 is the question, 1, 2, ... number the blocks of all parts along the sequence. In a causal
+    question every token is a block; their ranks end with -2, as -1 stands for padding.
 
     Args:
         parts: the parts in the order of the sequence.
@@ -48,7 +49,11 @@ class BlockOrder:
         is_aligned: the i-th blocks of all parts are one block: they have one rank and see each other.
         is_joint: all blocks share one noise level and are denoised at the same time; a block sees the noisy tokens
             of those that it depends on.
-        is_causal: tokens are predicted one by one by the causal model that the backbone is, without noise.
+        is_shifted: a token is predicted at the token before it, not in its own place: inside a block at the noisy
+            one, for the first token of a block at the clean one. All parts have openers.
+        has_causal_question: a token of the question sees those before it only.
+        is_autoregressive: the backbone is a causal language model, which predicts all tokens one by one under its own
+            mask.
     """
 
     parts: tuple[Part, ...]
@@ -59,7 +64,9 @@ class BlockOrder:
     pad_token_id: int
     is_aligned: bool = False
     is_joint: bool = False
-    is_causal: bool = False
+    is_shifted: bool = False
+    has_causal_question: bool = False
+    is_autoregressive: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> "BlockOrder":
@@ -80,8 +87,31 @@ class BlockOrder:
             **{name: getattr(config, name) for name in TOKEN_IDS},
             is_aligned=not config.hierarchical_mask,
             is_joint=config.joint,
-            is_causal=config.algorithm == "ar",
+            is_shifted=config.prediction == "shifted" and config.algorithm != "ar",
+            has_causal_question=config.question_attention == "causal" and config.algorithm != "ar",
+            is_autoregressive=config.algorithm == "ar",
         )
+
+    def with_block_size(self, block_size: int) -> "BlockOrder":
+        """Return this order with blocks of another size.
+
+        Raises:
+            ValueError: if a part is not a whole number of such blocks, or has only one possible block size.
+        """
+        lengths = [part.max_len for part in self.parts]
+        if self.is_autoregressive or self.is_joint:
+            raise ValueError(f"`block_size` must be None for autoregressive and joint models, but got {block_size}")
+        if any(length % block_size for length in lengths):
+            raise ValueError(f"`block_size` must divide the maximum lengths {lengths}, but got {block_size}")
+        return replace(self, parts=tuple(replace(part, block_size=block_size) for part in self.parts))
+
+    @property
+    def is_causal(self) -> bool:
+        """True if every token depends on exactly the tokens before it: likelihood and loss need no noise."""
+        if self.is_autoregressive:
+            return True
+        is_token_by_token = self.is_chain and all(part.block_size == 1 for part in self.parts)
+        return is_token_by_token and self.is_shifted and self.has_causal_question
 
     @property
     def segments(self) -> tuple[int, ...]:
@@ -137,7 +167,7 @@ class BlockOrder:
         """
         is_real = segment_ids != PADDING
         position_ids = (is_real.long().cumsum(dim=1) - 1).clamp(min=0)
-        block_ids = torch.where(is_real, torch.zeros_like(segment_ids), PADDING)
+        block_ids = self.question_ranks(segment_ids == QUESTION)
         ranks, num_before = self.fixed_ranks, torch.zeros_like(position_ids[:, :1])
         next_rank = torch.ones_like(num_before)
         for number, inside in enumerate(self._members(segment_ids)):
@@ -149,6 +179,13 @@ class BlockOrder:
                 position_ids = position_ids + inside * (self.fixed_starts[number] - num_before)
             next_rank, num_before = next_rank + rank[:, -1:] + 1, num_before + place[:, -1:] + 1
         return block_ids, position_ids.masked_fill(~is_real, 0)
+
+    def question_ranks(self, is_question: torch.BoolTensor) -> torch.LongTensor:
+        """Ranks of the question's tokens, -1 elsewhere; `is_question` and result are of shape `(batch, length)`."""
+        ranks = torch.zeros_like(is_question, dtype=torch.long)
+        if self.has_causal_question:
+            ranks = is_question.cumsum(dim=1) - is_question.sum(dim=1, keepdim=True) - 2
+        return ranks.masked_fill(~is_question, PADDING)
 
     def noise_blocks(self, block_ids: torch.Tensor) -> torch.Tensor:
         """Ids of the blocks that have a noise level of their own, of the shape of `block_ids`."""

@@ -91,6 +91,13 @@ class GenerationSettings:
         },
     )
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the token distribution, in (0, 1]."})
+    block_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that are denoised together, in place of the model's block sizes; >= 1. It divides the "
+            "maximum lengths. Sizes that the model was trained at do well."
+        },
+    )
     fill_after_end: bool = field(
         default=True,
         metadata={"help": "Fills what follows an <|end|> in its block with <|end|> without a forward pass."},
@@ -134,6 +141,8 @@ class GenerationSettings:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {getattr(self, name)!r}")
         for name in ("num_steps", "tokens_per_step"):
             self._check_number(name, int, "an integer >= 1", lambda value: value >= 1)
+        if self.block_size is not None:
+            self._check_number("block_size", int, "an integer >= 1 or None", lambda value: value >= 1)
         for name in ("max_plan_len", "max_execution_len"):
             if getattr(self, name) is not None:
                 self._check_number(name, int, "an integer >= 0 or None", lambda value: value >= 0)

@@ -14,6 +14,7 @@ import torch
 
 from hierbd3lm.cache_hierbd3lm import BlockCache
 from hierbd3lm.denoising_hierbd3lm import BlockDenoiser
+from hierbd3lm.masking_hierbd3lm import CLEAN, NOISY, TokenLayout
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .measure import Measured, bar, interleaved_medians, measure_parts
@@ -96,24 +97,16 @@ def filled_cache(model: HierBD3LMForBlockDiffusion, length: int) -> BlockCache:
     cache = BlockCache(BACKBONE["num_hidden_layers"], 1, length + 64, length + 64, torch.device("cpu"))
     input_ids, positions = questions(1, length), torch.arange(length)[None]
     blocks = torch.zeros_like(input_ids)
-    model(input_ids, block_ids=blocks, position_ids=positions, past_key_values=cache)
+    model.encode(input_ids, TokenLayout(blocks, torch.full_like(blocks, CLEAN), positions), cache)
     cache.commit(blocks, positions, length)
     return cache
 
 
 @torch.no_grad()
 def denoising_step(model: HierBD3LMForBlockDiffusion, cache: BlockCache, length: int) -> None:
-    empty = torch.zeros(1, 0, dtype=torch.long)
-    model(
-        empty,
-        block_ids=empty,
-        position_ids=empty,
-        noisy_input_ids=torch.full((1, 16), SPECIAL_IDS["mask"]),
-        noisy_block_ids=torch.ones(1, 16, dtype=torch.long),
-        noisy_position_ids=length + torch.arange(16)[None],
-        past_key_values=cache,
-        logits_to_keep=torch.arange(16)[None] == 0,
-    )
+    blocks = torch.ones(1, 16, dtype=torch.long)
+    layout = TokenLayout(blocks, torch.full_like(blocks, NOISY), length + torch.arange(16)[None])
+    model.project(model.encode(torch.full((1, 16), SPECIAL_IDS["mask"]), layout, cache)[:, 0])
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data import run_folder
-from ..generation_hierbd3lm import segment_limits
+from ..generation_hierbd3lm import order_of, segment_limits
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings, settings_of
 from .arguments import EvaluationArguments
@@ -45,7 +45,7 @@ def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str,
     """Evaluate a checkpoint, or resume the evaluation; returns the predictions and the summary."""
     model, tokenizer = load_model(args.model, args.device)
     settings = resolve_settings(model.generation_config, args.generation_settings())
-    segment_limits(model.config, settings)
+    segment_limits(model.config, order_of(model, settings), settings)
     check_samples(args.num_samples, settings)
     data_args, dataset = load_examples(args)
     if args.given_plan is not None:

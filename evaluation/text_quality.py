@@ -23,7 +23,7 @@ from ..data import run_folder
 from ..data.arguments import check_at_least
 from ..data.collator import collate_questions, empty_question
 from ..data.files import read_text_rows
-from ..generation_hierbd3lm import HierBD3LMGenerationOutput, segment_limits
+from ..generation_hierbd3lm import HierBD3LMGenerationOutput, order_of, segment_limits
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
 from .arguments import SampleArguments
@@ -209,7 +209,7 @@ def draw(args: SampleArguments) -> Path:
     """
     model, tokenizer = load_model(args.model, args.device)
     settings = resolve_settings(model.generation_config, (args.settings or {}) | {"seed": args.seed})
-    segment_limits(model.config, settings)
+    segment_limits(model.config, order_of(model, settings), settings)
     check_samples(args.num_samples, settings)
     folder = Path(args.output_dir)
     run = {name: getattr(args, name) for name in ("num_samples", "batch_size", "device")}

@@ -58,7 +58,7 @@ class SlowDenoiser:
         self.unsaid -= {self.config.end_token_id}
 
     def run(self, question, plan):
-        self.tokens, self.blocks = list(question), [0] * len(question)
+        self.tokens, self.blocks = list(question), self._question_blocks(question)
         stage, contents, finished, num_tokens = self.settings["stage"], {}, True, 0
         if plan is not None:
             self._append_given_plan(list(plan))
@@ -78,6 +78,10 @@ class SlowDenoiser:
             passes=self.passes,
             tokens_per_forward=num_tokens / len(self.passes),
         )
+
+    def _question_blocks(self, question):
+        is_causal = self.config.question_attention == "causal"
+        return [number - len(question) if is_causal else 0 for number in range(len(question))]
 
     def _append_given_plan(self, plan):
         segment = [self.config.plan_token_id, *plan, self.config.end_token_id]
@@ -151,9 +155,10 @@ class SlowDenoiser:
                 position_ids=torch.arange(len(tokens))[None],
                 use_cache=False,
             ).logits
-        logits = logits[0, -len(block) :].float()
+        first = len(self.tokens) - (self.config.prediction == "shifted")
+        logits = logits[0].float()
         logits[:, sorted(self.unsaid)] = -math.inf
-        return [logits[place] for place in places]
+        return [logits[first + place] for place in places]
 
     def _mask(self, blocks):
         """A token sees its own block and those before: there is one copy of each token here."""

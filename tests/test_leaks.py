@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from hierbd3lm.cache_hierbd3lm import BlockCache
+from hierbd3lm.masking_hierbd3lm import CLEAN, NOISY, TokenLayout
 
 from .tiny import FIRST_CONTENT_ID, make_batch, make_model
 from .tiny_backbones import make_backbone_config
@@ -348,15 +349,11 @@ def ranks(segment_ids):
 def denoising_logits(model, cache, x0, xt, layout, pending, canvas):
     """The call of a denoising step; `pending` and `canvas` are slices of columns."""
     with torch.no_grad():
-        return model(
-            input_ids=x0[:, pending],
-            block_ids=layout["block_ids"][:, pending],
-            position_ids=layout["position_ids"][:, pending],
-            noisy_input_ids=xt[:, canvas],
-            noisy_block_ids=layout["block_ids"][:, canvas],
-            noisy_position_ids=layout["position_ids"][:, canvas],
-            past_key_values=cache,
-        ).logits
+        blocks, positions = layout["block_ids"], layout["position_ids"]
+        clean = TokenLayout(blocks[:, pending], torch.full_like(blocks[:, pending], CLEAN), positions[:, pending])
+        noisy = TokenLayout(blocks[:, canvas], torch.full_like(blocks[:, canvas], NOISY), positions[:, canvas])
+        states = model.encode(torch.cat([x0[:, pending], xt[:, canvas]], dim=1), clean + noisy, cache)
+        return model.project(states[:, clean.length :])
 
 
 def logits_by_a_loop_over_blocks(backbone, x0, xt):

@@ -25,6 +25,7 @@ from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.evaluation.arguments import EvaluationArguments
 from hierbd3lm.evaluation.lm_eval.adapter import GENERATION_SETTINGS, HierBD3LMHarnessModel
 from hierbd3lm.evaluation.runner import evaluate
+from hierbd3lm.masking_hierbd3lm import TokenLayout
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .tiny import make_model
@@ -170,16 +171,12 @@ def test_answers_before_an_interruption_are_in_the_cache_of_the_harness(checkpoi
 
 def next_token_log_probabilities(model, prefix, prefix_blocks, block, block_rank):
     """Log probabilities at each position of a noisy block given all clean tokens before it: `(block, vocab)`."""
-    positions = torch.arange(len(prefix) + len(block))[None]
+    blocks = torch.tensor([[*prefix_blocks, *[block_rank] * len(block)]])
+    layout = TokenLayout(
+        blocks, (torch.arange(blocks.shape[1]) >= len(prefix)).long()[None], torch.arange(blocks.shape[1])[None]
+    )
     with torch.no_grad():
-        logits = model(
-            input_ids=torch.tensor([prefix]),
-            block_ids=torch.tensor([prefix_blocks]),
-            position_ids=positions[:, : len(prefix)],
-            noisy_input_ids=torch.tensor([block]),
-            noisy_block_ids=torch.full((1, len(block)), block_rank),
-            noisy_position_ids=positions[:, len(prefix) :],
-        ).logits[0]
+        logits = model.project(model.encode(torch.tensor([[*prefix, *block]]), layout))[0, len(prefix) :]
     logits[:, model.config.mask_token_id] = -math.inf
     return logits.double().log_softmax(dim=-1)
 

@@ -21,6 +21,7 @@ SAMPLERS = {
     "confidence": {"threshold": 0.35},
     "entropy": {"entropy_bound": 3.0},
 }
+PREDICTIONS = {"in_place": {}, "shifted": {"prediction": "shifted", "question_attention": "causal"}}
 DIFFUSION = [name for name in ALL if name not in ("hier", "ar", "block by block, with the mask")]
 
 
@@ -46,7 +47,8 @@ class SlowFlatDenoiser(SlowDenoiser):
             self.unsaid -= {config.execution_token_id}
         given = [PLAN] if plan is None else [PLAN, *plan, END, EXECUTION]
         size, limit = config.plan_block_size, config.plan_len + config.execution_len
-        self.tokens, self.blocks, self.run_tokens, self.start = list(question), [0] * len(question), [], len(question)
+        self.tokens, self.blocks = list(question), self._question_blocks(question)
+        self.run_tokens, self.start = [], len(question)
         while len(self.run_tokens) < limit and not self._ended(self.run_tokens):
             block = given[:size] + [MASK] * (size - len(given[:size]))
             given = given[size:]
@@ -92,7 +94,8 @@ class SlowPairedDenoiser(SlowDenoiser):
             self.given = [PLAN, *plan, END]
             self.given += [END] * (-len(self.given) % self.sizes["plan"])
         self.start, self.rank = len(question), 0
-        self.tokens, self.blocks, self.positions = list(question), [0] * len(question), list(range(len(question)))
+        self.tokens, self.blocks = list(question), self._question_blocks(question)
+        self.positions = list(range(len(question)))
         self.segments = {"plan": [], "execution": []}
         while any(not self._ended(segment) for segment in self.segments):
             self.open = [segment for segment in self.segments if not self._ended(segment)]
@@ -144,16 +147,18 @@ class SlowPairedDenoiser(SlowDenoiser):
     def _logits(self, canvas, places):
         tokens, blocks = self.tokens + canvas, self.blocks + self.canvas_blocks
         self.passes.append(tokens)
+        positions = self.positions + self.canvas_positions
         with torch.no_grad():
             logits = self.model.backbone(
                 input_ids=torch.tensor([tokens]),
                 attention_mask=self._mask(blocks),
-                position_ids=torch.tensor([self.positions + self.canvas_positions]),
+                position_ids=torch.tensor([positions]),
                 use_cache=False,
-            ).logits[0, -len(canvas) :]
-        logits = logits.float()
+            ).logits
+        logits = logits[0].float()
         logits[:, sorted(self.unsaid)] = -torch.inf
-        return [logits[place] for place in places]
+        shift = self.config.prediction == "shifted"
+        return [logits[positions.index(self.canvas_positions[place] - shift)] for place in places]
 
 
 def cut(segment):
@@ -174,9 +179,8 @@ def right_pad(rows):
     return torch.tensor([row + [PAD] * (width - len(row)) for row in rows], dtype=torch.long)
 
 
-def check_against_reference(name, question, plan, **settings):
+def check_against_reference(model, question, plan, **settings):
     """Returns the run, for claims about what the cases cover."""
-    model = speaker(name)
     plan_ids = None if plan is None else torch.tensor([plan], dtype=torch.long)
     output = model.generate(torch.tensor([question], dtype=torch.long), plan_ids=plan_ids, **settings)
     if model.config.is_flat:
@@ -216,13 +220,15 @@ def check_against_sequential_reference(model, output, question, plan, settings):
 
 @pytest.mark.parametrize("name", DIFFUSION)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_generation_equals_recomputing_everything(name, sampler):
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_generation_equals_recomputing_everything(name, sampler, prediction):
     runs = []
     cases = itertools.product([0.0, 1.0], [True, False], zip(QUESTIONS, PLANS, strict=True), ["full", "execution"])
     for seed, (temperature, fill, (question, plan), stage) in enumerate(cases):
         settings = {"sampler": sampler, "temperature": temperature, "fill_after_end": fill, "seed": seed}
         plan = plan if stage == "execution" else None
-        runs.append(check_against_reference(name, question, plan, stage=stage, **settings, **SAMPLERS[sampler]))
+        settings |= {"stage": stage} | SAMPLERS[sampler]
+        runs.append(check_against_reference(speaker(name, **PREDICTIONS[prediction]), question, plan, **settings))
     assert any(finished for _, finished, _ in runs)
     assert len({tuple(run) for run, _, _ in runs}) >= 8
 
@@ -231,14 +237,17 @@ def test_generation_equals_recomputing_everything(name, sampler):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_flat_plan_alone_ends_at_its_first_end(name, temperature):
     for seed, question in enumerate(QUESTIONS):
-        run, _, _ = check_against_reference(name, question, None, stage="plan", temperature=temperature, seed=seed)
+        settings = {"stage": "plan", "temperature": temperature, "seed": seed}
+        run, _, _ = check_against_reference(speaker(name), question, None, **settings)
         assert EXECUTION not in run
 
 
 @pytest.mark.parametrize("name", [*DIFFUSION, "ar"])
 @pytest.mark.parametrize("stage", ["full", "execution"])
-def test_a_row_is_generated_the_same_in_a_batch_and_alone(name, stage):
-    model, plans = speaker(name), PLANS if stage == "execution" else None
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_row_is_generated_the_same_in_a_batch_and_alone(name, stage, prediction):
+    model = speaker(name) if name == "ar" else speaker(name, **PREDICTIONS[prediction])
+    plans = PLANS if stage == "execution" else None
     given = {} if plans is None else {"plan_ids": right_pad(plans)}
     together = model.generate(left_pad(QUESTIONS), stage=stage, **given)
     for row, question in enumerate(QUESTIONS):
@@ -251,7 +260,8 @@ def test_a_row_is_generated_the_same_in_a_batch_and_alone(name, stage):
 
 
 def test_runs_cover_blocks_with_both_segments_and_without_an_execution():
-    runs = [check_against_reference("bd3lm", q, None, temperature=5.0, seed=s)[0] for q in QUESTIONS for s in range(8)]
+    cases = itertools.product(QUESTIONS, range(8))
+    runs = [check_against_reference(speaker("bd3lm"), q, None, temperature=5.0, seed=s)[0] for q, s in cases]
     assert any(EXECUTION in run and run.index(EXECUTION) % 4 for run in runs)
     assert any(EXECUTION not in run for run in runs)
 
@@ -259,7 +269,9 @@ def test_runs_cover_blocks_with_both_segments_and_without_an_execution():
 def test_segments_of_a_pair_end_at_different_blocks():
     counts = set()
     for seed, question in itertools.product(range(6), QUESTIONS):
-        _, _, slow = check_against_reference("block by block, without", question, None, temperature=3.0, seed=seed)
+        _, _, slow = check_against_reference(
+            speaker("block by block, without"), question, None, temperature=3.0, seed=seed
+        )
         counts.add(tuple(len(segment) // 4 for segment in slow.segments.values()))
     assert any(plan < execution for plan, execution in counts)
     assert any(plan > execution for plan, execution in counts)

@@ -97,11 +97,13 @@ class BlockDiffusion:
         masked, x0 = masked.flatten(0, -2), batch["input_ids"].repeat_interleave(copies, dim=0)
         layout = {name: ids.repeat_interleave(copies, dim=0) for name, ids in layout.items()}
         xt = x0.masked_fill(masked, self.config.mask_token_id)
+        if self.order.is_shifted:
+            masked, x0 = before(masked), before(x0)
         return model(input_ids=xt, logits_to_keep=masked, target_ids=x0, **layout).nll
 
 
 class Autoregression:
-    """Exact negative log-likelihood by next-token prediction, for `ar`."""
+    """Exact negative log-likelihood by next-token prediction, for orders in which each token sees all before it."""
 
     has_noise = False
 
@@ -114,13 +116,18 @@ class Autoregression:
             input_ids=x0,
             attention_mask=(batch["segment_ids"] != PADDING).long(),
             position_ids=batch["position_ids"],
-            logits_to_keep=F.pad(predicted[:, 1:], (0, 1)),  # a token is predicted at the position before it
-            target_ids=F.pad(x0[:, 1:], (0, 1)),
+            logits_to_keep=before(predicted),
+            target_ids=before(x0),
         ).nll
         return nll.new_zeros(x0.shape).masked_scatter(predicted, nll)
 
     def exact(self, model: Any, batch: Batch) -> torch.Tensor:
         return self.token_nelbo(model, batch).double()
+
+
+def before(columns: torch.Tensor) -> torch.Tensor:
+    """Move every column of `(batch, length)` to the place before it, where its token is predicted."""
+    return F.pad(columns[:, 1:], (0, 1))
 
 
 Objective = BlockDiffusion | Autoregression

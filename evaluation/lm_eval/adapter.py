@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ...data.collator import check_content, encode_example
 from ...diffusion_hierbd3lm import MAX_EXACT_BLOCK_SIZE, draw_mask, exact_nelbo
-from ...generation_hierbd3lm import lay_out_plan, segment_limits
+from ...generation_hierbd3lm import lay_out_plan, order_of, segment_limits
 from ...masking_hierbd3lm import EXECUTION, PLAN, QUESTION
 from ...settings_hierbd3lm import SETTINGS, HierBD3LMGenerationConfig, resolve_settings
 from ..arguments import default_device
@@ -123,7 +123,7 @@ class HierBD3LMHarnessModel(LM):
             )
         greedy = {"stage": "full", "temperature": 0.0, "top_p": 1.0}
         self.settings = resolve_settings(self.model.generation_config, settings | greedy)
-        segment_limits(self.config, self.settings)
+        segment_limits(self.config, order_of(self.model, self.settings), self.settings)
         self.num_too_long_questions = 0
 
     def get_model_info(self) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class HierBD3LMHarnessModel(LM):
     def _read_keywords(self, gen_kwargs: dict[str, Any]) -> tuple[HierBD3LMGenerationConfig, list[str]]:
         """Read settings and stop strings from `gen_kwargs`, as the harness's other models do."""
         block_size = self.config.execution_block_size
-        most = segment_limits(self.config, self.settings)[1]
+        most = segment_limits(self.config, order_of(self.model, self.settings), self.settings)[EXECUTION]
         keywords = normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=most)
         for name in keywords:
             _check_choice("gen_kwargs", name, GENERATION_KWARGS)
