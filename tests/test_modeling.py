@@ -216,9 +216,8 @@ def test_no_cache_is_built_without_being_asked_for():
     model = model_with("qwen3")
     model.backbone.config.use_cache = True
     batch, _ = noisy_batch(model.config)
-    model(**batch)
     seen = []
-    model.backbone.register_forward_hook(lambda module, args, output: seen.append(output.past_key_values))
+    model.backbone.base_model.register_forward_hook(lambda module, args, output: seen.append(output.past_key_values))
     model(**batch)
     assert seen == [None]
 
