@@ -479,7 +479,7 @@ def test_ar_takes_no_noise_and_needs_no_layout():
         assert_close(logits[1], model(ids[1:]).logits[0])
         segments = torch.where(mask == 1, 0, -1)
         assert_close(model(ids, segment_ids=segments).logits, logits)
-    with pytest.raises(ValueError, match="`noisy_input_ids` must be None for an autoregressive model"):
+    with pytest.raises(ValueError, match="`noisy_input_ids` must be None for a model without noise"):
         model(ids, noisy_input_ids=ids)
 
 

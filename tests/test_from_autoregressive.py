@@ -220,22 +220,18 @@ def test_rounding_is_no_reason_to_refuse_a_backbone(kind, initializer_range, dty
 def test_a_backbone_that_ignores_what_it_is_told_is_refused(broken, dtype):
     """An architecture of the future: its signature is right, its attention is not."""
     backbone = autoregressive().to(dtype)
-    forward = backbone.forward
+    forward = backbone.base_model.forward
 
-    def deaf(input_ids, attention_mask, position_ids, past_key_values=None, logits_to_keep=0, **kwargs):
+    def deaf(input_ids, attention_mask=None, position_ids=None, **kwargs):
+        if attention_mask is None:
+            return forward(input_ids, **kwargs)
         if broken == "mask":
             attention_mask = torch.ones_like(attention_mask)
         else:
             position_ids = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
-        return forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        return forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 
-    backbone.forward = deaf
+    backbone.base_model.forward = deaf
     reason = {"mask": "does not obey the mask", "positions": "does not obey position_ids"}[broken]
     with pytest.raises(ValueError, match=reason):
         convert(backbone)
