@@ -227,7 +227,6 @@ def test_every_token_is_encoded_once_and_never_in_a_pass_of_its_own(sampler):
             output = generate_one(model, QUESTION, sampler=sampler, **SAMPLERS[sampler])
         assert len(passes) == int(output.num_forward_passes)
         assert all((one["noisy_input_ids"] == MASK).any() for one in passes)
-        assert all((one["noisy_input_ids"][one["logits_to_keep"]] == MASK).all() for one in passes)
         encoded = [one["input_ids"][one["block_ids"] >= 0] for one in passes]
         last_block = model.config.execution_block_size
         assert torch.cat(encoded).tolist() == output.sequences[0, :-last_block].tolist()

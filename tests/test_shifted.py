@@ -27,7 +27,10 @@ EXAMPLES = [
 
 @functools.cache
 def speaker(backbone="qwen3", **overrides):
-    """A random model in float64 (Gemma 2's eager attention takes its softmax in float32) that predicts `<|end|>` now and then; shared: no test may change it."""
+    """A random model that predicts `<|end|>` now and then; shared: no test may change it.
+
+    In float64, but for Gemma 2, whose eager attention takes its softmax in float32.
+    """
     torch.manual_seed(0)
     config = make_backbone_config(backbone, tie_word_embeddings=False)
     attention = {"attn_implementation": "eager" if backbone == "gemma2" else "sdpa"}

@@ -2,10 +2,13 @@
 
 import functools
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
 from transformers import Gemma3TextConfig, GPT2Config, Qwen3Config
+
+from hierbd3lm.masking_hierbd3lm import CLEAN
 
 from .reference_generation import denoise
 from .tiny import make_model
@@ -110,12 +113,15 @@ def assert_same_as_reference(model, question, plan=None, **settings):
 
 @contextmanager
 def recorded_passes(model):
-    """The arguments of every forward pass of the model, cloned, with the cache that it was given."""
-    passes = []
+    """What every pass of the model was given: tokens, block and position ids of the clean and the noisy stream."""
+    passes, encode = [], model.encode
 
-    def record(module, args, kwargs):
-        passes.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()})
+    def record(tokens, layout, *args):
+        num_clean = int((layout.stream_ids[0] == CLEAN).sum())
+        columns = {"input_ids": tokens, "block_ids": layout.block_ids, "position_ids": layout.position_ids}
+        clean = {name: ids[:, :num_clean].clone() for name, ids in columns.items()}
+        passes.append(clean | {f"noisy_{name}": ids[:, num_clean:].clone() for name, ids in columns.items()})
+        return encode(tokens, layout, *args)
 
-    handle = model.register_forward_pre_hook(record, with_kwargs=True)
-    yield passes
-    handle.remove()
+    with mock.patch.object(model, "encode", record):
+        yield passes
