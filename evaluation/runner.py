@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data import run_folder
+from ..data.decoding import count_lost_answers, decode
 from ..generation_hierbd3lm import order_of, segment_limits
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings, settings_of
@@ -52,8 +53,10 @@ def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str,
         dataset = with_given_plans(dataset, args.given_plan, args.num_samples)
     described = describe_run(args, data_args, dataset, model) | {"num_samples": args.num_samples}
     start_run(args.output_dir, described | settings_of(settings), args.overwrite)
+    num_lost = count_lost_answers(dataset["execution"], tokenizer)
     predictions = predict(model, tokenizer, dataset, settings, args.output_dir, args.batch_size, args.num_samples)
     summary = summarize(predictions) | {
+        "num_lost_references": num_lost,
         "model": args.model,
         "dataset": data_args.dataset,
         "split": args.split,
@@ -178,11 +181,6 @@ def generate_batch(
     )
     plans, executions = ([[token for token in row if token != pad] for row in rows] for rows in (plans, executions))
     return [Written(*row) for row in zip(plans, executions, *others, strict=True)]
-
-
-def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Decode a segment. Special tokens of the backbone are kept: an answer may have to be cut at one of them."""
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def _key(prediction: dict[str, Any]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from operator import itemgetter
 from typing import Any
 
 from ..data.gsm8k.answers import (
+    answer_is_cut,
     count_votes,
     cut_at_stops,
     is_parsable,
@@ -84,6 +85,7 @@ def summarize(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         - each of `RATES` as a fraction, with its 95 % interval `..._interval`. A rate is the mean over examples of the
           mean over their samples (with several samples the interval is conservative). `plan_match` averages over the
           `num_reference_plans` examples with a reference plan, and is omitted if there are none.
+        - `num_cut_answers`: answers whose `####` comes after a stop string, and is not read.
         - for several samples, the metrics of [`summarize_samples`].
         - `num_forward_passes`, `num_tokens`, `seconds` (totals), `num_forward_passes_mean` (NFE per answer),
           `tokens_per_forward`, `tokens_per_second` (ratios of totals); None if nothing was answered.
@@ -94,6 +96,7 @@ def summarize(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "num_samples": len(examples[0]),
         "num_too_long": _count_too_long(examples, "question"),
         "num_plan_too_long": _count_too_long(examples, "plan"),
+        "num_cut_answers": sum(answer_is_cut(prediction["execution"]) for prediction in predictions),
     }
     for name in RATES:
         values = [[sample[name] for sample in samples] for samples in examples if samples[0][name] is not None]
@@ -177,7 +180,8 @@ def format_summary(summary: dict[str, Any]) -> str:
             lines.append((name.replace("_", " "), value))
     counts = {"examples": "n", "samples / example": "num_samples"} if num_samples > 1 else {"examples": "n"}
     counts |= {"too long question": "num_too_long", "too long plan": "num_plan_too_long"}
-    lines += [(label, f"{summary[name]:6,}") for label, name in counts.items()]
+    counts |= {"answer after stop string": "num_cut_answers", "reference answer lost": "num_lost_references"}
+    lines += [(label, f"{summary[name]:6,}") for label, name in counts.items() if name in summary]
     speeds = {"forward passes / answer": "num_forward_passes_mean"}
     speeds |= {f"tokens / {unit}": f"tokens_per_{unit}" for unit in ("forward", "second")}
     lines += [(label, f"{summary[name]:9,.2f}") for label, name in speeds.items() if summary[name] is not None]

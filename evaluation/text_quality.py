@@ -22,13 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ..data import run_folder
 from ..data.arguments import check_at_least
 from ..data.collator import collate_questions, empty_question
+from ..data.decoding import decode
 from ..data.files import read_text_rows
 from ..generation_hierbd3lm import HierBD3LMGenerationOutput, order_of, segment_limits
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
 from .arguments import SampleArguments
 from .checkpoints import checksum_of_weights, load_model
-from .runner import check_samples, decode
+from .runner import check_samples
 
 SAMPLES_FILE, SETTINGS_FILE, METRICS_SUFFIX = "samples.jsonl", "settings.json", ".metrics.json"
 NGRAM_SIZES = (1, 2, 3)

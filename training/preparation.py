@@ -26,6 +26,7 @@ from ..configuration_hierbd3lm import (
 )
 from ..data.arguments import SYNTHETIC, DataArguments
 from ..data.collator import SEGMENTS
+from ..data.decoding import count_lost_answers
 from ..data.splits import encode_split, load_counted_split, training_splits
 from ..data.synthetic.config import SyntheticConfig
 from ..data.synthetic.wording import vocabulary_texts
@@ -37,6 +38,7 @@ from .settings import ModelArguments
 
 logger = logging.get_logger(__name__)
 
+NUM_CHECKED_ANSWERS = 200  # of each split, for answers that the tokenizer loses
 # of each split, with the counts of what loading dropped
 Examples = dict[str, tuple[Dataset | IterableDataset, dict[str, int]]]
 
@@ -130,6 +132,8 @@ def make_datasets(
     for split, (dataset, counts) in examples.items():
         with args.main_process_first(desc=f"{split} examples"):
             datasets[split], report = encode_split(dataset, data_args, tokenizer, config)
+            if "execution" in (dataset.column_names or ()):
+                report["num_lost_answers"] = count_lost_answers(dataset[:NUM_CHECKED_ANSWERS]["execution"], tokenizer)
             reports[split] = counts | report
     if args.process_index == 0:
         os.makedirs(args.output_dir, exist_ok=True)

@@ -31,6 +31,11 @@ def cut_at_stops(text: str) -> str:
     return STOPS.split(text, maxsplit=1)[0]
 
 
+def answer_is_cut(text: str) -> bool:
+    """Return whether a stop string cuts off the only answers of a text."""
+    return extract_strict(text) != INVALID == extract_strict(cut_at_stops(text))
+
+
 def extract_strict(text: str) -> str:
     """Return the first answer after `#### `, or `[invalid]`."""
     match = STRICT.search(text)
@@ -51,8 +56,8 @@ def normalize(text: str) -> str:
 
 
 def parse_number(text: str) -> Decimal | None:
-    """Return the value of an answer, or None if it is not a plain decimal number."""
-    normalized = normalize(text)
+    """Return the value of an answer, or None if it is not a plain decimal number; trailing periods are ignored."""
+    normalized = normalize(text).rstrip(".")
     return Decimal(normalized) if DECIMAL.fullmatch(normalized) else None
 
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ...data.collator import check_content, encode_example
+from ...data.decoding import decode
 from ...diffusion_hierbd3lm import MAX_EXACT_BLOCK_SIZE, draw_mask, exact_nelbo
 from ...generation_hierbd3lm import lay_out_plan, order_of, segment_limits
 from ...masking_hierbd3lm import EXECUTION, PLAN, QUESTION
@@ -25,7 +26,7 @@ from ..arguments import default_device
 from ..checkpoints import load_model
 from ..likelihood import with_predicted_tokens
 from ..prompts import Prompt, encode_prompt, make_batches
-from ..runner import Written, decode, generate_batch
+from ..runner import Written, generate_batch
 
 logger = logging.get_logger(__name__)
 
