@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import HfArgumentParser
 
 from hierbd3lm.data.arguments import DataArguments
-from hierbd3lm.training.recipes import find_recipe, recipe_names
+from hierbd3lm.training.recipes import find_recipe, recipe_names, split_nulls
 from hierbd3lm.training.settings import ModelArguments, ObjectiveArguments
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def parse_arguments(
 ) -> tuple[ModelArguments, DataArguments, "TrainScriptArguments"]:
     """Reads `[recipe] [--setting value ...]`; a setting on the command line wins over the recipe.
 
-    A recipe is a YAML file, or the name of one of the package's own (see [`find_recipe`]).
+    A recipe is a YAML file, or the name of one of the package's own (see [`find_recipe`]). `--setting null` unsets a
+    setting of the recipe.
     """
     argv = list(argv)
     if {"-h", "--help"} & set(argv):
@@ -36,7 +37,14 @@ def parse_arguments(
 
     from hierbd3lm.training.arguments import TrainScriptArguments
 
-    parser = TrlParser((ModelArguments, DataArguments, TrainScriptArguments), prog=prog, usage=USAGE)
+    class Parser(TrlParser):
+        def set_defaults_with_config(self, **config: Any) -> list[str]:
+            return super().set_defaults_with_config(**config | unset)
+
+    types = (ModelArguments, DataArguments, TrainScriptArguments)
+    argv, unset = split_nulls(argv, types)
+    parser = Parser(types, prog=prog, usage=USAGE)
+    parser.set_defaults(**unset)
     if "--help_all" in argv:
         parser.print_help()
         raise SystemExit(0)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from .files import READERS, PlacedRow, as_text, check_texts, file_kind, infer_fe
 from .formats import Parser, parser_for
 from .gsm8k.problems import load_gsm8k, load_gsm8k_rows
 from .text.detokenization import detokenize
+from .tokenization import count_unknown
 
 logger = logging.get_logger(__name__)
 
@@ -37,7 +39,8 @@ SAVED_FILES = ("dataset_info.json", "dataset_dict.json")  # `save_to_disk` write
 UNFIT = ("drop", "raise")  # what may be done with an example that cannot be used
 ENCODED_FEATURES = {
     **{key: List(Value("int64")) for key in ID_KEYS},
-    **{"length": Value("int64"), "over_long": List(Value("string")), "has_special_token": Value("bool")},
+    **{"length": Value("int64"), "num_unknown": Value("int64")},
+    **{"over_long": List(Value("string")), "has_special_token": Value("bool")},
 }
 
 
@@ -161,7 +164,8 @@ def prepare_dataset(
     Returns:
         the dataset with `question_ids`, `plan_ids`, `execution_ids` (content only) and `length` (tokens of the
         laid-out example), and a report: `num_examples`, `num_kept`, `num_dropped`, `dropped_by_segment` (an example
-        with two over-long segments counts in both), `num_with_special_tokens` (these are not counted by segment).
+        with two over-long segments counts in both), `num_with_special_tokens` (these are not counted by segment),
+        `num_unknown_tokens` (tokens of kept examples for text that is not in the vocabulary).
 
     Raises:
         ValueError: for an unknown `over_long` or `special_tokens`, an empty dataset, an example that is to raise, and
@@ -194,12 +198,18 @@ def prepare_dataset(
         "dropped_by_segment": {segment: sum(segment in row for row in too_long) for segment in SEGMENTS},
         "num_with_special_tokens": sum(special),
     }
+    prepared = prepared.select(kept)
+    report["num_unknown_tokens"] = sum(prepared["num_unknown"][:])
+    if report["num_unknown_tokens"]:
+        logger.warning(
+            f"The tokenizer has no token for some of the text: {report['num_unknown_tokens']} unknown tokens"
+        )
     log = logger.warning if report["num_dropped"] else logger.info
     log(
         f"Kept {report['num_kept']} of {report['num_examples']} examples; over-long: {report['dropped_by_segment']}; "
         f"with special tokens: {report['num_with_special_tokens']}"
     )
-    return prepared.select(kept).remove_columns(["over_long", "has_special_token"]), report
+    return prepared.remove_columns(["over_long", "has_special_token", "num_unknown"]), report
 
 
 def _parse(dataset: Dataset, parse_example: Parser, source: str) -> Dataset:
@@ -296,6 +306,7 @@ def _encode_row(
             check(ids, config)
     except ValueError as error:
         raise ValueError(f"row {row}: {error}") from error
-    special = has_special_token(ids, config)
+    special, num_unknown = has_special_token(ids, config), count_unknown(chain(*ids.values()), tokenizer)
     over_long = [] if special else over_long_segments(ids, config)
-    return ids | {"length": example_length(ids, config), "over_long": over_long, "has_special_token": special}
+    counts = {"length": example_length(ids, config), "num_unknown": num_unknown}
+    return ids | counts | {"over_long": over_long, "has_special_token": special}

@@ -9,7 +9,7 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer, WordLevelTrainer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..configuration_hierbd3lm import SPECIAL_TOKENS
 from .arguments import check_at_least
@@ -49,6 +49,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> PreT
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def count_unknown(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Count the tokens that stand for text which is not in the vocabulary.
+
+    A tokenizer has none if its unknown token has another use as well, such as the end-of-text token of GPT-2.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        return 0
+    return sum(token == unknown for token in token_ids)
 
 
 def _train_words(texts: Iterable[str]) -> Tokenizer:

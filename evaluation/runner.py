@@ -125,7 +125,7 @@ def predict(
                 predictions |= {_key(answer): answer for answer in answers}
                 log.append(*answers)
             progress.update(len(batch))
-        unanswered = [score(problem, "", "") for problem in problems if problem.too_long]
+        unanswered = [score(problem, "", "") for problem in problems if not problem.is_answered]
         progress.update(len(unanswered))
     predictions |= {_key(prediction): prediction for prediction in unanswered}
     ordered = [predictions[problem.key] for problem in problems]

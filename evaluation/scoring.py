@@ -58,6 +58,7 @@ def score(
         "unparsable": not is_parsable(answer),
         "plan_match": same_text(plan, problem.reference_plan) if compares_plans else None,
         "too_long": problem.too_long,
+        "has_special_token": problem.has_special_token,
         "finished": finished,
         "num_forward_passes": num_forward_passes,
         "num_tokens": num_tokens,
@@ -81,7 +82,8 @@ def summarize(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         - `n`: number of examples; `num_samples`: answers per example; `num_too_long` and `num_plan_too_long`: examples
-          with an over-long question or given plan, which are not answered but count in `n`.
+          with an over-long question or given plan, and `num_with_special_tokens`: examples with a special token in
+          one of these texts, all of which are not answered but count in `n`.
         - each of `RATES` as a fraction, with its 95 % interval `..._interval`. A rate is the mean over examples of the
           mean over their samples (with several samples the interval is conservative). `plan_match` averages over the
           `num_reference_plans` examples with a reference plan, and is omitted if there are none.
@@ -97,6 +99,7 @@ def summarize(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "num_too_long": _count_too_long(examples, "question"),
         "num_plan_too_long": _count_too_long(examples, "plan"),
         "num_cut_answers": sum(answer_is_cut(prediction["execution"]) for prediction in predictions),
+        "num_with_special_tokens": sum(any(s["has_special_token"] for s in samples) for samples in examples),
     }
     for name in RATES:
         values = [[sample[name] for sample in samples] for samples in examples if samples[0][name] is not None]
@@ -110,7 +113,9 @@ def summarize(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         name: sum(prediction[name] for prediction in predictions)
         for name in ("num_forward_passes", "num_tokens", "seconds")
     }
-    num_answered = sum(not prediction["too_long"] for prediction in predictions)
+    num_answered = sum(
+        not prediction["too_long"] and not prediction["has_special_token"] for prediction in predictions
+    )
     return (
         summary
         | totals
@@ -181,6 +186,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     counts = {"examples": "n", "samples / example": "num_samples"} if num_samples > 1 else {"examples": "n"}
     counts |= {"too long question": "num_too_long", "too long plan": "num_plan_too_long"}
     counts |= {"answer after stop string": "num_cut_answers", "reference answer lost": "num_lost_references"}
+    counts |= {"special token in text": "num_with_special_tokens"}
     lines += [(label, f"{summary[name]:6,}") for label, name in counts.items() if name in summary]
     speeds = {"forward passes / answer": "num_forward_passes_mean"}
     speeds |= {f"tokens / {unit}": f"tokens_per_{unit}" for unit in ("forward", "second")}

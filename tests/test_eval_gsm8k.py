@@ -243,14 +243,19 @@ def test_nothing_but_too_long_questions_still_gives_a_report(args, rows, dataset
     assert summary["tokens_per_forward"] is summary["num_forward_passes_mean"] is None
 
 
-def test_special_token_in_a_question_raises(args, rows, dataset_of):
-    rows[2]["question"] = "<|mask|>"
-    with pytest.raises(ValueError, match="row 2: `question_ids` must not contain special tokens"):
-        evaluate(args(dataset=dataset_of(rows)))
+@pytest.mark.parametrize("given_plan", [None, "reference"])
+def test_problems_with_special_tokens_are_not_answered_and_counted(args, rows, dataset_of, given_plan):
+    rows[2]["question"], rows[4]["plan"] = "<|mask|>", "a <|end|>"
+    predictions, summary = evaluate(args(dataset=dataset_of(rows), given_plan=given_plan))
+    left_out = [2] if given_plan is None else [2, 4]
+    assert [line["index"] for line in predictions if line["has_special_token"]] == left_out
+    assert [line["index"] for line in predictions if line["num_forward_passes"] == 0] == left_out
+    assert (summary["n"], summary["num_with_special_tokens"]) == (len(rows), len(left_out))
+    assert f"special token in text     {len(left_out):6}" in format_summary(summary)
 
 
 def test_reference_without_an_answer_raises(args, rows, dataset_of):
-    rows[2]["execution"] = "5"
+    rows[2] |= {"execution": "5", "answer": None}
     with pytest.raises(ValueError, match="row 2: `text` must end with '#### '"):
         evaluate(args(dataset=dataset_of(rows)))
 

@@ -143,6 +143,15 @@ def test_too_long_questions_get_an_empty_answer_and_are_counted(checkpoint):
     assert lm.get_model_info()["num_too_long_questions"] == 2
 
 
+def test_questions_with_special_tokens_get_an_empty_answer_and_are_counted(checkpoint):
+    lm = HierBD3LMHarnessModel(checkpoint, device="cpu")
+    arguments = [(question, GREEDY) for question in ("<|plan|>", QUESTIONS[0], "1" * 13 + "<|end|>")]
+    answers = lm.generate_until(requests_of("generate_until", *arguments))
+    assert answers == ["", written_by(lm, QUESTIONS[0]), ""]
+    info = lm.get_model_info()
+    assert (info["num_questions_with_special_tokens"], info["num_too_long_questions"]) == (2, 0)
+
+
 def test_answers_before_an_interruption_are_in_the_cache_of_the_harness(checkpoint, tmp_path, monkeypatch):
     requests = requests_of("generate_until", *((question, GREEDY) for question in QUESTIONS))
     expected = HierBD3LMHarnessModel(checkpoint, device="cpu").generate_until(requests)

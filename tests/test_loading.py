@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict
 from hierbd3lm.data import loading
 from hierbd3lm.data.collator import HierarchicalDataCollator, encode_example
 from hierbd3lm.data.loading import load_reasoning_dataset, prepare_dataset
+from hierbd3lm.data.tokenization import train_tokenizer
 
 from .tiny_tokenizer import make_config_for, make_tokenizer
 
@@ -193,6 +194,7 @@ def test_prepared_columns_are_the_encoded_texts(tokenizer, config):
         "num_dropped": 0,
         "dropped_by_segment": nothing,
         "num_with_special_tokens": 0,
+        "num_unknown_tokens": 0,
     }
 
 
@@ -227,6 +229,7 @@ def test_over_long_examples_are_dropped_and_counted(tokenizer, config):
         "num_dropped": 5,
         "dropped_by_segment": {"question": 2, "plan": 2, "execution": 2},
         "num_with_special_tokens": 0,
+        "num_unknown_tokens": 0,
     }
 
 
@@ -289,6 +292,17 @@ def test_texts_alone_are_split_when_asked_for(tokenizer, config):
         "cd",
         "efgh",
     ]
+
+
+def test_unknown_words_of_kept_examples_are_counted(monkeypatch):
+    messages = []
+    monkeypatch.setattr(loading.logger, "warning", messages.append)
+    tokenizer = train_tokenizer(text for row in ROWS for text in row.values())
+    rows = [ROWS[0] | {"question": "2 + 3? zebra zebra", "plan": " Subtract. gnu"}, ROWS[1]]
+    rows.append({"question": "zebra", "plan": "1" * 23, "execution": "5"})  # too long
+    _, report = prepare_dataset(Dataset.from_list(rows), tokenizer, make_config_for(tokenizer))
+    assert report["num_unknown_tokens"] == 4 and report["num_dropped"] == 1
+    assert "4 unknown tokens" in messages[0]
 
 
 def test_dropped_examples_are_warned_of(tokenizer, config, monkeypatch):

@@ -13,9 +13,10 @@ from itertools import combinations
 
 import pytest
 
-from hierbd3lm.data.synthetic import wording
+from hierbd3lm.data.synthetic import problems, wording
 from hierbd3lm.data.synthetic.config import SPLITS, SyntheticConfig, min_depth, shapes
 from hierbd3lm.data.synthetic.problems import generate_dataset, generate_problem, generate_problems
+from hierbd3lm.data.synthetic.quantities import draw_problem
 from hierbd3lm.data.synthetic.vocabulary import PHRASINGS
 from hierbd3lm.data.synthetic.wording import vocabulary_texts
 
@@ -429,6 +430,24 @@ def test_few_problems_come_back_in_other_words_and_then_there_are_no_more(monkey
     assert len({row["question"] for row in rows}) == len(rows) > len(set(skeletons))
     first_repeat = next(i for i, skeleton in enumerate(skeletons) if skeleton in skeletons[:i])
     assert set(skeletons[:first_repeat]) == set(skeletons), "each problem is told once before any is told again"
+
+
+def test_drawing_many_problems_takes_no_more_draws_for_each(monkeypatch):
+    config = SyntheticConfig(max_depth=2, num_distractors=(0, 0), max_value=12, num_names=8, num_things=2)
+    num_draws = 0
+
+    def counting(*arguments):
+        nonlocal num_draws
+        num_draws += 1
+        return draw_problem(*arguments)
+
+    monkeypatch.setattr(problems, "draw_problem", counting)
+    draws, skeletons = [], []
+    for row in generate_problems("test", 2000, config):
+        draws.append(num_draws)
+        skeletons.append(row["skeleton"])
+    assert len({*skeletons}) < 1500  # some shapes have no more than their words left
+    assert draws[-1] - draws[999] < 1.5 * 10 * 1000  # a tenth of all problems is in the split
 
 
 def test_lists_from_a_yaml_file_are_taken_as_pairs():

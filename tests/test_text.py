@@ -80,6 +80,7 @@ def test_a_report_counts_what_there_is(tokenizer, config, wrap):
         "num_bytes": sum(sizes),
         "num_tokens": sum(sizes) + 5,
         "num_rows": len(rows),
+        "num_unknown_tokens": 0,
         "num_short_rows": 1 if wrap else 5,
         "num_long_documents": 2,
     }

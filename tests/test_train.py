@@ -63,6 +63,23 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     assert data_args.synthetic == {"max_value": 30}
 
 
+@pytest.mark.parametrize("words", [["--dataset_name", "null"], ["--dataset-name=null"]])
+def test_null_unsets_a_setting_of_the_recipe(words, tmp_path):
+    config = write_config(tmp_path, dataset_name="socratic", plan_clip=[0.3, 0.8], hierarchical_mask=False)
+    assert train.parse_arguments([config])[1].dataset_name == "socratic"
+    others = ["--plan_clip", "null", "--hierarchical_mask", "null", "--num_train_examples", "null"]
+    model_args, data_args, _ = train.parse_arguments([config, *words, *others])
+    assert data_args.dataset_name is data_args.num_train_examples is None
+    assert model_args.plan_clip is model_args.hierarchical_mask is None
+    assert model_args.backbone == TINY["backbone"]
+    assert train.parse_arguments([config, "--dataset_test_split", "null"])[1].dataset_test_split is None
+
+
+def test_setting_that_cannot_be_null_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`dataset` must have a value .*, but got 'null'"):
+        train.parse_arguments([write_config(tmp_path), "--dataset", "null"])
+
+
 def test_a_misspelt_setting_is_refused(tmp_path):
     with pytest.raises(ValueError, match="max_stepz"):
         train.parse_arguments([write_config(tmp_path, max_stepz=3)])

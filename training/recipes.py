@@ -1,7 +1,10 @@
 """The recipes of the package: YAML files in `configs/`, with what differs from the defaults."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
+NULL = "null"  # as in YAML
 FOLDER = Path(__file__).parents[1] / "configs"
 
 
@@ -23,3 +26,35 @@ def find_recipe(name: str) -> Path:
     if stem not in names:
         raise ValueError(f"`config` must be a file or one of the recipes {', '.join(names)}, but got {name!r}")
     return FOLDER / f"{stem}.yaml"
+
+
+def split_nulls(argv: Sequence[str], types: Sequence[type]) -> tuple[list[str], dict[str, Any]]:
+    """Split the settings that are given as `null` from a command line.
+
+    Args:
+        types: the dataclasses that declare the settings.
+
+    Returns:
+        the other words, and the settings with the value None, which unset those of a recipe.
+
+    Raises:
+        ValueError: for a setting that cannot be None.
+    """
+    optional = {name for kind in types for name, hint in get_type_hints(kind).items() if type(None) in get_args(hint)}
+    words, unset = [], {}
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if value == NULL and name.startswith("--"):
+            unset[_setting_name(name, optional)] = None
+        elif not equals and word == NULL and words and words[-1].startswith("--"):
+            unset[_setting_name(words.pop(), optional)] = None
+        else:
+            words.append(word)
+    return words, unset
+
+
+def _setting_name(flag: str, optional: set[str]) -> str:
+    name = flag.removeprefix("--").replace("-", "_")
+    if name not in optional:
+        raise ValueError(f"`{name}` must have a value or be a setting that can be unset, but got {NULL!r}")
+    return name

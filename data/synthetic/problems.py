@@ -13,7 +13,8 @@ import argparse
 import json
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from .config import HASH_SPLITS, SPLITS, SyntheticConfig, check_integer, shapes
 from .quantities import draw_problem
@@ -23,7 +24,24 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 MAX_DRAWS = 10_000  # of problems, for one that its split has not got yet
-MAX_DRAWS_OF_SKELETON = 500  # of these, before one may differ from another in its words alone
+MAX_DRAWS_OF_SKELETON = 500  # without a new skeleton, before problems of this shape may differ in their words alone
+
+
+Shape = tuple[int, int]  # number of steps, depth
+
+
+@dataclass
+class _Drawn:
+    """What a split has already.
+
+    Args:
+        skeletons, questions: of its problems.
+        exhausted: shapes of which many draws in a row gave no new skeleton: their problems may differ in words alone.
+    """
+
+    skeletons: set[str] = field(default_factory=set)
+    questions: set[str] = field(default_factory=set)
+    exhausted: set[Shape] = field(default_factory=set)
 
 
 def generate_problem(rng: random.Random, config: SyntheticConfig) -> dict:
@@ -33,15 +51,15 @@ def generate_problem(rng: random.Random, config: SyntheticConfig) -> dict:
 
 
 def generate_problems(split: str, num_examples: int, config: SyntheticConfig) -> Iterator[dict]:
-    """Yields the rows of [`generate_dataset`]; fewer of them are the first ones of more."""
+    """Yield the rows of [`generate_dataset`]; fewer rows are the first ones of more."""
     by_steps = shapes(split, config)
     check_integer("num_examples", num_examples, 1, None)
-    rng, skeletons, questions = random.Random(f"synthetic {config.seed} {split}"), set(), set()
+    rng, drawn = random.Random(f"synthetic {config.seed} {split}"), _Drawn()
     for _ in range(num_examples):
-        row = _draw_new_row(rng, split, *_draw_shape(rng, by_steps), config, skeletons, questions)
+        row = _draw_new_row(rng, split, _draw_shape(rng, by_steps), config, drawn)
         if split != "train":
-            skeletons.add(row["skeleton"])
-            questions.add(row["question"])
+            drawn.skeletons.add(row["skeleton"])
+            drawn.questions.add(row["question"])
         yield row
 
 
@@ -63,35 +81,32 @@ def generate_dataset(split: str, num_examples: int, config: SyntheticConfig | No
     return Dataset.from_list(rows, features=_features())
 
 
-def _draw_shape(rng: random.Random, by_steps: dict[int, list[int]]) -> tuple[int, int]:
+def _draw_shape(rng: random.Random, by_steps: dict[int, list[int]]) -> Shape:
     num_steps = rng.choice(list(by_steps))
     return num_steps, rng.choice(by_steps[num_steps])
 
 
 def _draw_new_row(
-    rng: random.Random,
-    split: str,
-    num_steps: int,
-    depth: int,
-    config: SyntheticConfig,
-    skeletons: set[str],
-    questions: set[str],
-) -> dict:
-    """Draws problems of one shape until one is of the split and new to it: another skeleton, or other words."""
+    rng: random.Random, split: str, shape: Shape, config: SyntheticConfig, drawn: "_Drawn"
+) -> dict[str, Any]:
+    """Draw problems of one shape until one is in the split and new to it: another skeleton, or other words."""
     for draw in range(MAX_DRAWS):
-        problem = draw_problem(rng, num_steps, depth, config)
+        if draw == MAX_DRAWS_OF_SKELETON:
+            drawn.exhausted.add(shape)
+        problem = draw_problem(rng, *shape, config)
         skeleton = problem.skeleton()
         if split in HASH_SPLITS and int(skeleton, 16) % 100 not in HASH_SPLITS[split]:
             continue
-        if skeleton in skeletons and draw < MAX_DRAWS_OF_SKELETON:
+        if skeleton in drawn.skeletons and shape not in drawn.exhausted:
             continue
         row = write_row(rng, problem, skeleton, config)
-        if row["question"] not in questions:
+        if row["question"] not in drawn.questions:
             return row
+    num_steps, depth = shape
     raise ValueError(
-        f"`num_examples` is more than split {split!r} has: after {len(questions)} different problems, {MAX_DRAWS} "
-        f"draws of {num_steps} steps and depth {depth} gave no new one. Ask for fewer, or raise `num_steps`, "
-        f"`max_value` or `num_names`"
+        f"`num_examples` is more than split {split!r} has: after {len(drawn.questions)} different problems, "
+        f"{MAX_DRAWS} draws of {num_steps} steps and depth {depth} gave no new one. Ask for fewer, or raise "
+        f"`num_steps`, `max_value` or `num_names`"
     )
 
 

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ...configuration_hierbd3lm import HierBD3LMConfig
 from ..arguments import TEXT
 from ..collator import ID_KEYS, check_content, check_lengths, empty_question, example_length
+from ..tokenization import count_unknown
 
 logger = logging.get_logger(__name__)
 
@@ -25,7 +26,9 @@ Documents = Dataset | IterableDataset
 Batch = dict[str, list[Any]]
 
 DOCUMENTS_PER_BATCH = 1000  # documents that are concatenated, as many as `map` passes at once
-TOKEN_FEATURES = Features({"token_ids": List(Value("int64")), "num_bytes": Value("int64")})
+TOKEN_FEATURES = Features(
+    {"token_ids": List(Value("int64")), "num_bytes": Value("int64"), "num_unknown": Value("int64")}
+)
 ROW_FEATURES = Features(
     {**{key: List(Value("int64")) for key in ID_KEYS}, "continues": Value("bool"), "length": Value("int64")}
 )
@@ -51,8 +54,9 @@ def prepare_text(
 
     Returns:
         rows for [`HierarchicalDataCollator`], the same for a stream as for a dataset; and a report, empty for a
-        stream: `num_documents`, `num_bytes` (in UTF-8), `num_tokens` (counted by the likelihood), `num_rows`,
-        `num_short_rows` (with fewer tokens than a full row), `num_long_documents` (with more than a full row).
+        stream: `num_documents`, `num_bytes` (in UTF-8), `num_tokens` (counted by the likelihood),
+        `num_unknown_tokens` (for text that is not in the vocabulary), `num_rows`, `num_short_rows` (with fewer tokens
+        than a full row), `num_long_documents` (with more than a full row).
 
     Raises:
         ValueError: for a model with a plan, a tokenizer whose BOS token does not fit into the question, an empty
@@ -74,7 +78,8 @@ def prepare_text(
     tokens = _map(documents, tokenize, TOKEN_FEATURES, [TEXT], num_proc=num_proc, desc="Tokenizing", **uncached)
     rows = _map(tokens, make_rows, ROW_FEATURES, [*TOKEN_FEATURES], desc="Making rows", **uncached)
     report = _count(tokens, rows, config)
-    logger.info(f"Plain text: {report}")
+    log = logger.warning if report["num_unknown_tokens"] else logger.info
+    log(f"Plain text: {report}")
     return rows, report
 
 
@@ -99,7 +104,11 @@ def _tokenize(batch: Batch, tokenizer: PreTrainedTokenizerBase, config: HierBD3L
     )["input_ids"]
     for ids in token_ids:
         check_content({"question_ids": [], "plan_ids": [], "execution_ids": ids}, config)
-    return {"token_ids": token_ids, "num_bytes": [len(text.encode()) for text in batch[TEXT]]}
+    return {
+        "token_ids": token_ids,
+        "num_bytes": [len(text.encode()) for text in batch[TEXT]],
+        "num_unknown": [count_unknown(ids, tokenizer) for ids in token_ids],
+    }
 
 
 def _wrap(batch: Batch, config: HierBD3LMConfig, question: list[int]) -> Batch:
@@ -136,6 +145,7 @@ def _count(tokens: Dataset, rows: Dataset, config: HierBD3LMConfig) -> dict[str,
         "num_documents": len(tokens),
         "num_bytes": sum(tokens["num_bytes"]),
         "num_tokens": sum(document_lengths),
+        "num_unknown_tokens": sum(tokens["num_unknown"]),
         "num_rows": len(rows),
         "num_short_rows": sum(length < size for length in row_lengths),
         "num_long_documents": sum(length > size for length in document_lengths),

@@ -57,6 +57,7 @@ class HierBD3LMHarnessModel(LM):
     **`generate_until`** returns the execution up to the first stop string. The plan is generated first and not
     returned. Generation is greedy unless the task or `--gen_kwargs` sets a temperature. A question longer than
     `question_len` gets an empty answer, and is counted in the `config` of the results as `num_too_long_questions`
+    (`num_questions_with_special_tokens` where its text spells one out)
     (requests answered from the harness's cache are not counted).
 
     **`loglikelihood`** returns minus the NELBO of the continuation as the whole execution, in nats: a lower bound on
@@ -125,12 +126,13 @@ class HierBD3LMHarnessModel(LM):
         greedy = {"stage": "full", "temperature": 0.0, "top_p": 1.0}
         self.settings = resolve_settings(self.model.generation_config, settings | greedy)
         segment_limits(self.config, order_of(self.model, self.settings), self.settings)
-        self.num_too_long_questions = 0
+        self.num_too_long_questions = self.num_questions_with_special_tokens = 0
 
     def get_model_info(self) -> dict[str, Any]:
         """Return the entries that the harness adds to the `config` of its results."""
         settings = {name: getattr(self.settings, name) for name in GENERATION_SETTINGS}
         names = ("likelihood", "num_draws", "likelihood_plan", "seed", "num_too_long_questions")
+        names += ("num_questions_with_special_tokens",)
         info = {name: getattr(self, name) for name in names}
         return {"model_num_parameters": self.model.num_parameters(), "generation_settings": settings, **info}
 
@@ -144,7 +146,7 @@ class HierBD3LMHarnessModel(LM):
             for indices in indices_of.values():
                 settings, until = self._read_keywords(requests[indices[0]].args[1])
                 prompts = [self._prompt(index, requests[index].args[0]) for index in indices]
-                progress.update(self._count_too_long(prompts))
+                progress.update(self._count_unanswered(prompts))
                 for prompt, written in self._generate(prompts, settings):
                     text = decode(written.execution_ids, self.tokenizer)
                     texts[prompt.index] = postprocess_generated_text(text, until, None)
@@ -200,15 +202,16 @@ class HierBD3LMHarnessModel(LM):
         settings = {name: keywords[name] for name in ("temperature", "top_p") if name in keywords}
         return resolve_settings(self.settings, settings | {"max_execution_len": min(allowed, most)}), keywords["until"]
 
-    def _count_too_long(self, prompts: Sequence[Prompt]) -> int:
-        count = sum(bool(prompt.too_long) for prompt in prompts)
-        self.num_too_long_questions += count
-        if count:
-            logger.warning(
-                f"{count} of {len(prompts)} questions have more than question_len={self.config.question_len} tokens: "
-                f"their answers are empty"
-            )
-        return count
+    def _count_unanswered(self, prompts: Sequence[Prompt]) -> int:
+        too_long = sum(bool(prompt.too_long) for prompt in prompts)
+        special = sum(prompt.has_special_token for prompt in prompts)
+        self.num_too_long_questions += too_long
+        self.num_questions_with_special_tokens += special
+        limit = f"more than question_len={self.config.question_len} tokens"
+        for count, fault in ((too_long, limit), (special, "a special token, such as <|plan|>, in their text")):
+            if count:
+                logger.warning(f"{count} of {len(prompts)} questions have {fault}: their answers are empty")
+        return too_long + special
 
     def _read_pair(self, context: str, continuation: str) -> Target:
         ids = encode_example({"question": context, "plan": None, "execution": continuation}, self.tokenizer)
