@@ -137,8 +137,13 @@ class HierBD3LMConfig(PreTrainedConfig):
         for name in BLOCK_SIZES:
             setattr(self, name, self._resolve_block_size(name, block_size))
         self.backbone_config = _resolve_backbone_config(self.backbone_config)
+        if not hasattr(self.backbone_config, "vocab_size"):
+            raise ValueError(
+                f"`backbone_config` must be of a language model, but {self.backbone_config.model_type} has no "
+                "vocabulary of its own: of a multimodal model, take the configuration of its text part"
+            )
         if self.tie_word_embeddings is None:
-            self.tie_word_embeddings = self.backbone_config.tie_word_embeddings
+            self.tie_word_embeddings = getattr(self.backbone_config, "tie_word_embeddings", False)
         if not isinstance(self.tie_word_embeddings, bool):
             raise ValueError(f"`tie_word_embeddings` must be True or False, but got {self.tie_word_embeddings!r}")
         self.backbone_config.tie_word_embeddings = self.tie_word_embeddings

@@ -11,6 +11,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .backbones_hierbd3lm import (
+    check_backbone_behaviour,
+    check_backbone_config,
+    check_backbone_signature,
+    check_head,
+    check_tied_as_loaded,
+    load_autoregressive,
+    take_text_part,
+)
 from .cache_hierbd3lm import BlockCache
 from .configuration_hierbd3lm import (
     HierBD3LMConfig,
@@ -30,10 +39,6 @@ from .masking_hierbd3lm import (
     PLAN,
     QUESTION,
     TokenLayout,
-    check_backbone_behaviour,
-    check_backbone_config,
-    check_backbone_signature,
-    check_head,
     render_mask,
 )
 from .order_hierbd3lm import BlockOrder
@@ -96,8 +101,9 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         A new row is the mean of the old ones plus a little noise from torch's global generator.
 
         Args:
-            model_or_path: a causal language model of transformers, or what its `from_pretrained` takes. A loaded one
-                becomes the backbone itself, not a copy.
+            model_or_path: a causal language model of transformers, or what its `from_pretrained` takes, or a GGUF
+                file, which is dequantized. A loaded one becomes the backbone itself, not a copy. Of a multimodal model
+                the text part is taken.
             tokenizer: the checkpoint's tokenizer. The special tokens that it lacks are added to it, in place.
             kwargs: fields of [`HierBD3LMConfig`]; and `dtype`, `attn_implementation`, `revision`, ... for
                 `from_pretrained`. `prediction` is "shifted" and `question_attention` "causal" by default: with blocks
@@ -115,7 +121,8 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
                 raise ValueError(f"`kwargs` must be fields of HierBD3LMConfig for a loaded model, but got {[*kwargs]}")
             backbone = model_or_path
         else:
-            backbone = AutoModelForCausalLM.from_pretrained(model_or_path, **kwargs)
+            backbone = load_autoregressive(model_or_path, **kwargs)
+        backbone = take_text_part(backbone)
         check_backbone_config(backbone.config)
         check_backbone_signature(backbone)
         check_tied_as_loaded(fields.get("tie_word_embeddings"), backbone)
@@ -429,13 +436,6 @@ def fill_new_rows(weight: torch.Tensor, start: int, stop: int) -> None:
     old = weight[:start].float()
     noise = torch.randn(stop - start, weight.shape[1], device=weight.device) * old.std(dim=0) * NEW_EMBEDDING_NOISE
     weight[start:stop] = (old.mean(dim=0) + noise).to(weight.dtype)
-
-
-def check_tied_as_loaded(tie_word_embeddings: bool | None, backbone: PreTrainedModel) -> None:
-    """Refuse to tie or untie the embeddings of a checkpoint."""
-    loaded = backbone.config.tie_word_embeddings
-    if tie_word_embeddings not in (None, loaded):
-        raise ValueError(f"`tie_word_embeddings` must be {loaded} as in the checkpoint, but got {tie_word_embeddings}")
 
 
 HierBD3LMForBlockDiffusion.register_for_auto_class("AutoModel")

@@ -166,6 +166,13 @@ def test_tied_embeddings_cannot_be_untied_on_the_way(source_of):
         convert(source, tie_word_embeddings=False)
 
 
+def test_embeddings_that_are_not_tied_as_the_configuration_says_are_refused():
+    model = autoregressive("gemma3")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(ValueError, match="but tie_word_embeddings is True and they are not tied"):
+        convert(model)
+
+
 SMALL = {"vocab_size": NUM_PLAIN, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 REFUSED = {
     "bloom": (BloomConfig(vocab_size=NUM_PLAIN, hidden_size=32, n_layer=2, n_head=4), "`position_ids`"),
@@ -193,6 +200,14 @@ def test_architectures_that_cannot_work_are_refused_with_the_reason(name):
     backbone = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=rf"`backbone_config`.*{reason}"):
         convert(backbone)
+
+
+def test_a_checkpoint_without_all_weights_is_refused(tmp_path):
+    old = autoregressive()
+    name = "model.layers.1.mlp.up_proj.weight"
+    old.save_pretrained(tmp_path, state_dict={key: value for key, value in old.state_dict().items() if key != name})
+    with pytest.raises(ValueError, match=f"`model_or_path` must hold every weight of .* lacks 1 of them: {name}"):
+        convert(tmp_path)
 
 
 def test_an_encoder_decoder_is_refused_before_anything_is_changed():

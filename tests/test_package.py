@@ -90,7 +90,13 @@ def build(source, folder, kind):
 def test_wheel_and_sdist_hold_the_package_and_the_sdist_builds_the_same_wheel(built):
     folder, wheel, sdist = built
     names = set(zipfile.ZipFile(wheel).namelist())
-    for name in ("py.typed", "configs/quickstart.yaml", "configs/accelerate/fsdp2.yaml", "cli.py", "trainer.py"):
+    for name in (
+        "py.typed",
+        "configs/quickstart.yaml",
+        "configs/accelerate/fsdp2.yaml",
+        "cli/__init__.py",
+        "trainer.py",
+    ):
         assert f"hierbd3lm/{name}" in names
     for name in ("gsm8k_hier.yaml", "gsm8k_hier.py"):
         assert f"hierbd3lm/evaluation/lm_eval/tasks/{name}" in names

@@ -6,6 +6,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..backbones_hierbd3lm import find_gguf
 from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig, config_fields
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from .settings import AdapterArguments
@@ -86,7 +87,7 @@ def load_checkpoint(
     autoregressive checkpoint.
 
     Args:
-        path: folder or Hub id.
+        path: folder, Hub id or GGUF file.
         tokenizer: tokenizer of the checkpoint. Special tokens that an autoregressive one lacks are added in place.
         fields: fields of [`HierBD3LMConfig`] that override the checkpoint's.
         kwargs: passed to `from_pretrained`, such as `dtype` and `attn_implementation`.
@@ -108,16 +109,19 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint of any kind."""
     # Without a configuration, AutoTokenizer asks for `trust_remote_code` if the checkpoint carries its own code.
     config = HierBD3LMConfig.from_pretrained(path) if is_own_checkpoint(path) else None
-    return AutoTokenizer.from_pretrained(path, config=config)
+    path, gguf = find_gguf(path)
+    return AutoTokenizer.from_pretrained(path, config=config, **gguf)
 
 
 def is_adapter(path: str) -> bool:
     """Return True if a folder or Hub id holds an adapter."""
-    return find_adapter_config_file(path) is not None
+    return find_adapter_config_file(find_gguf(path)[0]) is not None
 
 
 def is_own_checkpoint(path: str) -> bool:
     """Return True if a checkpoint is of this model, False if it is autoregressive."""
+    if find_gguf(path)[1]:
+        return False
     return HierBD3LMConfig.get_config_dict(path)[0].get("model_type") == HierBD3LMConfig.model_type
 
 

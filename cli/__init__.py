@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(format_help())
         return
     if argv[0] == "--version":
-        print(f"{PROG} {importlib.import_module(__package__).__version__}")
+        print(f"{PROG} {importlib.import_module('..', __package__).__version__}")
         return
     name, *arguments = argv
     if name not in COMMANDS:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{PROG}: there is no command {name!r}; did you mean `{PROG} {nearest}`?", file=sys.stderr)
         raise SystemExit(2)
     module, function = COMMANDS[name].target.split(":")
-    getattr(importlib.import_module(f".{module}", __package__), function)(arguments, prog=f"{PROG} {name}")
+    getattr(importlib.import_module(f"..{module}", __package__), function)(arguments, prog=f"{PROG} {name}")
 
 
 def format_help() -> str:
@@ -52,7 +52,3 @@ def format_help() -> str:
     rows = [f"  {name:<9}{command.help}" for name, command in COMMANDS.items()]
     usage = f"usage: {PROG} COMMAND [--setting value ...]"
     return "\n".join([usage, "", "commands:", *rows, "", f"`{PROG} COMMAND --help` lists a command's settings."])
-
-
-if __name__ == "__main__":
-    main()

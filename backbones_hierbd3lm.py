@@ -1,0 +1,260 @@
+"""The backbones that the model can have: how they are loaded, and the checks that they obey mask and positions."""
+
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import is_gguf_available
+
+from .generation_hierbd3lm import DOWNLOAD_ARGUMENTS
+from .masking_hierbd3lm import CLEAN, NOISY, PADDING, SUPPORTED_LAYER_TYPES, TokenLayout
+
+
+def load_autoregressive(path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+    """Load a causal language model, or a multimodal model that has one, after a look at its configuration.
+
+    Raises:
+        ValueError: if the checkpoint is of another kind; the message says why.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"`model_or_path` must be a PreTrainedModel or a path, but got {type(path).__name__}")
+    path, gguf = find_gguf(path)
+    kwargs = gguf | kwargs
+    download = {name: kwargs[name] for name in (*DOWNLOAD_ARGUMENTS, "gguf_file") if name in kwargs}
+    if "gguf_file" in kwargs:
+        kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
+    elif (
+        model_type := PreTrainedConfig.get_config_dict(path, **download)[0].get("model_type", "llama")
+    ) == "hierbd3lm":
+        raise ValueError(f"`model_or_path` must be an autoregressive checkpoint, but {path} is one of this model")
+    elif model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"`model_or_path` must be of an architecture of transformers, but {path} is of type {model_type!r}: code "
+            "that a checkpoint brings along would not be saved with the converted model"
+        )
+    config = AutoConfig.from_pretrained(path, **download)
+    check_backbone_config(config if config.is_encoder_decoder else config.get_text_config(decoder=True))
+    for quantization in (kwargs.get("quantization_config"), getattr(config, "quantization_config", None)):
+        check_not_quantized(quantization)
+    for auto_class, mapping in (
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    ):
+        if type(config) in mapping:
+            model, info = auto_class.from_pretrained(path, **kwargs, output_loading_info=True)
+            if missing := sorted(info["missing_keys"]):
+                raise ValueError(
+                    f"`model_or_path` must hold every weight of {type(model).__name__}, but {path} lacks "
+                    f"{len(missing)} of them: {', '.join(missing[:4])}"
+                )
+            return model
+    raise ValueError(f"`model_or_path` must be a causal language model, but {path} is of type {config.model_type!r}")
+
+
+def find_gguf(path: str | os.PathLike) -> tuple[str | os.PathLike, dict[str, str]]:
+    """Return the folder of a GGUF file, given itself or as the only one in a folder, and `{"gguf_file": name}`.
+
+    Any other path comes back as it is, with an empty dict.
+
+    Raises:
+        ValueError: for a folder with several GGUF files and no other checkpoint.
+        ImportError: if there is a GGUF file and the package `gguf` is missing.
+    """
+    if os.path.isfile(path) and str(path).endswith(".gguf"):
+        path, names = os.path.dirname(path) or ".", [os.path.basename(path)]
+    elif os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        names = sorted(name for name in os.listdir(path) if name.endswith(".gguf"))
+    else:
+        names = []
+    if len(names) > 1:
+        raise ValueError(f"`model_or_path` must be one GGUF file, but {path} has {', '.join(names)}")
+    if names and not is_gguf_available():
+        raise ImportError(f"reading {names[0]} needs the package gguf: run `pip install gguf`")
+    return path, {"gguf_file": names[0]} if names else {}
+
+
+def take_text_part(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the causal language model inside a multimodal model, with its own weights; any other comes back as it is.
+
+    Raises:
+        ValueError: if the text part has no model of its own in transformers.
+    """
+    config = model.config if model.config.is_encoder_decoder else model.config.get_text_config(decoder=True)
+    if config is model.config:
+        return model
+    decoder, name = model.get_decoder(), type(model).__name__
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"`model_or_path` must have a text part that is a causal language model of its own, but that of {name} is "
+            f"a {type(decoder).__name__}"
+        )
+    check_backbone_config(config)
+    config.tie_word_embeddings = has_tied_embeddings(model)  # the outer configuration has decided
+    with torch.device("meta"):
+        text = AutoModelForCausalLM.from_config(config)
+    if type(decoder) is type(text):
+        return decoder
+    setattr(text, text.base_model_prefix, decoder)
+    text.set_output_embeddings(model.get_output_embeddings())
+    text.config = decoder.config
+    return text.train(model.training)
+
+
+def has_tied_embeddings(model: PreTrainedModel) -> bool:
+    """Return True if one matrix is both the embeddings of a model and its output head."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def check_tied_as_loaded(tie_word_embeddings: bool | None, backbone: PreTrainedModel) -> None:
+    """Refuse to tie or untie the embeddings of a checkpoint."""
+    loaded = getattr(backbone.config, "tie_word_embeddings", False)
+    if tie_word_embeddings not in (None, loaded):
+        raise ValueError(f"`tie_word_embeddings` must be {loaded} as in the checkpoint, but got {tie_word_embeddings}")
+    if loaded != has_tied_embeddings(backbone):
+        raise ValueError(
+            f"`model_or_path` must have embeddings as its configuration says, but tie_word_embeddings is {loaded} and "
+            f"they are {'not ' * loaded}tied: a saved model would not be loaded as it was"
+        )
+
+
+def check_backbone_config(backbone: PreTrainedConfig) -> None:
+    """Refuse an architecture that cannot take a 4-D mask or positions, or could not be loaded again."""
+    name = type(backbone).__name__
+    if backbone.model_type not in CONFIG_MAPPING or CONFIG_MAPPING[backbone.model_type] is not type(backbone):
+        raise ValueError(
+            f"`backbone_config` must be of an architecture of transformers, but {name} of {type(backbone).__module__} "
+            "is none: its code would not be saved with the model. If transformers knows the architecture, leave out "
+            "`trust_remote_code`"
+        )
+    if not backbone.is_encoder_decoder and backbone.get_text_config(decoder=True) is not backbone:
+        raise ValueError(
+            f"`backbone_config` must be of a text model, but {name} is multimodal: its text part is a "
+            f"{type(backbone.get_text_config(decoder=True)).__name__}"
+        )
+    if not hasattr(backbone, "vocab_size"):
+        raise ValueError(f"`backbone_config` must be of a language model, but {name} has no vocabulary")
+    check_not_quantized(getattr(backbone, "quantization_config", None))
+    if backbone.is_encoder_decoder:
+        raise ValueError(f"`backbone_config` must be a decoder, but {backbone.model_type} is an encoder-decoder")
+    if getattr(backbone, "alibi", False):
+        raise ValueError(
+            f"`backbone_config` must read position_ids, but {backbone.model_type} has alibi=True: it counts "
+            "columns, where a token's clean and noisy copies are far apart"
+        )
+    unsupported = set(getattr(backbone, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
+    if unsupported:
+        raise ValueError(
+            f"`backbone_config` must have layers of {sorted(SUPPORTED_LAYER_TYPES)}, which take any mask, but "
+            f"{backbone.model_type} has {sorted(unsupported)}"
+        )
+
+
+def check_not_quantized(quantization_config: Any) -> None:
+    """Refuse quantized weights, which can neither be trained nor be saved with the model."""
+    if isinstance(quantization_config, Mapping):
+        dequantized = quantization_config.get("dequantize", False)
+    else:
+        dequantized = quantization_config is None or getattr(quantization_config, "dequantize", False)
+    if not dequantized:
+        raise ValueError(
+            f"`quantization_config` must be None or have dequantize=True, but got {quantization_config}: convert the "
+            "checkpoint in full precision and save it; the saved model is loaded with `quantization_config`"
+        )
+
+
+def check_backbone_signature(backbone: PreTrainedModel) -> None:
+    """Refuse a backbone whose forward takes no positions or masks, with the reason."""
+    accepted = inspect.signature(backbone.forward).parameters
+    for name, why in (
+        ("attention_mask", "without attention there is no mask to give it"),
+        ("position_ids", "a token's clean and noisy copies could not share a position"),
+        ("past_key_values", "finished blocks could not be cached"),
+        ("logits_to_keep", "logits could not be limited to masked positions"),
+    ):
+        if name not in accepted:
+            raise ValueError(
+                f"`backbone_config` must be of a model whose forward takes `{name}`, but "
+                f"{type(backbone).__name__}'s does not: {why}"
+            )
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Check that `project` of a model computes what the backbone does.
+
+    Raises:
+        ValueError: for an architecture whose head is not known here.
+    """
+    backbone, was_training = model.backbone, model.training
+    backbone.eval()
+    tokens = torch.arange(min(4, model.config.vocab_size), device=model.device)[None]
+    hidden_states = backbone.base_model(tokens, use_cache=False).last_hidden_state
+    projected, logits = model.project(hidden_states).float(), backbone(tokens, use_cache=False).logits.float()
+    backbone.train(was_training)
+    tolerance = 4 * torch.finfo(model.dtype).eps * max(1.0, float(logits.abs().max()))
+    if not torch.allclose(projected, logits, rtol=1e-3, atol=tolerance):
+        raise ValueError(
+            f"`backbone_config`: the logits of {type(backbone).__name__} are not those of its output embeddings with "
+            f"`logit_scale`, `logits_scaling` and `final_logit_softcapping`: its head is not supported"
+        )
+
+
+@torch.no_grad()
+def check_backbone_behaviour(model: PreTrainedModel) -> None:
+    """Check that the backbone obeys mask and positions: some architectures bias or shift attention.
+
+    Raises:
+        ValueError: names the property that does not hold.
+    """
+    device, name = model.device, type(model.backbone).__name__
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randint(model.config.vocab_size, (1, 9), generator=generator).to(device)
+    block_ids = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2]], device=device)
+
+    def logits(x0: torch.Tensor, xt: torch.Tensor, padding: int = 0) -> torch.Tensor:
+        left = (padding, 0)
+        pad = nn.functional.pad
+        positions = pad(torch.arange(9, device=device)[None], left)
+        clean = TokenLayout(pad(block_ids, left, value=PADDING), torch.full_like(positions, CLEAN), positions)
+        tokens = torch.cat([pad(x0, left), pad(xt, left)], dim=1)
+        states = model.encode(tokens, clean + clean.in_stream(NOISY))
+        return model.project(states[0, -9:]).float()
+
+    was_training = model.training
+    model.eval()
+    try:
+        base = logits(x0, x0)
+        is_precise = torch.finfo(model.dtype).eps < 1e-6
+        # Moved columns are summed in another order, which matters in bfloat16: 0.03 of the deviation in 28 layers.
+        noise, noise_of_moving = (1e-4, 1e-4) if is_precise else (1e-3, 0.1)
+
+        def differ(a: torch.Tensor, b: torch.Tensor, noise: float) -> bool:
+            return bool((a - b).square().mean().sqrt() > noise * base.std())
+
+        other = x0.clone()
+        other[0, 6:] = (other[0, 6:] + 1) % model.config.vocab_size
+        if differ(logits(other, x0)[3:], base[3:], noise):
+            raise ValueError(f"`backbone_config`: {name} does not obey the mask, a noisy block sees its clean tokens")
+        last = x0.clone()
+        last[0, 8] = other[0, 8]
+        if not differ(logits(x0, last)[6], base[6], noise):
+            raise ValueError(f"`backbone_config`: {name} stays causal inside a block, whatever mask it is given")
+        if differ(logits(x0, x0, padding=2)[3:], base[3:], noise_of_moving):
+            raise ValueError(f"`backbone_config`: {name} does not obey position_ids, padding moves its positions")
+    finally:
+        model.train(was_training)
