@@ -12,12 +12,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from hierbd3lm.backbones_hierbd3lm import check_backbone_behaviour
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.convert import published
 from hierbd3lm.convert.dit import BUFFERS, NEVER, PublishedModel, convert, fold_modulation, read_published
 from hierbd3lm.dit_hierbd3lm import HierBD3LMDiTConfig, HierBD3LMDiTForCausalLM
 from hierbd3lm.evaluation.text_quality import generate_unconditional
-from hierbd3lm.masking_hierbd3lm import EXECUTION, check_backbone_behaviour
+from hierbd3lm.masking_hierbd3lm import EXECUTION
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
 

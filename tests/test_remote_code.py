@@ -19,7 +19,7 @@ from .tiny_tokenizer import make_config_for, make_tokenizer
 CODE = {
     f"{name}_hierbd3lm.py"
     for name in (
-        *("cache", "configuration", "denoising", "diffusion", "dit", "generation"),
+        *("backbones", "cache", "configuration", "denoising", "diffusion", "dit", "generation"),
         *("masking", "modeling", "order", "samplers", "settings"),
     )
 }
