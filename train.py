@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import HfArgumentParser
@@ -23,7 +24,7 @@ EPILOG = """The settings of transformers' TrainingArguments are taken too, such 
 def parse_arguments(
     argv: Sequence[str], prog: str | None = None
 ) -> tuple[ModelArguments, DataArguments, "TrainScriptArguments"]:
-    """Reads `[recipe] [--setting value ...]`; a setting on the command line wins over the recipe.
+    """Read `[recipe] [--setting value ...]`; a setting on the command line wins over the recipe.
 
     A recipe is a YAML file, or the name of one of the package's own (see [`find_recipe`]). `--setting null` unsets a
     setting of the recipe.
@@ -57,17 +58,17 @@ def parse_arguments(
 
 
 def _own_parser(prog: str | None) -> HfArgumentParser:
-    """A parser of this package's own settings: those of transformers take seconds to import."""
+    """Return a parser of this package's own settings: those of transformers take seconds to import."""
     epilog = f"{EPILOG} {', '.join(recipe_names())}."
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, ObjectiveArguments), prog=prog, usage=USAGE, epilog=epilog
     )
-    parser.add_argument("--help_all", action="store_true", help="Shows the settings of TrainingArguments too.")
+    parser.add_argument("--help_all", action="store_true", help="Show the settings of TrainingArguments too.")
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parses, builds, trains, evaluates, saves."""
+    """Parse the arguments, build, train, save and evaluate a model."""
     model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv, prog)
 
     from transformers import set_seed
@@ -103,24 +104,31 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         callbacks=[SaveDataArguments(data_args)],
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    report(trainer, "train", result.metrics)
+    save(trainer, data_args)  # before the evaluation, in which nothing may lose the model
+    if trainer.num_steps_trained:
+        report(trainer, "train", result.metrics)
     if datasets["validation"] is not None:
         report(trainer, "eval", trainer.evaluate())
-    save(trainer, data_args)
+    finish(trainer)
 
 
 def report(trainer: "HierBD3LMTrainer", split: str, metrics: dict[str, float]) -> None:
-    """Prints the metrics and writes them to `output_dir`/{split}_results.json."""
+    """Print the metrics and write them to `output_dir`/{split}_results.json."""
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
 
 
 def save(trainer: "HierBD3LMTrainer", data_args: DataArguments) -> None:
-    """Saves what `AutoModel`, `AutoTokenizer` and eval_gsm8k.py load; pushes it where that is asked for."""
+    """Save what `AutoModel`, `AutoTokenizer` and eval_gsm8k.py load."""
     trainer.save_model()
-    trainer.save_state()
     if trainer.is_world_process_zero():
         data_args.save(trainer.args.output_dir)
+
+
+def finish(trainer: "HierBD3LMTrainer") -> None:
+    """Save the history of the run as its last file, unless the run had ended before, and push the model if asked."""
+    if trainer.num_steps_trained or not Path(trainer.args.output_dir, "trainer_state.json").is_file():
+        trainer.save_state()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
 

@@ -3,15 +3,17 @@
 import contextlib
 import copy
 import functools
+import shutil
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import TrainOutput
 
 from .configuration_hierbd3lm import BLOCK_SIZES
 from .evaluation.likelihood import likelihood_metrics, measure_batch, per_segment, with_predicted_tokens
@@ -19,14 +21,17 @@ from .masking_hierbd3lm import PADDING
 from .order_hierbd3lm import BlockOrder
 from .training.arguments import HierBD3LMTrainingArguments
 from .training.block_growth import BlockGrowth, check_schedule, lay_out_blocks, resize_blocks, resized
-from .training.checkpoints import check_same_model, has_average, original_class
+from .training.checkpoints import has_average, original_class
+from .training.checks import check_arguments, check_trainer
 from .training.clip_search import ClipSearch, clipped_segments, draw_losses, measure_costs
 from .training.ema import EMACallback
+from .training.finite import LossCheck, check_weights
 from .training.length_sampler import EpochLengthSampler
 from .training.liger import apply_liger_kernel_to_backbone
 from .training.muon import MuonAdamW, split_parameters
 from .training.objectives import make_objective
-from .training.progress import TrainingProgress
+from .training.progress import TrainingProgress, without_warning
+from .training.resuming import ExampleOrder, check_complete, check_same_model
 from .training.seeding import seeded_generator
 
 
@@ -49,28 +54,30 @@ class HierBD3LMTrainer(Trainer):
 
     Overridden methods of transformers' `Trainer`:
 
+    - `train`: leave out a warning that does not apply.
     - `create_optimizer`: use Muon for the backbone's matrices if `muon_learning_rate` is set.
     - `compute_loss`: compute the NELBO over noisy copies, in nats per counted token.
+    - `predict`, `evaluation_loop`, `prediction_step`: refuse, as there are no predictions.
     - `evaluate`: measure the unclipped NELBO of the averaged weights under fixed noise draws.
     - `_evaluate`: run the search for clip intervals after an evaluation during training.
-    - `get_batch_samples`: number the micro-batches of an update, for the seed of their noise.
+    - `_run_epoch`: train no further step when a finished run is resumed.
+    - `get_batch_samples`: check the losses of the update before, and number the micro-batches of this one, for the
+      seed of their noise.
     - `_get_train_sampler`, `_get_eval_sampler`: group batches by length, in an order that resuming does not change.
     - `log`: add the loss of each segment, the throughput, and a block size that changes.
-    - `save_model`: save the averaged weights.
+    - `save_model`: save the averaged weights, unless a loss or a weight is NaN or infinite.
     - `_save`: write the model's original class, not the subclass of FSDP2, into a checkpoint.
+    - `_push_from_checkpoint`: push the model's source code too.
     - `_save_optimizer_and_scheduler`: save the trained weights and the average.
-    - `_load_from_checkpoint`: load the trained weights and the average.
+    - `_load_from_checkpoint`: load the trained weights and the average of a complete checkpoint of the same model.
+    - `_issue_warnings_after_load`: leave out tied weights.
     - `_load_best_model`: restart the average from the best weights.
     """
 
     loss_is_scaled_for_ga = True
 
     def __init__(self, model: PreTrainedModel, args: HierBD3LMTrainingArguments, **kwargs: Any):
-        for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"`{name}` must be None, but got {kwargs[name]}: loss and metrics are computed from the NELBO"
-                )
+        check_arguments(model, kwargs)
         super().__init__(model=model, args=args, **kwargs)
         if args.use_liger_kernel:
             apply_liger_kernel_to_backbone(model, args.liger_kernel_config or {})
@@ -78,15 +85,16 @@ class HierBD3LMTrainer(Trainer):
         self.objective = make_objective(model.config, args.estimator)
         if args.block_size_schedule is not None:
             self._start_block_growth(args.block_size_schedule)
-        self._check_parallelism()
-        self._check_adapter()
-        self._check_noise()
+        check_trainer(self)
         self.ema = EMACallback(args.ema_decay) if args.ema_decay > 0 else None
         if self.ema is not None:
             self.add_callback(self.ema)
         if args.clip_search is not None:
             self.add_callback(ClipSearch(args.clip_search, args.clip_search_levels))
+        if self.train_dataset is not None:
+            self.add_callback(self._example_order())
         self._num_micro_batches = 0  # of the current update
+        self._loss_check = LossCheck()
         self._progress = TrainingProgress()
 
     def _start_block_growth(self, schedule: dict[int | float, int]) -> None:
@@ -106,45 +114,28 @@ class HierBD3LMTrainer(Trainer):
         if self.clip_search is not None:
             self.clip_search.reset()
 
-    def _check_parallelism(self) -> None:
-        ranks_of_a_batch = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
-        if ranks_of_a_batch > 1:
-            raise ValueError(
-                f"`args` must use data parallelism only, but {ranks_of_a_batch} processes share a batch: each would "
-                f"draw its own noise"
-            )
-        ema_decay = self.args.ema_decay
-        if ema_decay > 0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled != self.accelerator.is_fsdp2):
-            raise ValueError(
-                f"`ema_decay` must be 0 with DeepSpeed or FSDP1, whose shards cannot be averaged, but got {ema_decay}"
-            )
+    def _example_order(self) -> ExampleOrder:
+        args, dataset = self.args, self.train_dataset
+        return ExampleOrder(
+            args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            len(dataset) if hasattr(dataset, "__len__") else None,
+            self._order_seed(),
+            args.train_sampling_strategy,
+        )
 
-    def _check_adapter(self) -> None:
-        muon_learning_rate = self.args.muon_learning_rate
-        if muon_learning_rate is not None and isinstance(self.model, PeftModel):
-            raise ValueError(
-                f"`muon_learning_rate` must be None for an adapter, which does not train the backbone's matrices, but "
-                f"got {muon_learning_rate}"
-            )
-        if self.is_fsdp_enabled and any("trainable_tokens" in name for name, _ in self.model.named_parameters()):
-            raise ValueError(
-                "`args` must not enable FSDP for an adapter that trains single embedding rows: peft cannot shard them"
-            )
-
-    def _check_noise(self) -> None:
-        noisy_copies, clip_search = self.args.noisy_copies, self.args.clip_search
-        if self.objective.has_noise or self.block_growth is not None:
-            return
-        if noisy_copies > 1:
-            raise ValueError(f"`noisy_copies` must be 1 for an objective without noise, but got {noisy_copies}")
-        if clip_search is not None:
-            raise ValueError(f"`clip_search` must be None for an objective without noise, but got {clip_search}")
+    def _order_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     @property
     def clip_search(self) -> ClipSearch | None:
         """Callback with the state of the clip search; looked up each time, as a resumed run may replace it."""
         searches = (callback for callback in self.callback_handler.callbacks if isinstance(callback, ClipSearch))
         return next(searches, None)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, without a warning about special tokens: they are those of the configuration."""
+        with without_warning("transformers.trainer_utils", "The tokenizer has new PAD/BOS/EOS tokens"):
+            return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer: Muon and AdamW if `muon_learning_rate` is set, else the one of `args.optim`."""
@@ -182,6 +173,8 @@ class HierBD3LMTrainer(Trainer):
             if self.args.average_tokens_across_devices:
                 # The count is over all processes, and DDP averages the gradients.
                 loss = loss * self.accelerator.num_processes
+        if self.is_in_train and self.args.stop_if_not_finite:
+            self._loss_check.add(self.state.global_step + 1, loss)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _read_batch(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -248,6 +241,15 @@ class HierBD3LMTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: the logits of a pass over clean tokens are no prediction."""
+        raise NotImplementedError(
+            "`predict` has no meaning for block diffusion: `evaluate(dataset)` measures the likelihood, and "
+            "`model.generate` answers questions"
+        )
+
+    evaluation_loop = prediction_step = predict
+
     def _measure(self, dataloader: torch.utils.data.DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum over the data of all ranks: NELBOs in nats, `(draws, segments)`, and counted tokens, `(segments,)`."""
         self.callback_handler.eval_dataloader = dataloader
@@ -311,10 +313,23 @@ class HierBD3LMTrainer(Trainer):
         self._num_micro_batches += 1
         return seeded_generator(self.args.device, self.args.seed, self.args.process_index, step, number)
 
+    @property
+    def num_steps_trained(self) -> int:
+        """Number of updates of the last call of `train`."""
+        return self.state.global_step - self._initial_global_step
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train for an epoch, unless the run that is resumed has ended."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """Return the micro-batches of the next update, and the number of tokens that they count together."""
+        self._loss_check.check()
         if self.state.global_step == self._initial_global_step:
             self._progress = TrainingProgress()
         self._num_micro_batches = 0
@@ -324,9 +339,10 @@ class HierBD3LMTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self._groups_by_length(dataset):
             return super()._get_train_sampler(dataset)
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochLengthSampler(batch_size, self._lengths(dataset), seed, lambda: int(self.state.epoch or 0))
+        args = self.args
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size  # of an update
+        lengths = self._lengths(dataset)
+        return EpochLengthSampler(batch_size, lengths, self._order_seed(), lambda: int(self.state.epoch or 0))
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
         if not self._groups_by_length(eval_dataset):
@@ -350,6 +366,8 @@ class HierBD3LMTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss of each segment and the throughput to the training logs, and a block size that changes."""
+        if "train_loss" in logs and self.num_steps_trained == 0:
+            return  # of a finished run
         if "loss" in logs:
             logs |= self._progress.take(self.accelerator)
         if self.block_growth is not None:
@@ -357,7 +375,10 @@ class HierBD3LMTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the averaged weights."""
+        """Save the averaged weights, unless a loss or a weight is NaN or infinite."""
+        if self.args.stop_if_not_finite:
+            self._loss_check.check()
+            check_weights(self.model)
         with self._averaged_weights():
             super().save_model(output_dir, _internal_call)
 
@@ -366,6 +387,13 @@ class HierBD3LMTrainer(Trainer):
         with original_class(self.model):
             super()._save(output_dir, state_dict)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint with the model's source code, without which it cannot be loaded."""
+        if self.is_world_process_zero():
+            for file in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(file, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save the state that training resumes from, with the trained weights and their average."""
         if self.ema is not None:
@@ -373,6 +401,7 @@ class HierBD3LMTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_complete(resume_from_checkpoint)
         saved = check_same_model(
             resume_from_checkpoint, self._unwrapped().config, () if self.block_growth is None else BLOCK_SIZES
         )
@@ -386,6 +415,12 @@ class HierBD3LMTrainer(Trainer):
             )
         if self.ema is not None:
             self.ema.resume(self.model, resume_from_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn of missing weights, but not of those that are tied to others."""
+        tied = getattr(self._unwrapped(), "all_tied_weights_keys", {})
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
 
     def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.ema is None else self.ema.applied(self.model)

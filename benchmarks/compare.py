@@ -115,7 +115,7 @@ class Run:
         python, folder = sys.executable, str(self.folder)
         limit = ["--limit", str(NUM_ANSWERS)] if self.data == "synthetic" else []
         commands = {
-            **{f"{part}data_config.json": self.training(part) for part in self.parts()},
+            **{f"{part}trainer_state.json": self.training(part) for part in self.parts()},
             "likelihood.json": [str(ROOT / "eval_ppl.py"), "--model", folder, "--num_draws", "4", *limit],
         }
         if self.algorithm != "ar":

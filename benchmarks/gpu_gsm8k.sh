@@ -38,7 +38,7 @@ until_deadline() {
 train_and_evaluate() {
     local folder=$OUTPUT/$1
     shift
-    if [ ! -f "$folder/data_config.json" ]; then # the last file that training writes
+    if [ ! -f "$folder/trainer_state.json" ]; then # the last file that training writes
         until_deadline "$PYTHON" train.py configs/gsm8k_gpu.yaml --output_dir "$folder" \
             --resume_from_checkpoint last "$@"
     fi

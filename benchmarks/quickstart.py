@@ -43,7 +43,7 @@ COMMANDS = {  # training commands
 
 def train_missing(folders: Iterable[str]) -> None:
     for folder in folders:
-        if not (ROOT / folder / "data_config.json").is_file():  # the last file that training writes
+        if not (ROOT / folder / "trainer_state.json").is_file():  # the last file that training writes
             subprocess.run(COMMANDS[folder], cwd=ROOT, check=True)
 
 

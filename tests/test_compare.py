@@ -66,7 +66,7 @@ def test_runs_differ_in_nothing_but_what_is_compared():
 def test_blocks_of_a_token_come_first_where_the_name_says_so():
     run = make_run(HIER_TOKENS_FIRST)
     first, second = (parse_arguments(run.training(part)[1:]) for part in run.parts())
-    assert list(run.commands())[:2] == ["tokens/data_config.json", "data_config.json"]
+    assert list(run.commands())[:2] == ["tokens/trainer_state.json", "trainer_state.json"]
     assert (first[0].block_size, second[0].block_size) == (1, 4)
     assert second[0].init_from == first[2].output_dir.rstrip("/")
     assert first[2].seed != second[2].seed
@@ -87,9 +87,9 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatc
         if file == fails:
             raise subprocess.CalledProcessError(1, command)
         written = {file: {"ppl": 1.5, "chosen": {"threshold": 0.9}}}
-        if file.endswith("data_config.json"):
-            part = file.removesuffix("data_config.json")
-            written |= {f"{part}trainer_state.json": history, f"{part}train_results.json": {"train_runtime": 2.0}}
+        if file.endswith("trainer_state.json"):
+            part = file.removesuffix("trainer_state.json")
+            written = {file: history, f"{part}train_results.json": {"train_runtime": 2.0}}
         for name, content in written.items():
             path = run.folder / name
             path.parent.mkdir(exist_ok=True)
@@ -114,7 +114,9 @@ def test_a_sampler_is_chosen_before_any_answer_but_for_ar():
         assert (compare.SAMPLER_FILE in files) == (name != "ar")
         if name != "ar":
             assert (
-                files.index("data_config.json") < files.index(compare.SAMPLER_FILE) < files.index("eval/summary.json")
+                files.index("trainer_state.json")
+                < files.index(compare.SAMPLER_FILE)
+                < files.index("eval/summary.json")
             )
 
 

@@ -1,6 +1,7 @@
 """The trainer's settings: those of transformers' `TrainingArguments`, and of block diffusion."""
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 from transformers import TrainingArguments
 
@@ -9,6 +10,8 @@ from .block_growth import read_schedule
 from .clip_search import Candidates
 from .settings import ObjectiveArguments
 
+SAMPLING_STRATEGIES = ("group_by_length", "random", "sequential", "batch_rebalance")
+ADAMW = ("adamw_torch", "adamw_torch_fused")
 LOWER_IS_BETTER = ("loss", "nll", "bpd", "ppl")
 
 
@@ -19,6 +22,8 @@ class HierBD3LMTrainingArguments(ObjectiveArguments, TrainingArguments):
     def __post_init__(self):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LOWER_IS_BETTER):
             self.greater_is_better = False  # TrainingArguments knows this of names in "loss" only
+        if not hasattr(TrainingArguments, "activation_checkpointing"):  # transformers < 5.23
+            self.gradient_checkpointing = bool(self.activation_checkpointing or self.gradient_checkpointing)
         super().__post_init__()
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATORS)}, but got {self.estimator!r}")
@@ -39,9 +44,28 @@ class HierBD3LMTrainingArguments(ObjectiveArguments, TrainingArguments):
             raise ValueError(f"`label_smoothing_factor` must be 0 for a NELBO, but got {self.label_smoothing_factor}")
         if self.dataloader_drop_last:
             raise ValueError("`dataloader_drop_last` must be False, but got True: evaluations would lose examples")
+        if self.train_sampling_strategy not in SAMPLING_STRATEGIES:
+            close = get_close_matches(self.train_sampling_strategy, SAMPLING_STRATEGIES, n=1)
+            raise ValueError(
+                f"`train_sampling_strategy` must be one of {', '.join(SAMPLING_STRATEGIES)}, but got "
+                f"{self.train_sampling_strategy!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+            )
+        if self.muon_learning_rate is not None:
+            self._check_optimizer_settings()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("`fp16` must be False on a CPU, which would compute in float32, but got True; use `bf16`")
         for name in ("fp16_full_eval", "bf16_full_eval"):
             if getattr(self, name):
                 raise ValueError(f"`{name}` must be False, but got True: evaluations use the precision of training")
+
+    def _check_optimizer_settings(self) -> None:
+        if self.optim not in ADAMW:
+            raise ValueError(
+                f"`optim` must be one of {', '.join(ADAMW)} with `muon_learning_rate`, which trains with Muon and "
+                f"AdamW, but got {str(self.optim.value)!r}"
+            )
+        if self.optim_args is not None:
+            raise ValueError(f"`optim_args` must be None with `muon_learning_rate`, but got {self.optim_args!r}")
 
 
 @dataclass

@@ -3,22 +3,18 @@
 import contextlib
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME, logging
-
-from ..configuration_hierbd3lm import HierBD3LMConfig, config_fields
+from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 EMA_FILE = "ema.safetensors"
-# fields of a backbone's configuration that do not change what it computes
-NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache", "auto_map")
 
 
 def find_checkpoint(output_dir: str, resume_from: str | None) -> str | None:
@@ -55,34 +51,6 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
             continue
         return str(folder)
     return None
-
-
-def check_same_model(
-    checkpoint: str, config: HierBD3LMConfig, changing: Collection[str] = ()
-) -> HierBD3LMConfig | None:
-    """Return the configuration of a checkpoint to resume from, which must be that of the model; None without a file.
-
-    Args:
-        changing: fields that may differ.
-
-    Raises:
-        ValueError: if another field differs: the weights may fit, but would be trained as another model.
-    """
-    if not os.path.isfile(os.path.join(checkpoint, CONFIG_NAME)):  # sharded by FSDP
-        return None
-    saved = HierBD3LMConfig.from_pretrained(checkpoint)
-    names = config_fields().keys() - {"block_size", "backbone_config", *changing}
-    pairs = {name: (getattr(saved, name), getattr(config, name)) for name in sorted(names)}
-    old, new = saved.backbone_config.to_dict(), config.backbone_config.to_dict()
-    names = {name for name in old.keys() | new.keys() if name not in NOT_OF_THE_MODEL}
-    pairs |= {f"backbone_config.{name}": (old.get(name), new.get(name)) for name in sorted(names)}
-    different = [f"{name}: {a!r} stored, {b!r} now" for name, (a, b) in pairs.items() if a != b]
-    if different:
-        raise ValueError(
-            f"`resume_from_checkpoint` must be of the same model, but {checkpoint} differs ({'; '.join(different)}): "
-            f"give the stored settings, or start a new run from its weights with `init_from`"
-        )
-    return saved
 
 
 def has_average(checkpoint: str) -> bool:

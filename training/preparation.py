@@ -44,7 +44,7 @@ Examples = dict[str, tuple[Dataset | IterableDataset, dict[str, int]]]
 
 
 def load_examples(data_args: DataArguments, args: TrainScriptArguments) -> Examples:
-    """The examples of every split that is trained on, and of validation if there is one."""
+    """Load the examples of every split that is trained on, and of validation if there is one."""
     splits = training_splits(data_args) + (["validation"] if data_args.num_validation_examples else [])
     with args.main_process_first(desc="examples"):
         return {split: load_counted_split(data_args, split) for split in splits}
@@ -53,7 +53,7 @@ def load_examples(data_args: DataArguments, args: TrainScriptArguments) -> Examp
 def make_tokenizer(
     model_args: ModelArguments, data_args: DataArguments, args: TrainScriptArguments, examples: Examples
 ) -> PreTrainedTokenizerBase:
-    """The given tokenizer, or one trained on the training split by the first process and kept in `output_dir`."""
+    """Load the tokenizer, or train one on the training split in the first process and save it in `output_dir`."""
     if model_args.tokenizer is not None:
         return AutoTokenizer.from_pretrained(model_args.tokenizer)
     if model_args.init_from is not None:
@@ -66,7 +66,7 @@ def make_tokenizer(
 
 
 def training_texts(data_args: DataArguments, examples: Examples) -> list[str]:
-    """What a tokenizer is trained on: every word of the synthetic problems, or all that is trained on."""
+    """Return the texts that a tokenizer is trained on: all words of the synthetic problems, or the training split."""
     if data_args.dataset == SYNTHETIC:
         return vocabulary_texts(SyntheticConfig(**data_args.synthetic))
     texts = []
@@ -106,7 +106,7 @@ def set_largest_block_size(model_args: ModelArguments, args: TrainScriptArgument
 def make_model(
     model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase
 ) -> HierBD3LMForBlockDiffusion | HierBD3LMAdapter:
-    """A new model, or one that starts from a checkpoint: whole, or frozen under an adapter."""
+    """Make a new model, or load a checkpoint: to train all of its weights, or an adapter."""
     fields = model_args.config_fields()
     kwargs = {"dtype": model_args.dtype}
     if model_args.attn_implementation is not None:
@@ -127,7 +127,11 @@ def make_datasets(
     tokenizer: PreTrainedTokenizerBase,
     config: HierBD3LMConfig,
 ) -> dict[str, Dataset | IterableDataset | None]:
-    """The encoded training and validation examples; what was dropped is written to `output_dir`/data_report.json."""
+    """Encode the training and validation examples, and report dropped ones in `output_dir`/data_report.json.
+
+    Raises:
+        ValueError: if no example of training or of validation is left.
+    """
     datasets, reports = {}, {}
     for split, (dataset, counts) in examples.items():
         with args.main_process_first(desc=f"{split} examples"):
@@ -140,7 +144,15 @@ def make_datasets(
         Path(args.output_dir, "data_report.json").write_text(json.dumps(reports, indent=2) + "\n")
     first, *others = (datasets[split] for split in training_splits(data_args))
     trained_on = concatenate_datasets([first, *others]) if others else first
-    return {"train": trained_on, "validation": datasets.get("validation")}
+    chosen = {"train": trained_on, "validation": datasets.get("validation")}
+    for split, dataset in chosen.items():
+        if dataset is not None and next(iter(dataset), None) is None:
+            lengths = {name: getattr(config, name) for name in ("question_len", "plan_len", "execution_len")}
+            raise ValueError(
+                f"the {split} split must have at least one example that fits {lengths}, but none of them is left: "
+                f"{reports[split]}"
+            )
+    return chosen
 
 
 class SaveDataArguments(TrainerCallback):

@@ -1,6 +1,9 @@
-"""The figures that are logged of training: each segment's loss, and tokens per second."""
+"""What is logged of training: each segment's loss, tokens per second, and no warnings that do not apply."""
 
+import contextlib
+import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,3 +49,18 @@ class TrainingProgress:
         self._sums: torch.Tensor | None = None
         self._num_tokens: torch.Tensor | int = 0
         self._start = time.perf_counter()
+
+
+@contextlib.contextmanager
+def without_warning(module: str, start: str) -> Iterator[None]:
+    """Leave out log messages of a module that start with a text, within the context."""
+    logger = logging.getLogger(module)
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(start)
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)

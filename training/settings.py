@@ -149,6 +149,13 @@ class ObjectiveArguments:
         default=0.9999,
         metadata={"help": "Decay of the weights' average, used to evaluate and to save; in [0, 1), 0 for none."},
     )
+    stop_if_not_finite: bool = field(
+        default=True,
+        metadata={
+            "help": "Stops at the first loss, or weight at a save, that is NaN or infinite. Nothing is saved then. "
+            "False continues."
+        },
+    )
     eval_noise_draws: int = field(
         default=4, metadata={"help": "Draws of the noise for each example of an evaluation; >= 1."}
     )
@@ -158,6 +165,9 @@ class ObjectiveArguments:
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "As in TrainingArguments; the collator reads columns that the model lacks."}
+    )
+    activation_checkpointing: bool | None = field(
+        default=None, metadata={"help": "As in TrainingArguments, where it was gradient_checkpointing before 5.23."}
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "As in TrainingArguments; a loss that is not finite is shown here."}
