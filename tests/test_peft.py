@@ -332,7 +332,7 @@ def test_fsdp_is_refused(tied_base, tmp_path, monkeypatch):
     create = HierBD3LMTrainer.create_accelerator_and_postprocess
     monkeypatch.setattr(HierBD3LMTrainer, "create_accelerator_and_postprocess", create_sharded)
     arguments = HierBD3LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, ema_decay=0.0)
-    with pytest.raises(ValueError, match="`args` must not enable FSDP for an adapter"):
+    with pytest.raises(ValueError, match="`fsdp` must be off for an adapter"):
         HierBD3LMTrainer(adapted(tied_base), arguments)
     HierBD3LMTrainer(make_model(), arguments)
 

@@ -13,7 +13,7 @@ from hierbd3lm.training.arguments import HierBD3LMTrainingArguments
 from hierbd3lm.training.checkpoints import EMA_FILE, last_complete_checkpoint
 from hierbd3lm.training.ema import EMACallback
 
-from .tiny import make_model
+from .tiny import make_config, make_model
 from .tiny_trainer import assert_bit_equal, losses_of, make_trainer, weights_of
 
 
@@ -248,3 +248,97 @@ def test_best_model_is_the_one_with_the_lowest_likelihood_bound(tmp_path, metric
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best + 1}")
     assert_bit_equal(weights_of(trainer.model), load_file(tmp_path / f"checkpoint-{best + 1}" / "model.safetensors"))
     assert trainer.evaluate()[name] == values[best]
+
+
+# What a run shares with its checkpoint
+
+
+@pytest.mark.parametrize(
+    "part, files",
+    [
+        ("the optimizer", ["optimizer.pt"]),
+        ("the learning rate schedule", ["scheduler.pt"]),
+        ("the random generators", ["rng_state.pth"]),
+    ],
+)
+def test_a_checkpoint_without_a_part_is_not_resumed_from(tmp_path, part, files):
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, **settings).train()
+    for name in files:
+        (tmp_path / "checkpoint-1" / name).unlink()
+    message = (
+        f"must be a complete checkpoint, but .* lacks {part} .*: start a new run from its weights with `init_from`"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_a_checkpoint_of_the_model_alone_is_not_resumed_from(tmp_path, ema_decay):
+    settings = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True, "ema_decay": ema_decay}
+    make_trainer(tmp_path, **settings).train()
+    with pytest.raises(ValueError, match="lacks the optimizer, the learning rate schedule, the random generators"):
+        make_trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize(
+    "fields, difference",
+    [
+        ({"block_size": 2}, "execution_block_size: 4 stored, 2 now"),
+        ({"algorithm": "bd3lm"}, "algorithm: 'hier' stored, 'bd3lm' now"),
+        ({"plan_clip": [0.3, 0.8]}, r"plan_clip: \[0.0, 1.0\] stored, \[0.3, 0.8\] now"),
+        ({"backbone": {"rms_norm_eps": 0.1}}, "backbone_config.rms_norm_eps: 1e-06 stored, 0.1 now"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_not_resumed_from(tmp_path, fields, difference):
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, **settings).train()
+    backbone = make_config().backbone_config
+    for name, value in fields.pop("backbone", {}).items():
+        setattr(backbone, name, value)
+    model = make_model(backbone_config=backbone, **fields)
+    with pytest.raises(ValueError, match=f"`resume_from_checkpoint` must be of the same model, .*{difference}"):
+        make_trainer(tmp_path, model, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize(
+    "changed, difference",
+    [
+        ({"per_device_train_batch_size": 4}, "total_train_batch_size: 4 stored, 8 now"),
+        ({"gradient_accumulation_steps": 1}, "total_train_batch_size: 4 stored, 2 now"),
+        ({"num_examples": 13}, "num_examples: 12 stored, 13 now"),
+        ({"seed": 1}, "seed: 42 stored, 1 now"),
+        ({"train_sampling_strategy": "random"}, "strategy: group_by_length stored, random now"),
+    ],
+)
+def test_another_order_of_the_examples_is_refused(tmp_path, changed, difference):
+    make_trainer(tmp_path, **RUN).train()
+    folder = str(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=f"the order of the examples must be that of the checkpoint .*{difference}"):
+        make_trainer(tmp_path, **(RUN | changed)).train(resume_from_checkpoint=folder)
+    make_trainer(tmp_path, **(RUN | changed), ignore_data_skip=True).train(resume_from_checkpoint=folder)
+
+
+@pytest.mark.parametrize("sampling", ["group_by_length", "random", "sequential"])
+@pytest.mark.parametrize("batch_size, accumulated", [(4, 1), (1, 4)])
+def test_another_split_of_the_batch_keeps_the_order_of_the_examples(tmp_path, sampling, batch_size, accumulated):
+    def run(name, resume_from=None, **changed):
+        seen = []
+        trainer = make_trainer(tmp_path / name, **(RUN | {"train_sampling_strategy": sampling} | changed))
+        compute_loss = trainer.compute_loss
+
+        def recording(model, inputs, **kwargs):
+            rows = zip(inputs["input_ids"].tolist(), inputs["segment_ids"].tolist(), strict=True)
+            of_rows = [[token for token, segment in zip(*row, strict=True) if segment >= 0] for row in rows]
+            seen.append((trainer.state.global_step, sorted(of_rows)))
+            return compute_loss(model, inputs, **kwargs)
+
+        trainer.compute_loss = recording
+        trainer.train(resume_from_checkpoint=resume_from)
+        steps = sorted({step for step, _ in seen})
+        return {step: sorted(row for at, rows in seen if at == step for row in rows) for step in steps}
+
+    whole = run("whole")
+    sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulated}
+    resumed = run("resumed", str(tmp_path / "whole" / "checkpoint-4"), **sizes)
+    assert resumed == {step: whole[step] for step in (4, 5, 6)}

@@ -1,9 +1,11 @@
 """The command line of training: what it reads, what it leaves behind, and where it goes on."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from hierbd3lm import train
+from hierbd3lm.configuration_hierbd3lm import config_fields
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.trainer import HierBD3LMTrainer
 from hierbd3lm.training import preparation
 from hierbd3lm.training.preparation import load_examples, make_datasets, make_model
-from hierbd3lm.training.settings import ModelArguments
+from hierbd3lm.training.settings import CONFIG_FIELDS, ModelArguments
 
 from .tiny_tokenizer import make_tokenizer
 
@@ -200,6 +203,75 @@ def test_synthetic_problems_join_another_dataset_and_are_counted(tmp_path):
     assert (len(datasets["train"]), len(datasets["validation"])) == (26, 2)
     written = tokenizer.batch_decode(datasets["train"]["question_ids"][:7])
     assert written[:6] == [f"{i} cats" for i in (0, 1, 2, 4, 5, 6)] and "How many" in written[6]
+
+
+def test_every_field_of_the_configuration_is_a_setting():
+    from_elsewhere = {"backbone_config", "tie_word_embeddings"}
+    names = {name for name in config_fields() if not name.endswith("_token_id")}
+    assert set(CONFIG_FIELDS) == names - from_elsewhere
+    assert set(CONFIG_FIELDS) < {item.name for item in fields(ModelArguments)}
+
+
+# Nothing is lost
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_split_without_an_example_that_fits_stops_the_run_before_training(tmp_path, monkeypatch, split):
+    rows = [{"question": "a cat", "plan": "count", "execution": "#### 1"} for _ in range(6)]
+    for row in {"train": rows[:4], "validation": rows[4:]}[split]:
+        row["execution"] = "so " * 100
+    Path(tmp_path, "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"dataset": str(tmp_path / "rows.jsonl"), "num_train_examples": None, "num_validation_examples": 2}
+    message = f"the {split} split must have at least one example that fits .*'execution_len': 48.*'num_kept': 0"
+    with pytest.raises(ValueError, match=message):
+        run(monkeypatch, write_config(tmp_path, **settings))
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_the_model_is_saved_before_the_evaluation_after_training(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no evaluation")
+
+    config = write_config(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no evaluation"):
+        patch.setattr(HierBD3LMTrainer, "evaluate", fail)
+        run(monkeypatch, config)
+    out = tmp_path / "out"
+    HierBD3LMForBlockDiffusion.from_pretrained(out)
+    assert (out / "data_config.json").is_file() and (out / "train_results.json").is_file()
+    assert not (out / "trainer_state.json").exists()  # the last file of a run
+    train_results = (out / "train_results.json").read_text()
+    run(monkeypatch, config, "--resume_from_checkpoint", "last")
+    assert "eval_nll" in json.loads((out / "eval_results.json").read_text())
+    assert (out / "trainer_state.json").is_file()
+    assert (out / "train_results.json").read_text() == train_results
+
+
+def test_resuming_a_finished_run_trains_no_further_step(tmp_path, monkeypatch):
+    config = write_config(tmp_path, num_train_examples=40)  # ten steps an epoch: the run ends inside one
+    run(monkeypatch, config)
+    out = tmp_path / "out"
+    files = ("model.safetensors", "train_results.json", "eval_results.json", "trainer_state.json")
+    before = [(out / name).read_bytes() for name in files]
+    steps = []
+    monkeypatch.setattr(HierBD3LMTrainer, "training_step", lambda trainer, *args, **kwargs: steps.append(1))
+    run(monkeypatch, config, "--resume_from_checkpoint", "last")
+    after = [(out / name).read_bytes() for name in files]
+    assert before[:2] == after[:2] and before[3] == after[3] and not steps
+    old, new = (json.loads(text) for text in (before[2], after[2]))
+    assert old["eval_nll"] == new["eval_nll"]
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_a_run_prints_no_warnings_that_do_not_apply(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    config = write_config(tmp_path, backbone=TINY["backbone"] | {"tie_word_embeddings": True})
+    run(monkeypatch, config, "--max_steps", "2", "--lr_scheduler_type", "constant")
+    run(monkeypatch, config, "--lr_scheduler_type", "constant", "--resume_from_checkpoint", "last")
+    for text in ("new PAD/BOS/EOS", "missing keys"):
+        assert text not in caplog.text
+    logging.getLogger("transformers.trainer_utils").warning("The log is read.")
+    assert "The log is read." in caplog.text
 
 
 def test_a_backbone_and_a_checkpoint_exclude_each_other():

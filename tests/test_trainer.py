@@ -260,7 +260,7 @@ def test_throughput_excludes_padding_and_evaluation_time(tmp_path, monkeypatch):
 
 
 def test_a_non_finite_loss_is_logged(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer = make_trainer(tmp_path, max_steps=1, stop_if_not_finite=False)
     with torch.no_grad():
         trainer.model.get_output_embeddings().weight[7] = math.nan
     trainer.train()
@@ -287,6 +287,13 @@ def test_the_docstring_names_every_method_of_transformers_that_is_overridden():
         ({"ema_decay": 1.0}, r"`ema_decay` must be in \[0, 1\), but got 1.0"),
         ({"ema_decay": -0.5}, r"`ema_decay` must be in \[0, 1\), but got -0.5"),
         ({"muon_learning_rate": 0.0}, "`muon_learning_rate` must be > 0 or None, but got 0.0"),
+        ({"muon_learning_rate": 0.1, "optim": "sgd"}, "`optim` must be one of adamw_torch, .*, but got 'sgd'"),
+        ({"muon_learning_rate": 0.1, "optim_args": "a=1"}, "`optim_args` must be None with .*, but got 'a=1'"),
+        ({"train_sampling_strategy": "grouped"}, "must be one of group_by_length, .*, but got 'grouped'"),
+        ({"train_sampling_strategy": "randon"}, "but got 'randon'; did you mean 'random'?"),
+        ({"fp16": True}, "`fp16` must be False on a CPU, .*, but got True"),
+        ({"clip_search": [0.33]}, r"`clip_search` must be multiples of 1 / 20 .*, but got \[0.33\]"),
+        ({"clip_search": [0.5], "clip_search_levels": 0}, "`clip_search_levels` must be >= 1, but got 0"),
         ({"noisy_copies": 0}, "`noisy_copies` must be >= 1, but got 0"),
         ({"eval_noise_draws": 0}, "`eval_noise_draws` must be >= 1, but got 0"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` must be 0 for a NELBO, but got 0.1"),
@@ -308,6 +315,31 @@ def test_custom_metrics_are_refused(tmp_path):
     arguments = HierBD3LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match="`compute_metrics` must be None"):
         HierBD3LMTrainer(make_model(), arguments, compute_metrics=lambda prediction: {})
+
+
+def test_what_has_no_meaning_is_refused_by_name(tmp_path):
+    arguments = HierBD3LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match=r"`model_init` must be None, but got .*; give `model`"):
+        HierBD3LMTrainer(None, arguments, model_init=make_model)
+    with pytest.raises(ValueError, match="`model` must be a model, but got None"):
+        HierBD3LMTrainer(None, arguments)
+    trainer = make_trainer(tmp_path)
+    for call in (trainer.predict, trainer.evaluation_loop, trainer.prediction_step):
+        with pytest.raises(NotImplementedError, match=r"`evaluate\(dataset\)` measures the likelihood"):
+            call(trainer.eval_dataset)
+    empty = trainer.train_dataset.select([])
+    for name in ("train_dataset", "eval_dataset"):
+        with pytest.raises(ValueError, match=f"`{name}` must have at least one example, but has none"):
+            HierBD3LMTrainer(make_model(), arguments, **{name: empty})
+
+
+def test_an_optimizer_beside_muon_is_refused(tmp_path):
+    model = make_model()
+    arguments = HierBD3LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, muon_learning_rate=0.02)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    for given in ({"optimizers": (sgd, None)}, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}):
+        with pytest.raises(ValueError, match="`muon_learning_rate` must be None if an optimizer is given"):
+            HierBD3LMTrainer(model, arguments, **given)
 
 
 def test_processes_that_share_a_batch_are_refused(tmp_path, monkeypatch):

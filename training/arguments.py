@@ -35,7 +35,7 @@ class HierBD3LMTrainingArguments(ObjectiveArguments, TrainingArguments):
         if not self.filler_weight >= 0:
             raise ValueError(f"`filler_weight` must be >= 0, but got {self.filler_weight}")
         if self.clip_search is not None:
-            Candidates(tuple(self.clip_search), self.clip_search_levels)  # raises
+            self._check_clip_search()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), but got {self.ema_decay}")
         if self.eval_noise_draws < 1:
@@ -57,6 +57,14 @@ class HierBD3LMTrainingArguments(ObjectiveArguments, TrainingArguments):
         for name in ("fp16_full_eval", "bf16_full_eval"):
             if getattr(self, name):
                 raise ValueError(f"`{name}` must be False, but got True: evaluations use the precision of training")
+
+    def _check_clip_search(self) -> None:
+        if self.clip_search_levels < 1:
+            raise ValueError(f"`clip_search_levels` must be >= 1, but got {self.clip_search_levels}")
+        try:
+            Candidates(tuple(self.clip_search), self.clip_search_levels)
+        except ValueError as error:
+            raise ValueError(str(error).replace("`widths`", "`clip_search`")) from None
 
     def _check_optimizer_settings(self) -> None:
         if self.optim not in ADAMW:

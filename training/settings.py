@@ -12,6 +12,7 @@ from transformers.utils import logging
 # of HierBD3LMConfig, where they are given
 CONFIG_FIELDS = ("block_size", "plan_block_size", "execution_block_size", "question_len", "plan_len", "execution_len")
 CONFIG_FIELDS += ("noise", "sampling_eps", "plan_clip", "execution_clip", "algorithm", "hierarchical_mask", "joint")
+CONFIG_FIELDS += ("prediction", "question_attention")
 
 logger = logging.get_logger(__name__)
 
@@ -64,6 +65,20 @@ class ModelArguments(AdapterArguments):
     )
     joint: bool | None = field(
         default=None, metadata={"help": "For `hier`: whether plan and execution are denoised at the same time."}
+    )
+    prediction: str | None = field(
+        default=None,
+        metadata={
+            "help": "`in_place`: a hidden state predicts the token in its place; `shifted`: the next token, as in an "
+            "autoregressive model. `shifted` for `ar` and converted checkpoints, else `in_place`, if omitted."
+        },
+    )
+    question_attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "`bidirectional`, or `causal` as in an autoregressive model, which is the default for `ar` and "
+            "converted checkpoints."
+        },
     )
     block_size: int | None = field(
         default=None,
