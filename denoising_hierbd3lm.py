@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation.streamers import BaseStreamer, TextStreamer
 from transformers.utils import ModelOutput
 
 from .cache_hierbd3lm import BlockCache
@@ -304,7 +304,7 @@ class BlockDenoiser:
         closing = done[:, None] & self._inside()
         self.answer.write(rows.index, closing, rows.canvas, rows.canvas_position_ids, part_ids)
         if self.streamer is not None:
-            self.streamer.put(rows.canvas[closing & ~after_end].cpu())
+            stream(self.streamer, rows.canvas[closing & ~after_end].cpu(), self.order)
         block_ids = rows.canvas_block_ids.masked_fill(~done[:, None], PADDING)
         rows.pending = torch.cat([rows.pending, rows.canvas], dim=1)
         rows.pending_block_ids = torch.cat([rows.pending_block_ids, block_ids], dim=1)
@@ -356,3 +356,20 @@ def left_justify(tokens: torch.LongTensor, keep: torch.BoolTensor, pad_token_id:
     count = keep.sum(dim=1, keepdim=True)
     columns = torch.arange(int(count.amax()), device=tokens.device)
     return tokens.gather(1, order)[:, : len(columns)].masked_fill(columns >= count, pad_token_id)
+
+
+def stream(streamer: BaseStreamer, tokens: torch.LongTensor, order: BlockOrder) -> None:
+    """Put tokens of shape `(length,)` into a streamer.
+
+    If it prints text without special tokens, each segment starts a new line: nothing else would separate them.
+    """
+    start = 0
+    if isinstance(streamer, TextStreamer) and streamer.decode_kwargs.get("skip_special_tokens"):
+        openers = torch.tensor([order.plan_token_id, order.execution_token_id])
+        for place in torch.isin(tokens, openers).nonzero().flatten().tolist():
+            streamer.put(tokens[start:place])
+            start = place
+            if text := streamer.tokenizer.decode(streamer.token_cache, **streamer.decode_kwargs):
+                streamer.on_finalized_text(text[streamer.print_len :] + "\n")
+                streamer.token_cache, streamer.print_len = [], 0
+    streamer.put(tokens[start:])

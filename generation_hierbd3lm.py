@@ -9,7 +9,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from .denoising_hierbd3lm import Answer, BlockDenoiser, HierBD3LMGenerationOutput, never_written
+from .denoising_hierbd3lm import Answer, BlockDenoiser, HierBD3LMGenerationOutput, never_written, stream
 from .masking_hierbd3lm import EXECUTION, PADDING, PLAN
 from .order_hierbd3lm import BlockOrder, CanvasSchedule, ends_part
 from .samplers_hierbd3lm import Sampler, make_sampler
@@ -142,7 +142,7 @@ def write_causally(
             attention_mask=prompt_mask,
             max_new_tokens=int(num_left.amax()),
             stopping_criteria=[LastEnd(awaits_end, order)],
-            streamer=None if streamer is None else StreamerAfterPrompt(streamer),
+            streamer=None if streamer is None else StreamerAfterPrompt(streamer, order),
             # what a checkpoint's own settings may say otherwise
             num_beams=1,
             repetition_penalty=1.0,
@@ -184,14 +184,13 @@ class LastEnd(StoppingCriteria):
 
 
 class StreamerAfterPrompt(BaseStreamer):
-    """Forwards generated tokens to a streamer that has already received the prompt, and does not end it."""
+    """Forwards generated tokens, and the opener before them, to a streamer that has received the question."""
 
-    def __init__(self, streamer: BaseStreamer):
-        self.streamer, self.is_prompt = streamer, True
+    def __init__(self, streamer: BaseStreamer, order: BlockOrder):
+        self.streamer, self.order, self.is_prompt = streamer, order, True
 
     def put(self, value: torch.LongTensor) -> None:
-        if not self.is_prompt:
-            self.streamer.put(value)
+        stream(self.streamer, value.flatten()[-1:] if self.is_prompt else value, self.order)
         self.is_prompt = False
 
     def end(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .measure import RESULTS
+from .measure import RESULTS, make_parser
 
 MAX_FACTOR = 30  # of the plot
 
@@ -39,4 +39,5 @@ def margin(row: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
+    make_parser("bars", __doc__).parse_args()
     draw_bars(RESULTS)

@@ -146,4 +146,4 @@ def draw_figure(details: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    measure_parts("clip_variance", {"problems": problems}, sys.argv[1:])
+    measure_parts("clip_variance", {"problems": problems}, __doc__)

@@ -6,7 +6,6 @@ evaluation/plan_dependence.py. An interrupted comparison resumes after the last 
 docs/comparison.md, docs/comparison.png and results/compare.json, with the suffix `_gsm8k` for GSM8K or `--page`.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -28,7 +27,7 @@ from tqdm.auto import tqdm
 
 from hierbd3lm.data.arguments import check_at_least
 
-from .measure import RESULTS, as_flags, describe_machine
+from .measure import RESULTS, as_flags, describe_machine, make_parser
 from .sampler import SAMPLER_FILE
 from .speed import SPEED_FILE
 
@@ -337,7 +336,7 @@ def finish_all(runs: list[Run], jobs: int, threads: int) -> Results:
 def main() -> None:
     """Finish all runs, and write the comparison."""
     cores = os.cpu_count() or 1
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("compare", __doc__)
     parser.add_argument("--quick", action="store_true", help="Use one size, one random seed and few steps.")
     parser.add_argument("--data", default="synthetic", choices=("synthetic", "gsm8k"), help="Training data.")
     parser.add_argument("--recipe", default=None, help="YAML file for train.py; by default that of the data.")

@@ -5,7 +5,6 @@ threads; ratios are of medians of interleaved measurements.
 """
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -160,4 +159,4 @@ PARTS: dict[str, Callable[[], Measured]] = {
 
 
 if __name__ == "__main__":
-    measure_parts("generation", PARTS, sys.argv[1:])
+    measure_parts("generation", PARTS, __doc__)

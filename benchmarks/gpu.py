@@ -5,7 +5,6 @@ fails is recorded with its error, and the others still run. `--tiny` runs all pa
 test the script.
 """
 
-import argparse
 import functools
 import json
 import time
@@ -23,7 +22,7 @@ from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
-from .measure import RESULTS, describe_machine, interleaved_medians
+from .measure import RESULTS, describe_machine, interleaved_medians, make_parser
 from .models import FIRST_CONTENT_ID, SPECIAL_IDS, text_batch
 from .training import autoregressive_step, block_diffusion_step
 
@@ -225,7 +224,7 @@ PARTS = {
 
 def main() -> None:
     """Run all parts and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("gpu", __doc__)
     parser.add_argument("--tiny", action="store_true", help="Use a small model, to test the script.")
     parser.add_argument("--output", default=str(RESULTS / "gpu.json"), help="Output file.")
     args = parser.parse_args()

@@ -1,11 +1,12 @@
 """Interleaved timing, and files of results."""
 
+import argparse
 import json
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,29 @@ def bar(claim: str, measured: float, limit: float, at_most: bool) -> dict[str, A
     return {"claim": claim, "measured": measured, "limit": limit, "direction": "<=" if at_most else ">=", "met": met}
 
 
-def measure_parts(script: str, parts: dict[str, Callable[[], Measured]], names: list[str]) -> None:
-    """Measure the named parts, or all, on two threads, and write their results."""
-    torch.set_num_threads(2)
-    for name in names or parts:
+def measure_parts(script: str, parts: dict[str, Callable[[], Measured]], description: str | None) -> None:
+    """Measure the parts named on the command line, or all, on two threads, and write their results."""
+    for name in read_parts(script, parts, description):
         write_results(script, name, *parts[name]())
+
+
+def read_parts(script: str, parts: Iterable[str], description: str | None) -> list[str]:
+    """Read the names of parts from the command line, all parts if there are none, and set two threads."""
+    parser = make_parser(script, description)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(parts)}; all if omitted.")
+    names = parser.parse_args().parts
+    for name in names:
+        if name not in parts:
+            parser.error(f"`part` must be one of {', '.join(parts)}, but got {name!r}")
+    torch.set_num_threads(2)
+    return names or list(parts)
+
+
+def make_parser(script: str, description: str | None) -> argparse.ArgumentParser:
+    """Make the parser of a benchmark's command line; `description` is the docstring of its module."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    prog = f"python -m hierbd3lm.benchmarks.{script}"
+    return argparse.ArgumentParser(prog=prog, description=description, formatter_class=formatter)
 
 
 def write_results(script: str, part: str, bars: list[dict[str, Any]], details: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ product, and the minimum number of bytes to move (every weight; in training also
 state) at the rate of a large copy. The FLOPs do not include attention.
 """
 
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .generation import denoising_step, endless_model, filled_cache
-from .measure import interleaved_medians, write_text
+from .measure import interleaved_medians, read_parts, write_text
 from .models import make_model, problem_batches
 from .training import block_diffusion_step
 
@@ -108,6 +107,5 @@ PARTS = {"training": profile_training, "generation": profile_generation}
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
-    for part in sys.argv[1:] or PARTS:
+    for part in read_parts("profile", PARTS, __doc__):
         write_text("profile", part, PARTS[part]())

@@ -113,4 +113,4 @@ PARTS: dict[str, Callable[[], Measured]] = {
 }
 
 if __name__ == "__main__":
-    measure_parts("quickstart", PARTS, sys.argv[1:])
+    measure_parts("quickstart", PARTS, __doc__)

@@ -4,7 +4,6 @@
 steps, with the autoregressive model in AR_DIR on test problems of DIR's data, and writes DIR/speed.json.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ from hierbd3lm.evaluation.runner import predict
 from hierbd3lm.evaluation.scoring import summarize
 from hierbd3lm.settings_hierbd3lm import resolve_settings
 
-from .measure import describe_machine
+from .measure import describe_machine, make_parser
 
 SPEED_FILE = "speed.json"
 CHUNK = 50  # problems per turn of a model
@@ -65,7 +64,7 @@ def measure_speed(folder: str, baseline: str, limit: int, device: str) -> dict[s
 
 def main() -> None:
     """Measure the speed, and write and print the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("speed", __doc__)
     parser.add_argument("--model", required=True, help="Folder of a trained model.")
     parser.add_argument("--baseline", required=True, help="Folder of an autoregressive model with the same data.")
     parser.add_argument("--limit", type=int, default=100, help="Number of test problems.")

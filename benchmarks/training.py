@@ -174,7 +174,7 @@ def main() -> None:
         torch.set_num_threads(2)
         print_added_memory(sys.argv[2])
     else:
-        measure_parts("training", PARTS, sys.argv[1:])
+        measure_parts("training", PARTS, __doc__)
 
 
 if __name__ == "__main__":

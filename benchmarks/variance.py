@@ -6,7 +6,6 @@ given precision of the gradient of these examples; less is better.
 """
 
 import functools
-import sys
 from collections.abc import Callable
 
 import torch
@@ -66,4 +65,4 @@ PARTS: dict[str, Callable[[], Measured]] = {"copies": lambda: measure_copies(rep
 
 
 if __name__ == "__main__":
-    measure_parts("variance", PARTS, sys.argv[1:])
+    measure_parts("variance", PARTS, __doc__)

@@ -238,8 +238,8 @@ def draw_samples(
         path: JSON lines file, extended batch by batch.
 
     Returns:
-        the lines of the file, with `index`, `plan`, `execution`, `text` (plan and execution together), `finished`,
-        `num_forward_passes` and `tokens_per_forward` (see `HierBD3LMGenerationOutput`).
+        the lines of the file, with `index`, `plan`, `execution`, `text` (plan and execution, on separate lines),
+        `finished`, `num_forward_passes` and `tokens_per_forward` (see `HierBD3LMGenerationOutput`).
 
     Raises:
         ValueError: if several samples are requested at temperature 0.
@@ -271,8 +271,8 @@ def _draw_batch(
     samples = []
     for plan, execution, *values in zip(plans, executions, *others, strict=True):
         plan, execution = ([token for token in ids if token != pad] for ids in (plan, execution))
-        parts = {"text": plan + execution, "plan": plan, "execution": execution}
-        texts = {name: decode(ids, tokenizer) for name, ids in parts.items()}
+        texts = {"plan": decode(plan, tokenizer), "execution": decode(execution, tokenizer)}
+        texts["text"] = "\n".join(filter(None, texts.values()))
         samples.append(texts | dict(zip(names, values, strict=True)))
     return samples
 

@@ -1,11 +1,18 @@
-"""How the benchmarks judge their figures and draw them."""
+"""The command lines of the benchmarks, their limits, and the plot of all results."""
 
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 
+import hierbd3lm.benchmarks
 from hierbd3lm.benchmarks.bars import MAX_FACTOR, draw_bars, margin
-from hierbd3lm.benchmarks.measure import bar
+from hierbd3lm.benchmarks.measure import bar, measure_parts
+
+BENCHMARKS = Path(hierbd3lm.benchmarks.__file__).parent
+SCRIPTS = [path.stem for path in sorted(BENCHMARKS.glob("*.py")) if '__name__ == "__main__"' in path.read_text()]
 
 
 @pytest.mark.parametrize(
@@ -31,3 +38,24 @@ def test_bars_of_all_results_are_drawn_and_other_files_left_alone(tmp_path):
     (tmp_path / "other.json").write_text(json.dumps({"runs": []}))
     draw_bars(tmp_path)
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_describes_a_benchmark_and_runs_nothing(script, monkeypatch, capsys):
+    files = {path: path.stat().st_mtime_ns for path in BENCHMARKS.rglob("*")}
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.delitem(sys.modules, f"hierbd3lm.benchmarks.{script}", raising=False)
+    with pytest.raises(SystemExit) as error:
+        runpy.run_module(f"hierbd3lm.benchmarks.{script}", run_name="__main__")
+    text = capsys.readouterr().out
+    assert error.value.code == 0
+    assert text.startswith(f"usage: python -m hierbd3lm.benchmarks.{script} ")
+    assert sys.modules["hierbd3lm.benchmarks"].__doc__ not in text and len(text.split("\n\n")[1]) > 20
+    assert {path: path.stat().st_mtime_ns for path in BENCHMARKS.rglob("*") if path in files} == files
+
+
+def test_a_part_that_does_not_exist_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", "first", "frist"])
+    with pytest.raises(SystemExit):
+        measure_parts("script", {"first": pytest.fail, "second": pytest.fail}, "A test.")
+    assert "`part` must be one of first, second, but got 'frist'" in capsys.readouterr().err

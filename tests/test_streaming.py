@@ -1,17 +1,19 @@
 """Streamers receive the prompt, drafts and finished blocks."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers.generation.streamers import TextDiffusionStreamer, TextStreamer
+from transformers.generation.streamers import TextDiffusionStreamer, TextIteratorStreamer, TextStreamer
 
+from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS
+from hierbd3lm.denoising_hierbd3lm import stream
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
+from .tiny import make_model
 from .tiny_generation import END, EXECUTION, MASK, PLAN, QUESTION, SAMPLERS, generate_one, speaker, tokens_of
 from .tiny_tokenizer import make_config_for, make_tokenizer
-
-# Streaming
 
 
 class RecordingStreamer:
@@ -72,3 +74,53 @@ def test_the_streamers_of_transformers_print_the_answer(streamer_class, capsys):
 def test_a_streamer_for_two_rows_is_refused():
     with pytest.raises(ValueError, match="`streamer` must be None for more than one row, but got 2 rows"):
         speaker().generate(torch.tensor([QUESTION] * 2), streamer=RecordingStreamer())
+
+
+def lines_of(tokens, openers, tokenizer):
+    """The text of each segment that has one, on lines of their own."""
+    segments = [[]]
+    for token in tokens:
+        if token in openers:
+            segments.append([])
+        segments[-1].append(token)
+    return "\n".join(filter(None, (tokenizer.decode(ids, skip_special_tokens=True) for ids in segments)))
+
+
+@pytest.mark.parametrize("algorithm", ["hier", "bd3lm", "mdlm", "ar"])
+@pytest.mark.parametrize("skip_prompt", [True, False])
+def test_segments_that_are_streamed_without_special_tokens_are_on_lines_of_their_own(algorithm, skip_prompt):
+    tokenizer = make_tokenizer()
+    block_size = {} if algorithm in ("hier", "bd3lm") else {"block_size": None}
+    config = make_config_for(tokenizer, algorithm=algorithm, plan_len=8, execution_len=8, **block_size)
+    torch.manual_seed(0)
+    model = HierBD3LMForBlockDiffusion(config).eval()
+    question = tokenizer("What?", return_tensors="pt").input_ids
+    openers = (config.plan_token_id, config.execution_token_id)
+    for seed in range(3):
+        settings, recorded = {"temperature": 1.0, "seed": seed}, RecordingStreamer()
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt, skip_special_tokens=True, timeout=5)
+        output = model.generate(question, streamer=streamer, **settings)
+        model.generate(question, streamer=recorded, **settings)
+        tokens = [token for kind, ids in recorded.events[skip_prompt:] if kind == "put" for token in ids]
+        assert tokens[0 if skip_prompt else question.shape[1]] == config.plan_token_id
+        text = "".join(streamer)
+        assert text == lines_of(tokens, openers, tokenizer)
+        if algorithm == "hier":
+            parts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (output.plan[0], output.execution[0])]
+            assert text == "\n".join(filter(None, [*([] if skip_prompt else ["What?"]), *parts]))
+
+
+@pytest.mark.parametrize("plan", ["3 + 4", "3 + 4\n"])
+@pytest.mark.parametrize("is_one_block", [True, False])
+def test_there_is_one_line_break_between_plan_and_execution(plan, is_one_block):
+    tokenizer, order = make_tokenizer(), make_model().order
+    ids = {f"{role}_token_id": tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[role]) for role in ("plan", "execution")}
+    order = replace(order, **ids)
+    pieces, streamer = [], TextStreamer(tokenizer, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: pieces.append(text)
+    texts = {"plan": plan, "execution": "is 7"}
+    blocks = [[ids[f"{role}_token_id"], *tokenizer(text)["input_ids"]] for role, text in texts.items()]
+    for block in [blocks[0] + blocks[1]] if is_one_block else blocks:
+        stream(streamer, torch.tensor(block), order)
+    streamer.end()
+    assert "".join(pieces) == "3 + 4\nis 7"

@@ -266,9 +266,9 @@ def test_a_text_is_its_plan_followed_by_its_execution(model, tmp_path, monkeypat
     monkeypatch.setattr(text_quality, "generate_unconditional", lambda *args: written)
     settings = HierBD3LMGenerationConfig(temperature=1.0, seed=0)
     assert draw_samples(model, tokenizer, 2, settings, tmp_path / "samples.jsonl") == [
-        {"index": 0, "text": "abxyz", "plan": "ab", "execution": "xyz"}
+        {"index": 0, "text": "ab\nxyz", "plan": "ab", "execution": "xyz"}
         | {"finished": True, "num_forward_passes": 3, "tokens_per_forward": 2.0},
-        {"index": 1, "text": "cdefg", "plan": "c", "execution": "defg"}
+        {"index": 1, "text": "c\ndefg", "plan": "c", "execution": "defg"}
         | {"finished": False, "num_forward_passes": 4, "tokens_per_forward": 1.5},
     ]
 

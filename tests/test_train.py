@@ -205,6 +205,12 @@ def test_synthetic_problems_join_another_dataset_and_are_counted(tmp_path):
     assert written[:6] == [f"{i} cats" for i in (0, 1, 2, 4, 5, 6)] and "How many" in written[6]
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "float8"])
+def test_a_precision_that_does_not_exist_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"`dtype` must be one of float32, bfloat16, .*, but got '{dtype}'"):
+        ModelArguments(dtype=dtype)
+
+
 def test_every_field_of_the_configuration_is_a_setting():
     from_elsewhere = {"backbone_config", "tie_word_embeddings"}
     names = {name for name in config_fields() if not name.endswith("_token_id")}

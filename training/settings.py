@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+DTYPES = ("float32", "bfloat16", "float16", "auto")  # of weights; `auto` is that of the checkpoint
 # of HierBD3LMConfig, where they are given
 CONFIG_FIELDS = ("block_size", "plan_block_size", "execution_block_size", "question_len", "plan_len", "execution_len")
 CONFIG_FIELDS += ("noise", "sampling_eps", "plan_clip", "execution_clip", "algorithm", "hierarchical_mask", "joint")
@@ -46,7 +47,10 @@ class ModelArguments(AdapterArguments):
     )
     dtype: str = field(
         default="float32",
-        metadata={"help": "Precision of the weights; `bf16` computes in bfloat16 with weights in float32."},
+        metadata={
+            "help": f"Precision of the weights: {', '.join(DTYPES)}. `--bf16 true` computes in bfloat16, with weights "
+            "in float32."
+        },
     )
     backbone: dict[str, Any] | str | None = field(
         default=None,
@@ -99,6 +103,8 @@ class ModelArguments(AdapterArguments):
     )
 
     def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, but got {self.dtype!r}")
         if isinstance(self.backbone, str):
             self.backbone = json.loads(self.backbone)
         if self.backbone is not None and self.init_from is not None:
