@@ -107,7 +107,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             tokenizer: the checkpoint's tokenizer. The special tokens that it lacks are added to it, in place.
             kwargs: fields of [`HierBD3LMConfig`]; and `dtype`, `attn_implementation`, `revision`, ... for
                 `from_pretrained`. `prediction` is "shifted" and `question_attention` "causal" by default: with blocks
-                of one token the model is the checkpoint.
+                of one token the model is the checkpoint. `chat_template` is True if the tokenizer has one.
 
         Raises:
             ValueError: if the architecture cannot run under the hierarchical mask; the message says why.
@@ -115,7 +115,8 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         known = config_fields().keys() - {"backbone_config"}
         refuse_misspelt_fields(kwargs)
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
-        fields = {"prediction": "shifted", "question_attention": "causal"} | fields
+        defaults = {"prediction": "shifted", "question_attention": "causal"}
+        fields = defaults | {"chat_template": bool(tokenizer.chat_template)} | fields
         if isinstance(model_or_path, PreTrainedModel):
             if kwargs:
                 raise ValueError(f"`kwargs` must be fields of HierBD3LMConfig for a loaded model, but got {[*kwargs]}")

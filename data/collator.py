@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
+from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig, encode_question
 from ..masking_hierbd3lm import EXECUTION, PADDING, PLAN, QUESTION
 from ..order_hierbd3lm import BlockOrder
 
@@ -95,7 +95,7 @@ class HierarchicalDataCollator:
                 f"an example must have the keys {', '.join(ID_KEYS)} if the collator has no `tokenizer`, "
                 f"but got {', '.join(feature)}"
             )
-        return encode_example(feature, self.tokenizer, self.auto_split)
+        return encode_example(feature, self.tokenizer, self.auto_split, self.config.chat_template)
 
     def _pad_rows(self, rows: list[list[Columns]]) -> list[Columns]:
         config = self.config
@@ -116,13 +116,16 @@ class HierarchicalDataCollator:
 
 
 def encode_example(
-    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, auto_split: bool = False
+    example: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    auto_split: bool = False,
+    chat_template: bool = False,
 ) -> dict[str, list[int]]:
     """Encode the texts of an example as `question_ids`, `plan_ids`, `execution_ids`.
 
-    The question is encoded with the tokenizer's special tokens (such as BOS), plan and execution without.
-    A plan may be empty or None. With `auto_split`, an example that has a `text` and none of the three is split at
-    25 % and 50 % of its tokens.
+    The question is encoded by [`encode_question`], through the tokenizer's chat template if `chat_template` is set.
+    Plan and execution are encoded without special tokens. A plan may be empty or None. With `auto_split`, an example
+    that has a `text` and none of the three is split at 25 % and 50 % of its tokens.
 
     Raises:
         ValueError: if the example lacks a key, or a value is not a string.
@@ -141,7 +144,10 @@ def encode_example(
         text = "" if segment == "plan" and example["plan"] is None else example[segment]
         if not isinstance(text, str):
             raise ValueError(f"`{segment}` must be a string, but got {text!r}")
-        encoded[f"{segment}_ids"] = _encode(text, tokenizer, add_special_tokens=segment == "question")
+        if segment == "question":
+            encoded["question_ids"] = encode_question(text, tokenizer, chat_template)
+        else:
+            encoded[f"{segment}_ids"] = _encode(text, tokenizer, add_special_tokens=False)
     return encoded
 
 

@@ -301,7 +301,7 @@ def _encode_row(
     auto_split: bool,
 ) -> dict[str, Any]:
     try:
-        ids = encode_example(example, tokenizer, auto_split)
+        ids = encode_example(example, tokenizer, auto_split, config.chat_template)
         for check in checks:
             check(ids, config)
     except ValueError as error:

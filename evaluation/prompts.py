@@ -136,7 +136,8 @@ def encode_prompt(
     index: int, question: str, plan: str | None, tokenizer: PreTrainedTokenizerBase, config: HierBD3LMConfig
 ) -> Prompt:
     """Encode a prompt; `plan` is None if the model generates it."""
-    ids = encode_example({"question": question, "plan": plan, "execution": ""}, tokenizer)
+    example = {"question": question, "plan": plan, "execution": ""}
+    ids = encode_example(example, tokenizer, chat_template=config.chat_template)
     plan_ids, special = None if plan is None else ids["plan_ids"], has_special_token(ids, config)
     too_long = [] if special else over_long_segments(ids, config)
     return Prompt(index, ids["question_ids"], plan_ids, too_long, has_special_token=special)

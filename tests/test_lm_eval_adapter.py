@@ -152,6 +152,19 @@ def test_questions_with_special_tokens_get_an_empty_answer_and_are_counted(check
     assert (info["num_questions_with_special_tokens"], info["num_too_long_questions"]) == (2, 0)
 
 
+def test_questions_go_through_the_chat_template_of_the_checkpoint(checkpoint, monkeypatch):
+    lm = HierBD3LMHarnessModel(checkpoint, device="cpu", likelihood_plan="empty")
+    lm.tokenizer.chat_template = "Mia {{ messages[0]['content'] }} Mia"
+    plain = written_by(lm, f"Mia {QUESTIONS[0]} Mia")
+    monkeypatch.setattr(lm.config, "chat_template", True)
+    assert lm.generate_until(requests_of("generate_until", (QUESTIONS[0], GREEDY))) == [plain]
+    rendered = lm.loglikelihood(requests_of("loglikelihood", (QUESTIONS[0], "1")))
+    rolling = lm.loglikelihood_rolling(requests_of("loglikelihood_rolling", ("1 1",)))
+    monkeypatch.setattr(lm.config, "chat_template", False)
+    assert rendered == lm.loglikelihood(requests_of("loglikelihood", (f"Mia {QUESTIONS[0]} Mia", "1")))
+    assert rolling == lm.loglikelihood_rolling(requests_of("loglikelihood_rolling", ("1 1",)))
+
+
 def test_answers_before_an_interruption_are_in_the_cache_of_the_harness(checkpoint, tmp_path, monkeypatch):
     requests = requests_of("generate_until", *((question, GREEDY) for question in QUESTIONS))
     expected = HierBD3LMHarnessModel(checkpoint, device="cpu").generate_until(requests)

@@ -15,6 +15,8 @@ CONFIG_FIELDS = ("block_size", "plan_block_size", "execution_block_size", "quest
 CONFIG_FIELDS += ("noise", "sampling_eps", "plan_clip", "execution_clip", "algorithm", "hierarchical_mask", "joint")
 CONFIG_FIELDS += ("prediction", "question_attention")
 
+CHAT_TEMPLATES = ("true", "false", "auto")
+
 logger = logging.get_logger(__name__)
 
 
@@ -95,6 +97,13 @@ class ModelArguments(AdapterArguments):
     question_len: int | None = field(default=None, metadata={"help": "Most tokens of a question."})
     plan_len: int | None = field(default=None, metadata={"help": "Most tokens of a plan."})
     execution_len: int | None = field(default=None, metadata={"help": "Most tokens of an execution."})
+    chat_template: str = field(
+        default="auto",
+        metadata={
+            "help": "Encode questions through the tokenizer's chat template: `true`, `false`, or `auto`, which is true"
+            " for an open checkpoint whose tokenizer has a template, and as in `init_from` for one of this model."
+        },
+    )
     noise: str | None = field(default=None, metadata={"help": "Noise schedule."})
     sampling_eps: float | None = field(default=None, metadata={"help": "Least mask probability that is drawn."})
     plan_clip: list[float] | None = field(default=None, metadata={"help": "Mask rates of a plan block in training."})
@@ -111,6 +120,11 @@ class ModelArguments(AdapterArguments):
             raise ValueError(f"`backbone` must be None with `init_from`, but got {self.backbone} and {self.init_from}")
         if self.use_peft and self.init_from is None:
             raise ValueError("`use_peft` must be False without `init_from`, but got True: an adapter needs a base")
+        self.chat_template = str(self.chat_template).lower()  # YAML reads `true` as a bool
+        if self.chat_template not in CHAT_TEMPLATES:
+            raise ValueError(
+                f"`chat_template` must be one of {', '.join(CHAT_TEMPLATES)}, but got {self.chat_template!r}"
+            )
 
     def config_fields(self) -> dict[str, Any]:
         """The fields of HierBD3LMConfig that are given; block sizes only for an algorithm that can have several."""
@@ -118,6 +132,8 @@ class ModelArguments(AdapterArguments):
 
         values = {name: getattr(self, name) for name in CONFIG_FIELDS}
         given = {name: value for name, value in values.items() if value is not None}
+        if self.chat_template != "auto":
+            given["chat_template"] = self.chat_template == "true"
         if has_one_block_size(given):
             unused = {name: given.pop(name) for name in ("block_size", *BLOCK_SIZES) if name in given}
             logger.info(f"Block sizes follow from the algorithm; not used: {unused}")

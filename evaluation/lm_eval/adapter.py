@@ -157,7 +157,7 @@ class HierBD3LMHarnessModel(LM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return minus the NELBO of each continuation, and whether greedy generation gives it; see the class."""
-        targets = [self._read_pair(*request.args) for request in requests]
+        targets = [self._read_pair(*request.args, self.config.chat_template) for request in requests]
         self._check_lengths(targets)
         plans = self._write_plans(targets)
         greedy = self._write_executions(plans)
@@ -213,13 +213,14 @@ class HierBD3LMHarnessModel(LM):
                 logger.warning(f"{count} of {len(prompts)} questions have {fault}: their answers are empty")
         return too_long + special
 
-    def _read_pair(self, context: str, continuation: str) -> Target:
-        ids = encode_example({"question": context, "plan": None, "execution": continuation}, self.tokenizer)
+    def _read_pair(self, context: str, continuation: str, chat_template: bool) -> Target:
+        example = {"question": context, "plan": None, "execution": continuation}
+        ids = encode_example(example, self.tokenizer, chat_template=chat_template)
         check_content(ids, self.config)
         return Target(tuple(ids["question_ids"]), ids["execution_ids"])
 
     def _read_text(self, text: str) -> list[Target]:
-        start, ids = self._read_pair("", text)  # a question may begin with a BOS token
+        start, ids = self._read_pair("", text, chat_template=False)  # a question may begin with a BOS token
         room, length = self.config.question_len - len(start), self.config.execution_len - 1
         return [
             Target((*start, *ids[max(position - room, 0) : position]), ids[position : position + length])
