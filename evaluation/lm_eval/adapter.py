@@ -27,6 +27,7 @@ from ..checkpoints import load_model
 from ..likelihood import with_predicted_tokens
 from ..prompts import Prompt, encode_prompt, make_batches
 from ..runner import Written, generate_batch
+from .processes import device_of_process, gather, join_processes
 
 logger = logging.get_logger(__name__)
 
@@ -35,6 +36,8 @@ LIKELIHOOD_PLANS = ("generated", "empty")
 # not settable as model arguments: set by the task or by the type of request
 OTHER_SETTINGS = ("stage", "temperature", "top_p", "seed")
 GENERATION_SETTINGS = tuple(name for name in SETTINGS if name not in OTHER_SETTINGS)
+UNANSWERED = ("num_too_long_questions", "num_questions_with_special_tokens")
+NO_CHAT = "`apply_chat_template` must be False for hierbd3lm, which is trained on bare questions, but got True"
 GENERATION_KWARGS = ("until", "do_sample", "temperature", "top_p", "max_gen_toks")
 
 Question = tuple[int, ...]
@@ -56,9 +59,9 @@ class HierBD3LMHarnessModel(LM):
 
     **`generate_until`** returns the execution up to the first stop string. The plan is generated first and not
     returned. Generation is greedy unless the task or `--gen_kwargs` sets a temperature. A question longer than
-    `question_len` gets an empty answer, and is counted in the `config` of the results as `num_too_long_questions`
-    (`num_questions_with_special_tokens` where its text spells one out)
-    (requests answered from the harness's cache are not counted).
+    `question_len` gets an empty answer, and is counted in the `config` of the results as `num_too_long_questions`; one
+    whose text spells out a special token as `num_questions_with_special_tokens`. Requests answered from the harness's
+    cache are not counted. Under `torchrun` the processes share the requests, each on its own GPU.
 
     **`loglikelihood`** returns minus the NELBO of the continuation as the whole execution, in nats: a lower bound on
     log p(execution | question, plan), unclipped and unweighted. It counts every token of the execution's blocks: the
@@ -115,7 +118,8 @@ class HierBD3LMHarnessModel(LM):
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             logger.warning(f"`device` is {device}, but there is no CUDA here: the model runs on the CPU.")
             device = None
-        self._device = torch.device(device or default_device())
+        self._rank, self._world_size = join_processes()
+        self._device = device_of_process(torch.device(device or default_device()), self._world_size)
         self.model, self.tokenizer = load_model(pretrained, str(self._device))
         self.config = self.model.config
         if likelihood == "exact" and self.config.execution_block_size > MAX_EXACT_BLOCK_SIZE:
@@ -126,15 +130,47 @@ class HierBD3LMHarnessModel(LM):
         greedy = {"stage": "full", "temperature": 0.0, "top_p": 1.0}
         self.settings = resolve_settings(self.model.generation_config, settings | greedy)
         segment_limits(self.config, order_of(self.model, self.settings), self.settings)
-        self.num_too_long_questions = self.num_questions_with_special_tokens = 0
+        self.unanswered = dict.fromkeys(UNANSWERED, 0)  # of this process
+        self.total_unanswered = self.unanswered
 
     def get_model_info(self) -> dict[str, Any]:
         """Return the entries that the harness adds to the `config` of its results."""
         settings = {name: getattr(self.settings, name) for name in GENERATION_SETTINGS}
-        names = ("likelihood", "num_draws", "likelihood_plan", "seed", "num_too_long_questions")
-        names += ("num_questions_with_special_tokens",)
-        info = {name: getattr(self, name) for name in names}
-        return {"model_num_parameters": self.model.num_parameters(), "generation_settings": settings, **info}
+        info = {name: getattr(self, name) for name in ("likelihood", "num_draws", "likelihood_plan", "seed")}
+        info |= {"model_num_parameters": self.model.num_parameters(), "generation_settings": settings}
+        return info | self.total_unanswered
+
+    # Several processes: the harness splits the requests and gathers the results
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Gather a tensor from all processes, along the first dimension; one without dimensions as one element."""
+        return torch.cat([torch.atleast_1d(part) for part in gather(tensor.cpu(), self.world_size)])
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """Gather an object from all processes to `dst`; None in the others."""
+        objects = gather(obj, self.world_size)
+        return objects if self.rank == dst else None
+
+    def barrier(self) -> None:
+        """Wait for all processes, which the harness does after each type of requests, and add up their counts."""
+        counts = gather(self.unanswered, self.world_size)
+        self.total_unanswered = {name: sum(count[name] for count in counts) for name in UNANSWERED}
+
+    # Chats: the models are not trained on them
+
+    @property
+    def tokenizer_name(self) -> str:
+        raise ValueError(NO_CHAT)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        raise ValueError(NO_CHAT)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        if chat_template:
+            raise ValueError(NO_CHAT)
+        return None
+
+    # Requests of the harness
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate the execution of each request's question; see the class."""
@@ -146,7 +182,9 @@ class HierBD3LMHarnessModel(LM):
             for indices in indices_of.values():
                 settings, until = self._read_keywords(requests[indices[0]].args[1])
                 prompts = [self._prompt(index, requests[index].args[0]) for index in indices]
-                progress.update(self._count_unanswered(prompts))
+                progress.update(sum(not prompt.is_answered for prompt in prompts))
+                # the harness repeats requests, also to give each process equally many
+                self._count_unanswered(list({id(requests[prompt.index]): prompt for prompt in prompts}.values()))
                 for prompt, written in self._generate(prompts, settings):
                     text = decode(written.execution_ids, self.tokenizer)
                     texts[prompt.index] = postprocess_generated_text(text, until, None)
@@ -202,16 +240,15 @@ class HierBD3LMHarnessModel(LM):
         settings = {name: keywords[name] for name in ("temperature", "top_p") if name in keywords}
         return resolve_settings(self.settings, settings | {"max_execution_len": min(allowed, most)}), keywords["until"]
 
-    def _count_unanswered(self, prompts: Sequence[Prompt]) -> int:
+    def _count_unanswered(self, prompts: Sequence[Prompt]) -> None:
         too_long = sum(bool(prompt.too_long) for prompt in prompts)
         special = sum(prompt.has_special_token for prompt in prompts)
-        self.num_too_long_questions += too_long
-        self.num_questions_with_special_tokens += special
         limit = f"more than question_len={self.config.question_len} tokens"
-        for count, fault in ((too_long, limit), (special, "a special token, such as <|plan|>, in their text")):
+        faults = limit, "a special token, such as <|plan|>, in their text"
+        for name, count, fault in zip(UNANSWERED, (too_long, special), faults, strict=True):
+            self.unanswered[name] += count
             if count:
                 logger.warning(f"{count} of {len(prompts)} questions have {fault}: their answers are empty")
-        return too_long + special
 
     def _read_pair(self, context: str, continuation: str, chat_template: bool) -> Target:
         example = {"question": context, "plan": None, "execution": continuation}
