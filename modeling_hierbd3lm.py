@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .backbones_hierbd3lm import (
-    check_backbone_behaviour,
+    check_backbone,
     check_backbone_config,
     check_backbone_signature,
-    check_head,
     check_tied_as_loaded,
     load_autoregressive,
     take_text_part,
@@ -90,7 +89,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         self.order = BlockOrder.from_config(config)
         self.post_init()
         if self.device.type != "meta":  # a checkpoint is loaded into a model on that device
-            check_head(self)
+            check_backbone(self)
 
     @classmethod
     def from_autoregressive(
@@ -144,9 +143,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             model = cls(config)
         model.backbone = backbone
         model.train(backbone.training)
-        if not model.order.is_autoregressive:
-            check_backbone_behaviour(model)
-        check_head(model)
+        check_backbone(model)
         return model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -254,7 +251,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         """Logits `(..., vocab_size)` of last hidden states `(..., hidden_size)`, as the backbone computes them.
 
         The output embeddings with their bias, then the scale and the soft cap that the architecture is known to
-        have; [`check_head`] compares them with the backbone's own logits.
+        have; [`~backbones_hierbd3lm.check_backbone`] compares them with the backbone's own logits.
         """
         logits, config = self.get_output_embeddings()(hidden_states), self.backbone.config
         if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere

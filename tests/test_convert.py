@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from hierbd3lm.backbones_hierbd3lm import check_backbone_behaviour
+from hierbd3lm.backbones_hierbd3lm import check_backbone
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.convert import published
 from hierbd3lm.convert.dit import BUFFERS, NEVER, PublishedModel, convert, fold_modulation, read_published
@@ -290,7 +290,7 @@ def test_generation_writes_what_the_published_network_finds_most_probable(block_
 
 def test_the_backbone_obeys_mask_and_positions_and_learns():
     model = converted(4, 16)
-    check_backbone_behaviour(model)
+    check_backbone(model)
     x0, masked = noisy_text(16)
     nll = model.masked_nll(masked[None], as_ours(x0, model), segment_ids=torch.full((1, 16), EXECUTION))
     nll.sum().backward()
