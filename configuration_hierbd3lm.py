@@ -12,8 +12,6 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
-# Defines the function that chat templates call for the current date, as one with a fixed date.
-FIXED_DATE = "{% macro strftime_now(format) %}01 January 2026{% endmacro %}{{ '' }}"
 # role -> text of the token; the id of role `r` is `config.<r>_token_id`
 SPECIAL_TOKENS = {
     "mask": "<|mask|>",
@@ -383,38 +381,6 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> int:
                 "from the number of tokens. Add tokens for the unused ids first"
             )
     return num_added
-
-
-def encode_question(question: str, tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[int]:
-    """Encode a question for training, evaluation and generation.
-
-    Args:
-        chat_template: `config.chat_template`. If True, the question is rendered by [`render_question`], and the
-            template alone adds special tokens; otherwise the tokenizer adds its own, such as BOS.
-    """
-    text = render_question(question, tokenizer) if chat_template else question
-    return tokenizer(text, add_special_tokens=not chat_template, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
-
-
-def render_question(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Render a question through the chat template of a tokenizer: one user turn and the generation prompt.
-
-    Templates that state the current date get a fixed one, so that training and evaluation render the same.
-
-    Raises:
-        ValueError: if the tokenizer has no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError("`chat_template` must be False for a tokenizer without a chat template, but got True")
-    template = tokenizer.get_chat_template()
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}],
-        chat_template=FIXED_DATE + template if "strftime_now" in template else template,
-        tokenize=False,
-        add_generation_prompt=True,
-    )
 
 
 def _resolve_backbone_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig, encode_question
+from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
 from ..masking_hierbd3lm import EXECUTION, PADDING, PLAN, QUESTION
 from ..order_hierbd3lm import BlockOrder
+from .questions import encode_question
 
 SEGMENTS = ("question", "plan", "execution")  # in the order of a sequence
 ID_KEYS = tuple(f"{segment}_ids" for segment in SEGMENTS)

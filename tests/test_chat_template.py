@@ -7,9 +7,10 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hierbd3lm import train
-from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig, encode_question, render_question
+from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.data.collator import HierarchicalDataCollator, encode_example
 from hierbd3lm.data.loading import prepare_dataset
+from hierbd3lm.data.questions import encode_question, render_question
 from hierbd3lm.evaluation.arguments import EvaluationArguments
 from hierbd3lm.evaluation.prompts import encode_prompt
 from hierbd3lm.evaluation.runner import evaluate

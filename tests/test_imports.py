@@ -28,6 +28,20 @@ KNOWN = {
 COMMAND_LINES = {command.target.split(":")[0] for command in cli.COMMANDS.values()} | {"cli"}
 
 
+UNIX_ALONE = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_imported_that_windows_lacks(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
+    assert names & UNIX_ALONE == set()
+
+
 def imports_of(path):
     """The modules of the package that a file imports anywhere, without the package's own name."""
     parts = path.relative_to(ROOT).with_suffix("").parts

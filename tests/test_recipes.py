@@ -13,11 +13,12 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from transformers import AutoModel, Qwen2Config, Qwen3Config
+from transformers import AutoModel, AutoTokenizer, Qwen2Config, Qwen3Config
 
 from hierbd3lm import eval_gsm8k, train, trainer
-from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
+from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig, add_special_tokens, special_token_ids
 from hierbd3lm.data.arguments import DataArguments
+from hierbd3lm.data.loading import load_reasoning_dataset, prepare_dataset
 from hierbd3lm.data.synthetic.config import SyntheticConfig
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.training.arguments import TrainScriptArguments
@@ -106,6 +107,20 @@ def test_the_recipes_cover_lengths_starts_and_adapters(tmp_path):
         (gsm8k, None, False, (128, 128, 256)),
         *((gsm8k, start, peft, None) for start in OPEN_CHECKPOINTS for peft in (False, True)),
     }
+
+
+@pytest.mark.skipif(
+    "SMOLLM2_DIR" not in os.environ or "GSM8K_DIR" not in os.environ,
+    reason="SMOLLM2_DIR and GSM8K_DIR must name folders with a real tokenizer and real problems",
+)
+def test_the_recipe_for_own_data_drops_no_real_problem(tmp_path):
+    model_args, _, _ = parse("own_data", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(os.environ["SMOLLM2_DIR"])
+    add_special_tokens(tokenizer)
+    fields = model_args.config_fields() | special_token_ids(tokenizer) | {"chat_template": True}
+    config = HierBD3LMConfig(backbone_config={"vocab_size": len(tokenizer)}, **fields)
+    _, report = prepare_dataset(load_reasoning_dataset("openai/gsm8k", "test"), tokenizer, config)
+    assert report["num_dropped"] == 0 and report["num_kept"] > 1000
 
 
 def test_the_recipe_of_the_gpu_benchmark_has_at_most_100_million_weights(tmp_path):
