@@ -46,6 +46,7 @@ from .settings_hierbd3lm import HierBD3LMGenerationConfig
 # 64 MiB in float32 on a CPU; 512 MiB elsewhere, so that reading the weights of the head does not dominate.
 LOGITS_AT_ONCE = {"cpu": 2**24, "others": 2**27}
 NEW_EMBEDDING_NOISE = 0.02  # of the old rows' standard deviation, so that no two new tokens are the same
+OPENING_WORDS = {"plan": "Plan:\n", "execution": "Solution:\n"}  # whose rows the openers start from
 
 
 @dataclass
@@ -97,7 +98,8 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
     ) -> "HierBD3LMForBlockDiffusion":
         """Wrap an open autoregressive checkpoint: every weight is kept, only the special tokens' rows are new.
 
-        A new row is the mean of the old ones plus a little noise from torch's global generator.
+        A new row is a mean of old ones plus a little noise from torch's global generator: `<|end|>` starts from the
+        checkpoint's EOS token, an opener from the words that it stands for, all else from the mean of all rows.
 
         Args:
             model_or_path: a causal language model of transformers, or what its `from_pretrained` takes, or a GGUF
@@ -133,7 +135,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
                 f"`tokenizer` must have ids below {num_rows}, as the checkpoint has no rows for others, but got "
                 f"{vocabulary_size(tokenizer) - 1}"
             )
-        add_token_rows(backbone, len(tokenizer) - num_added, len(tokenizer))
+        add_token_rows(backbone, len(tokenizer) - num_added, tokenizer)
         config = HierBD3LMConfig(
             backbone_config=backbone.config,
             attn_implementation=backbone.config._attn_implementation,  # else the outer default would replace it
@@ -415,25 +417,43 @@ def needed_columns(block_ids: torch.Tensor) -> tuple[int, int]:
     return tuple(torch.stack([num_clean, first_noisy]).tolist())
 
 
-def add_token_rows(backbone: PreTrainedModel, first_new: int, length: int) -> None:
-    """Give the tokens `first_new..length` rows of their own in both embedding matrices, which grow if necessary.
+def add_token_rows(backbone: PreTrainedModel, first_new: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokens from `first_new` on rows of their own in both embedding matrices, which grow if necessary.
 
     Tokens before `first_new` that have no row yet get one too, as a tokenizer may have been extended earlier.
     """
-    num_rows = backbone.get_input_embeddings().weight.shape[0]
+    num_rows, length = backbone.get_input_embeddings().weight.shape[0], len(tokenizer)
+    start = min(first_new, num_rows)
     if length > num_rows:
         backbone.resize_token_embeddings(length, mean_resizing=False)
     matrices = backbone.get_input_embeddings(), backbone.get_output_embeddings()
     # once if the two are one module; the order decides which noise each row gets
     for embeddings in dict.fromkeys(matrix for matrix in matrices if matrix is not None):
-        fill_new_rows(embeddings.weight.data, min(first_new, num_rows), length)
+        fill_new_rows(embeddings.weight.data, start, length, kin_of_special_tokens(tokenizer, start))
 
 
-def fill_new_rows(weight: torch.Tensor, start: int, stop: int) -> None:
-    """Set rows `start..stop` of an embedding matrix to the mean of the rows before, plus a little noise."""
+def kin_of_special_tokens(tokenizer: PreTrainedTokenizerBase, first_new: int) -> dict[int, list[int]]:
+    """Return, for special tokens from `first_new` on, the older tokens that say nearly the same."""
+    kin = {role: tokenizer(words, add_special_tokens=False)["input_ids"] for role, words in OPENING_WORDS.items()} | {
+        "end": [tokenizer.eos_token_id]
+    }
+    kin = {special_token_ids(tokenizer)[f"{role}_token_id"]: ids for role, ids in kin.items()}
+    unknown = {None, tokenizer.unk_token_id}
+    return {
+        token: ids
+        for token, ids in kin.items()
+        if token >= first_new and ids and unknown.isdisjoint(ids) and max(ids) < first_new
+    }
+
+
+def fill_new_rows(weight: torch.Tensor, start: int, stop: int, kin: dict[int, list[int]]) -> None:
+    """Set rows `start..stop` of an embedding matrix to the mean of their kin or of all rows before, plus noise."""
     old = weight[:start].float()
-    noise = torch.randn(stop - start, weight.shape[1], device=weight.device) * old.std(dim=0) * NEW_EMBEDDING_NOISE
-    weight[start:stop] = (old.mean(dim=0) + noise).to(weight.dtype)
+    new = old.mean(dim=0).repeat(stop - start, 1)
+    for token, ids in kin.items():
+        new[token - start] = old[ids].mean(dim=0)
+    noise = torch.randn(new.shape, device=weight.device) * old.std(dim=0) * NEW_EMBEDDING_NOISE
+    weight[start:stop] = (new + noise).to(weight.dtype)
 
 
 HierBD3LMForBlockDiffusion.register_for_auto_class("AutoModel")

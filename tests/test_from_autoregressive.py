@@ -4,6 +4,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -61,6 +62,10 @@ def test_conversion_leaves_the_autoregressive_logits_unchanged(backbone, source_
     assert torch.equal(actual[..., :NUM_PLAIN], expected)
 
 
+# The mask token and, as the tokenizer has no EOS token, `<|end|>`; openers start from words.
+WITHOUT_KIN = [list(SPECIAL_TOKENS).index(role) for role in ("mask", "end")]
+
+
 @pytest.mark.parametrize("backbone", ["qwen3", "gemma3"])
 def test_new_rows_are_near_the_mean_of_the_old_and_differ(backbone, source_of):
     old = autoregressive(backbone)
@@ -68,9 +73,24 @@ def test_new_rows_are_near_the_mean_of_the_old_and_differ(backbone, source_of):
     for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
         rows, new = embeddings.weight[:NUM_PLAIN], embeddings.weight[NUM_PLAIN:]
         assert len(new) == len(SPECIAL_TOKENS)
-        distance = (new - rows.mean(dim=0)).norm(dim=1)
+        distance = (new[WITHOUT_KIN] - rows.mean(dim=0)).norm(dim=1)
         assert (distance < 0.1 * (rows - rows.mean(dim=0)).norm(dim=1).mean()).all()
         assert torch.pdist(new).min() > 0
+
+
+def test_special_tokens_start_from_tokens_that_say_nearly_the_same():
+    words = {word: number for number, word in enumerate(["<unk>", "</s>", "Plan:", "Solution:"])}
+    plain = Tokenizer(WordLevel(words | {f"w{n}": n for n in range(4, NUM_PLAIN)}, unk_token="<unk>"))
+    plain.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="</s>")
+    model = convert(autoregressive(), tokenizer)
+    config, weight = model.config, model.get_output_embeddings().weight
+    distances = torch.cdist(weight[NUM_PLAIN:], weight[:NUM_PLAIN])
+    for token, kin in ((config.end_token_id, 1), (config.plan_token_id, 2), (config.execution_token_id, 3)):
+        nearest = distances[token - NUM_PLAIN]
+        assert int(nearest.argmin()) == kin
+        assert 0 < nearest[kin] < 0.1 * nearest.median()
+    assert (weight[config.mask_token_id] - weight[:NUM_PLAIN].mean(dim=0)).abs().max() < 0.05
 
 
 def test_special_tokens_are_added_and_their_ids_are_in_the_configuration(source_of):
@@ -92,7 +112,7 @@ def test_a_padded_embedding_matrix_is_not_enlarged(source_of):
     special = slice(NUM_PLAIN, NUM_PLAIN + len(SPECIAL_TOKENS))
     assert torch.equal(after[: special.start], before[: special.start])
     assert torch.equal(after[special.stop :], before[special.stop :])
-    assert (after[special] - before[: special.start].mean(dim=0)).abs().max() < 0.05
+    assert (after[special][WITHOUT_KIN] - before[: special.start].mean(dim=0)).abs().max() < 0.05
 
 
 def test_rows_of_tokens_that_were_added_before_are_near_the_mean_too():
@@ -101,7 +121,8 @@ def test_rows_of_tokens_that_were_added_before_are_near_the_mean_too():
     model = convert(autoregressive(), tokenizer)
     weight = model.get_input_embeddings().weight
     assert len(weight) == len(tokenizer) == NUM_PLAIN + 5
-    assert (weight[NUM_PLAIN:] - weight[:NUM_PLAIN].mean(dim=0)).abs().max() < 0.05
+    without_kin = weight[NUM_PLAIN:][[*WITHOUT_KIN, len(SPECIAL_TOKENS)]]
+    assert (without_kin - weight[:NUM_PLAIN].mean(dim=0)).abs().max() < 0.05
 
 
 def test_a_tokenizer_with_ids_beyond_the_rows_of_the_checkpoint_is_refused():
