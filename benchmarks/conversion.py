@@ -33,7 +33,7 @@ KINDS = {
 }
 BLOCK_SIZES = (1, 4)
 GROWTH_STEP, NUM_STEPS = 40, 100  # from blocks of one token to blocks of four, and the end
-NUM_HELD_OUT, NUM_MEASURED, NUM_DRAWS = 48, 24, 4
+NUM_HELD_OUT, NUM_MEASURED, NUM_DRAWS = 64, 24, 4
 # Short problems: longer ones are dropped, and counted in the log.
 LENGTHS = {"question_len": 96, "plan_len": 64, "execution_len": 96}
 SETTINGS = {
