@@ -19,7 +19,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 Row = dict[str, Any]
-PlacedRow = tuple[str, Row]  # such as "line 3", and what it holds
+PlacedRow = tuple[str, Row]  # such as "line 3 of rows.jsonl", and what it holds
 
 BOM = b"\xef\xbb\xbf"
 OPENERS: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -49,7 +49,8 @@ def read_rows(path: str | os.PathLike) -> Iterator[PlacedRow]:
     open_file = OPENERS.get(Path(path).suffix.lower(), open)
     try:
         with open_file(path, "rb") as file:
-            yield from READERS.get(file_kind(path), _read_json_lines)(file, str(path))
+            for place, row in READERS.get(file_kind(path), _read_json_lines)(file, str(path)):
+                yield f"{place} of {path}", row
     except DAMAGED as error:
         if open_file is open:
             raise
@@ -65,33 +66,33 @@ def read_text_rows(path: str | os.PathLike, names: Iterable[str]) -> Iterator[Ro
     for place, row in read_rows(path):
         for name in names:
             if not isinstance(row.get(name), str):
-                raise ValueError(f"{place} of {path} must have the text `{name}`, but got {row.get(name)!r}")
+                raise ValueError(f"{place} must have the text `{name}`, but got {row.get(name)!r}")
         yield row
 
 
-def load_file(path: str | os.PathLike) -> Dataset:
-    """Load a file as a dataset. The type of a column follows from all of its values; texts are never converted.
+def load_files(paths: Sequence[str | os.PathLike], source: str) -> Dataset:
+    """Load files as one dataset. The type of a column follows from all of its values; texts are never converted.
 
     A column with values of several types is kept as text, in JSON, with a warning.
 
     Raises:
-        ValueError: as in [`read_rows`], for a file without rows, and for a value of `TEXT_COLUMNS` that is not a
-            string among others that are.
+        ValueError: as in [`read_rows`], for files without rows, and for a value of `TEXT_COLUMNS` that is not a string
+            among others that are.
     """
-    features, mixed = infer_features(lambda: read_rows(path), str(path))
-    state = os.stat(path)
-    version = (state.st_mtime_ns, state.st_size)  # part of the key of the cache
-    columns = {"names": tuple(features), "mixed": tuple(mixed)}  # lists would be shards
-    kwargs = {"path": os.path.abspath(path), "version": version} | columns
+    features, mixed = infer_features(lambda: chain.from_iterable(map(read_rows, paths)), source)
+    states = [os.stat(path) for path in paths]
+    version = tuple((state.st_mtime_ns, state.st_size) for state in states)  # part of the key of the cache
+    kwargs = {"paths": tuple(map(os.path.abspath, paths)), "version": version}  # lists would be shards
+    kwargs |= {"names": tuple(features), "mixed": tuple(mixed)}
     return Dataset.from_generator(_generate_rows, features=features, gen_kwargs=kwargs)
 
 
-def stream_file(path: str | os.PathLike) -> IterableDataset:
-    """Return a stream of a file's rows."""
-    return IterableDataset.from_generator(_stream_rows, gen_kwargs={"path": os.path.abspath(path)})
+def stream_files(paths: Sequence[str | os.PathLike]) -> IterableDataset:
+    """Return a stream of the rows of files."""
+    return IterableDataset.from_generator(_stream_rows, gen_kwargs={"paths": tuple(map(os.path.abspath, paths))})
 
 
-def infer_features(read: Callable[[], Iterator[PlacedRow]], source: str) -> tuple[Features, list[str]]:
+def infer_features(read: Callable[[], Iterable[PlacedRow]], source: str) -> tuple[Features, list[str]]:
     """Infer the types of columns from all of their values.
 
     Args:
@@ -102,16 +103,16 @@ def infer_features(read: Callable[[], Iterator[PlacedRow]], source: str) -> tupl
         the types, and the names of the columns with values of several types, to be kept by [`as_text`].
 
     Raises:
-        ValueError: see [`load_file`].
+        ValueError: see [`load_files`].
     """
-    schema, mixed, rows = {}, [], read()
+    schema, mixed, rows = {}, [], iter(read())
     while chunk := list(islice(rows, ROWS_PER_CHUNK)):
         for name in dict.fromkeys(chain.from_iterable(row for _, row in chunk)):
             try:
                 schema[name] = _merge(schema.get(name, pa.null()), pa.array([row.get(name) for _, row in chunk]).type)
             except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
                 if name in TEXT_COLUMNS:
-                    check_texts(read(), source, name)
+                    check_texts(read(), name)
                 schema[name] = pa.string()
                 mixed.append(name)
     if not schema:
@@ -124,12 +125,12 @@ def infer_features(read: Callable[[], Iterator[PlacedRow]], source: str) -> tupl
     return Features.from_arrow_schema(pa.schema(schema.items())), list(dict.fromkeys(mixed))
 
 
-def check_texts(rows: Iterator[PlacedRow], source: str, name: str) -> None:
+def check_texts(rows: Iterable[PlacedRow], name: str) -> None:
     """Raise a ValueError for a value that is not a string; only a plan may be None."""
     for place, row in rows:
         value = row.get(name)
         if not isinstance(value, str) and (name != "plan" or value is not None):
-            raise ValueError(f"{place} of {source}: `{name}` must be a string, but got {value!r}")
+            raise ValueError(f"{place}: `{name}` must be a string, but got {value!r}")
 
 
 def as_text(value: Any) -> str | None:
@@ -137,14 +138,15 @@ def as_text(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _generate_rows(path: str, version: tuple[int, int], names: Sequence[str], mixed: Sequence[str]) -> Iterator[Row]:
-    for _, row in read_rows(path):
+def _generate_rows(paths: Sequence[str], version: tuple, names: Sequence[str], mixed: Sequence[str]) -> Iterator[Row]:
+    for row in _stream_rows(paths):
         yield {name: as_text(row.get(name)) if name in mixed else row.get(name) for name in names}
 
 
-def _stream_rows(path: str) -> Iterator[Row]:
-    for _, row in read_rows(path):
-        yield row
+def _stream_rows(paths: Sequence[str]) -> Iterator[Row]:
+    for path in paths:
+        for _, row in read_rows(path):
+            yield row
 
 
 def _merge(first: pa.DataType, second: pa.DataType) -> pa.DataType:

@@ -7,7 +7,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -25,7 +34,7 @@ from .collator import (
     has_special_token,
     over_long_segments,
 )
-from .files import READERS, PlacedRow, as_text, check_texts, file_kind, infer_features, load_file, stream_file
+from .files import READERS, PlacedRow, as_text, check_texts, file_kind, infer_features, load_files, stream_files
 from .formats import Parser, parser_for
 from .gsm8k.problems import load_gsm8k, load_gsm8k_rows
 from .text.detokenization import detokenize
@@ -55,7 +64,7 @@ def load_reasoning_dataset(
     """Load a dataset with the columns `question`, `plan`, `execution`; other columns, such as `answer`, are kept.
 
     Args:
-        path_or_hub_id: a `.json`, `.jsonl`, `.csv` or `.parquet` file (see [`load_file`]), a folder written by
+        path_or_hub_id: a `.json`, `.jsonl`, `.csv` or `.parquet` file (see [`load_files`]), a folder written by
             `save_to_disk`, a folder with data files, or a Hub id. `openai/gsm8k` is loaded with [`load_gsm8k`].
         split: the split to load; may be omitted if there is only one.
         name: the dataset's configuration; for GSM8K the subset, `main` (default) or `socratic`.
@@ -225,7 +234,7 @@ def _parse(dataset: Dataset, parse_example: Parser, source: str) -> Dataset:
         return parsed
 
     def read() -> Iterator[PlacedRow]:
-        return ((f"row {row}", parse(row)) for row in range(len(dataset)))
+        return ((f"row {row} of {source}", parse(row)) for row in range(len(dataset)))
 
     features, mixed = infer_features(read, source)
     return dataset.map(
@@ -241,7 +250,7 @@ def _parse(dataset: Dataset, parse_example: Parser, source: str) -> Dataset:
 def _check_column(dataset: Dataset, name: str, source: str) -> None:
     is_text = dataset.features[name] in (Value("string"), Value("large_string"))
     if not (is_text and (name == "plan" or dataset.data.column(name).null_count == 0)):
-        check_texts(((f"row {row}", example) for row, example in enumerate(dataset)), source, name)
+        check_texts(((f"row {row} of {source}", example) for row, example in enumerate(dataset)), name)
 
 
 def _load(source: str, split: str | None, name: str | None, kwargs: dict[str, Any]) -> Dataset | IterableDataset:
@@ -257,10 +266,14 @@ def _load(source: str, split: str | None, name: str | None, kwargs: dict[str, An
         return dataset.to_iterable_dataset() if streaming else dataset
     if is_file:
         return _load_file(path, kind, split, **kwargs)
+    files = _files_in_folder(source, split, name) if path.is_dir() else []
+    if files:
+        return stream_files(files) if kwargs.get("streaming") else load_files(files, source)
     try:
         dataset = load_dataset(source, name, split=split, **kwargs)
     except DatasetGenerationError as error:
-        raise ValueError(f"{source} must be readable by `datasets`, but got: {error.__cause__ or error}") from error
+        cause = str(error.__cause__ or error)[:500]
+        raise ValueError(f"{source} must be readable by `datasets`, but got: {cause}") from error
     return _choose_split(dataset, source, split if isinstance(dataset, dict) else None)
 
 
@@ -277,7 +290,14 @@ def _load_file(
         raise ValueError(f"`load_dataset_kwargs` must be empty for a file, but got {kwargs} for {path}")
     if kind == PARQUET:
         return load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
-    return stream_file(path) if streaming else load_file(path)
+    return stream_files([path]) if streaming else load_files([path], str(path))
+
+
+def _files_in_folder(source: str, split: str | None, name: str | None) -> list[str]:
+    """Return the files of a split of a folder if all of them can be read with checks, else none."""
+    files = {str(part): paths for part, paths in (load_dataset_builder(source, name).config.data_files or {}).items()}
+    chosen = next(iter(files.values())) if split is None and len(files) == 1 else files.get(split, [])
+    return [*chosen] if all(map(file_kind, chosen)) else []
 
 
 def _choose_split(dataset: Any, source: str, split: str | None) -> Dataset | IterableDataset:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from hierbd3lm.data.files import file_kind, load_file, read_rows, read_text_rows
+from hierbd3lm.data.files import file_kind, load_files, read_rows, read_text_rows
 from hierbd3lm.data.loading import load_documents, load_reasoning_dataset
 from hierbd3lm.evaluation.given_plans import read_plans
 from hierbd3lm.evaluation.text_quality import read_texts
@@ -124,7 +124,7 @@ def test_texts_that_look_like_dates_or_numbers_stay_texts(tmp_path):
 
 def test_columns_that_rows_lack_are_none_and_types_are_those_of_all_values(tmp_path):
     rows = [{"a": 1, "b": [1]}, {"a": 1.5, "c": {"d": 2}}, {"e": None}]
-    dataset = load_file(write(tmp_path / "rows.jsonl", lines_of(*rows)))
+    dataset = load_files([write(tmp_path / "rows.jsonl", lines_of(*rows))], "rows")
     full = {"a": None, "b": None, "c": None, "e": None}
     assert dataset.to_list() == [full | row for row in rows]
 
@@ -166,6 +166,33 @@ def test_plan_may_be_none_in_some_rows_or_in_all(tmp_path):
         assert load_reasoning_dataset(write(tmp_path / "rows.jsonl", lines_of(*rows))).to_list() == rows
 
 
+# Folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def test_files_of_a_folder_are_read_like_a_file(folder):
+    late = [ROW | {"plan": None, "question": "2020-01-01"}] * 3
+    write(folder / "train-0.jsonl", BOM + lines_of(*late))
+    write(folder / "train-1.jsonl", lines_of(ROW | {"question": "x" * 1000}) * 11_000)
+    write(folder / "test.jsonl", lines_of(ROW) + "é\n".encode("latin-1"))
+    dataset = load_reasoning_dataset(folder, split="train")
+    assert len(dataset) == 11_003 and dataset[:3]["question"] == ["2020-01-01"] * 3 and dataset[0]["plan"] is None
+    with pytest.raises(ValueError, match=r"line 2 of .*test\.jsonl must be UTF-8"):
+        load_reasoning_dataset(folder, split="test")
+
+
+def test_folder_of_texts_is_streamed_in_order(folder):
+    for number in range(3):
+        write(folder / f"{number}.txt", f"{number}\n".encode())
+    for streaming in (False, True):
+        assert [row["text"] for row in load_documents(folder, streaming=streaming)] == ["0", "1", "2"]
+
+
 # Plain text
 
 
@@ -203,6 +230,6 @@ def test_every_reader_of_lines_takes_a_byte_order_mark_and_names_its_line(tmp_pa
 
 def test_places_are_lines_of_the_file(tmp_path):
     path = write(tmp_path / "rows.jsonl", b"\n" + lines_of(ROW) + b"\n" + lines_of(ROW))
-    assert [place for place, _ in read_rows(path)] == ["line 2", "line 4"]
+    assert [place for place, _ in read_rows(path)] == [f"line 2 of {path}", f"line 4 of {path}"]
     path = write(tmp_path / "rows.csv", b'a\n"x\ny"\nz\n')
-    assert list(read_rows(path)) == [("line 3", {"a": "x\ny"}), ("line 4", {"a": "z"})]
+    assert list(read_rows(path)) == [(f"line 3 of {path}", {"a": "x\ny"}), (f"line 4 of {path}", {"a": "z"})]
