@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .. import __version__
@@ -16,14 +16,25 @@ from ..data.loading import is_one_split
 from ..data.splits import load_split
 from ..data.text.sets import TEXT_SETS
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from ..training.lora import is_adapter, load_adapter, load_tokenizer
+from ..training.lora import is_adapter, is_own_checkpoint, load_adapter, load_tokenizer
 from .arguments import NUM_SYNTHETIC, CheckpointArguments
 
 logger = logging.get_logger(__name__)
 
 
 def load_model(path: str, device: str) -> tuple[HierBD3LMForBlockDiffusion, PreTrainedTokenizerBase]:
-    """Load a checkpoint, or an adapter merged into its base, onto the device, with its tokenizer."""
+    """Load a checkpoint, or an adapter merged into its base, onto the device, with its tokenizer.
+
+    Raises:
+        ValueError: if the configuration at `path` is missing, or that of another model, such as an autoregressive one.
+    """
+    if not is_own_checkpoint(path):
+        found = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+        got = "without config.json" if found is None else f"of type {found}"
+        raise ValueError(
+            f"`model` must be a checkpoint of hierbd3lm, or an adapter that it saved, but got {path!r} {got}: "
+            f"`hierbd3lm train --init_from` trains an autoregressive checkpoint as one"
+        )
     if is_adapter(path):
         return load_adapter(path, device)
     return HierBD3LMForBlockDiffusion.from_pretrained(path).to(device).eval(), load_tokenizer(path)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hierbd3lm.data.arguments import FILE_NAME, DataArguments
 from hierbd3lm.evaluation.arguments import (
@@ -13,11 +15,13 @@ from hierbd3lm.evaluation.arguments import (
     LikelihoodArguments,
     SampleArguments,
 )
-from hierbd3lm.evaluation.checkpoints import find_data
+from hierbd3lm.evaluation.checkpoints import find_data, load_model
+from hierbd3lm.evaluation.lm_eval.adapter import HierBD3LMHarnessModel
 from hierbd3lm.evaluation.perplexity import measure_checkpoint
 from hierbd3lm.evaluation.runner import evaluate
 
 from .tiny_evaluation import SHORT, without_time
+from .tiny_tokenizer import make_tokenizer
 
 HUB_ID = "me/tiny"
 SETTINGS = {"limit": 4, "batch_size": 2, "device": "cpu"}
@@ -90,3 +94,23 @@ def test_results_lie_in_the_folder_of_the_model_or_in_outputs(arguments, name, p
     others = {"scorer": "gpt2", "num_samples": 1} if arguments is SampleArguments else {}
     assert getattr(arguments(model=str(tmp_path), **others), name) == str(tmp_path / place)
     assert getattr(arguments(model=HUB_ID, **others), name) == str(Path("outputs", "me--tiny", place))
+
+
+def make_autoregressive(folder):
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("load", [lambda path: load_model(path, "cpu"), HierBD3LMHarnessModel])
+def test_an_autoregressive_checkpoint_or_a_foreign_adapter_is_refused_in_one_sentence(load, tmp_path):
+    model = make_autoregressive(tmp_path / "ar")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "empty").mkdir()
+    for name, got in {"ar": "of type llama", "adapter": "without config.json", "empty": "without config.json"}.items():
+        path = str(tmp_path / name)
+        with pytest.raises(ValueError, match=f"`model` must be a checkpoint of hierbd3lm.* but got '{path}' {got}"):
+            load(path)
