@@ -12,12 +12,15 @@ import torch
 from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
 
+from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.evaluation.lm_eval import __main__ as command
 from hierbd3lm.evaluation.lm_eval.adapter import UNANSWERED, HierBD3LMHarnessModel
 from hierbd3lm.evaluation.lm_eval.processes import device_of_process, gather
 
 from .test_lm_eval_adapter import GREEDY, save_checkpoint
+from .tiny import make_model
 
 TOO_LONG = "1" * 20
 ROWS = [{"question": f"Mia has {i} apples.", "answer": str(i)} for i in range(6)]
@@ -120,3 +123,24 @@ def test_two_processes_share_the_requests_and_have_the_results_of_one(tmp_path):
     assert counts == {"generate_until": 7, "loglikelihood": 12}
     assert first["num_requests"] == second["num_requests"] == {"generate_until": 4, "loglikelihood": 6}
     assert [first["info"][name] for name in UNANSWERED] == [1, 0]
+
+
+def test_the_causal_model_of_the_harness_scores_no_tokens_that_see_themselves(tmp_path):
+    model = make_model(question_len=24)
+    tokens = torch.tensor([[7, 8, 9, 10, 11]])
+    with pytest.raises(ValueError, match="`segment_ids` must be given for `input_ids` without"):
+        model(tokens)
+    assert model(tokens, segment_ids=torch.zeros_like(tokens)).logits.shape == (1, 5, 40)
+    tokenizer = train_tokenizer(["Mia has apples.", "?"])
+    tokenizer.eos_token = "<|end|>"  # which that model needs
+    lm = HFLM(model, tokenizer=tokenizer, backend="causal")
+    with pytest.raises(ValueError, match="`hierbd3lm lm-eval --model hierbd3lm` measure"):
+        lm.loglikelihood([Instance("loglikelihood", {}, ("Mia has", " apples."), 0)])
+
+
+@pytest.mark.parametrize("fields", [{"algorithm": "ar", "block_size": None}, {"prediction": "shifted"}])
+def test_models_whose_question_is_causal_are_scored_like_their_backbone(fields):
+    fields |= {} if "algorithm" in fields else {"question_attention": "causal"}
+    model = make_model(question_len=24, **fields)
+    tokens = torch.tensor([[7, 8, 9, 10, 11]])
+    torch.testing.assert_close(model(tokens).logits, model.backbone(tokens).logits)
