@@ -291,8 +291,8 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         segment_ids = segment_ids.masked_fill(in_execution, EXECUTION)
         if not (self.order.is_shifted and self.order.has_causal_question) and not (segment_ids > QUESTION).any():
             raise ValueError(
-                "`segment_ids` must be given for `input_ids` without `<|plan|>` and `<|execution|>`, but got None: in a "
-                "question every token sees all others, so that its logits give no likelihood. `hierbd3lm ppl` and "
+                "`segment_ids` must be given for `input_ids` without `<|plan|>` and `<|execution|>`, but got None: a "
+                "question sees itself whole, so that its logits give no likelihood. `hierbd3lm ppl` and "
                 "`hierbd3lm lm-eval --model hierbd3lm` measure likelihoods"
             )
         return segment_ids if attention_mask is None else segment_ids.masked_fill(attention_mask == 0, PADDING)
