@@ -24,6 +24,13 @@ def test_the_readme_has_the_generation_settings_as_they_are_declared():
     assert settings_table() in (ROOT / "README.md").read_text()
 
 
+def test_the_readme_is_short_and_activates_the_environment_first():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 1000
+    first = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].splitlines()
+    assert first[0] == "python3 -m venv .venv" and first[1].startswith("source .venv/bin/activate")
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_relative_links_lead_to_files(document):
     links = re.findall(r"\]\(([^)#:]+)[^):]*\)", document.read_text())
