@@ -62,6 +62,10 @@ def load_autoregressive(path: str | os.PathLike, **kwargs: Any) -> PreTrainedMod
                     f"`model_or_path` must hold every weight of {type(model).__name__}, but {path} lacks "
                     f"{len(missing)} of them: {', '.join(missing[:4])}"
                 )
+            if any(weight.is_meta for weight in model.parameters()):
+                raise ValueError(
+                    "`device_map` must keep all weights in memory, as rows are added, but some are on disk"
+                )
             return model
     raise ValueError(f"`model_or_path` must be a causal language model, but {path} is of type {config.model_type!r}")
 

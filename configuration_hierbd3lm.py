@@ -167,6 +167,11 @@ class HierBD3LMConfig(PreTrainedConfig):
         Names that the constructor would refuse are left out of the dict, with a warning: a saved configuration can
         always be loaded.
         """
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must be a checkpoint of this model, but its model_type is "
+                f"{config_dict['model_type']!r}: convert it with `from_autoregressive`, or train from it, `init_from`"
+            )
         refuse_misspelt_fields(kwargs)
         if isinstance(changes := kwargs.get("backbone_config"), dict):
             stored = config_dict.get("backbone_config") or {}

@@ -92,6 +92,10 @@ class HierBD3LMGenerationMixin:
         # 4. Gather what was written
         return answer.output(input_ids, EXECUTION if settings.stage == "execution" else PLAN)
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """Not used: peft looks it up in the base model of a `LoraConfig(task_type="CAUSAL_LM")`."""
+        raise NotImplementedError("block diffusion has no autoregressive steps to prepare inputs for")
+
     def adjust_generation_fn(
         self,
         generation_config: GenerationConfig | None,

@@ -28,6 +28,8 @@ def load_model(path: str, device: str) -> tuple[HierBD3LMForBlockDiffusion, PreT
     Raises:
         ValueError: if the configuration at `path` is missing, or that of another model, such as an autoregressive one.
     """
+    if is_adapter(path):
+        return load_adapter(path, device)
     if not is_own_checkpoint(path):
         found = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
         got = "without config.json" if found is None else f"of type {found}"
@@ -35,8 +37,6 @@ def load_model(path: str, device: str) -> tuple[HierBD3LMForBlockDiffusion, PreT
             f"`model` must be a checkpoint of hierbd3lm, or an adapter that it saved, but got {path!r} {got}: "
             f"`hierbd3lm train --init_from` trains an autoregressive checkpoint as one"
         )
-    if is_adapter(path):
-        return load_adapter(path, device)
     return HierBD3LMForBlockDiffusion.from_pretrained(path).to(device).eval(), load_tokenizer(path)
 
 

@@ -110,7 +110,9 @@ def test_an_autoregressive_checkpoint_or_a_foreign_adapter_is_refused_in_one_sen
     model = make_autoregressive(tmp_path / "ar")
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     (tmp_path / "empty").mkdir()
-    for name, got in {"ar": "of type llama", "adapter": "without config.json", "empty": "without config.json"}.items():
+    for name, got in {"ar": "of type llama", "empty": "without config.json"}.items():
         path = str(tmp_path / name)
         with pytest.raises(ValueError, match=f"`model` must be a checkpoint of hierbd3lm.* but got '{path}' {got}"):
             load(path)
+    with pytest.raises(ValueError, match=r"`base_model_name_or_path` in adapter_config.json of .* there is no None"):
+        load(str(tmp_path / "adapter"))

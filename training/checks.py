@@ -1,5 +1,6 @@
 """Arguments that the trainer refuses, with the reason."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,13 @@ def check_parallelism(trainer: Trainer) -> None:
         raise ValueError(
             f"`ema_decay` must be 0 with DeepSpeed or FSDP1, whose shards cannot be averaged, but got {args.ema_decay}"
         )
+    if args.push_to_hub and isinstance(trainer.model, PeftModel):
+        base = trainer.model.active_peft_config.base_model_name_or_path
+        if base is None or os.path.isdir(base):
+            raise ValueError(
+                f"`push_to_hub` must be False for an adapter whose base is on this machine, but that is {base}: "
+                "nobody else could load it. Push the base, and start from its id on the Hub"
+            )
     if trainer.is_fsdp_enabled and any("trainable_tokens" in name for name, _ in trainer.model.named_parameters()):
         raise ValueError(
             f"`fsdp` must be off for an adapter that trains single embedding rows, which peft cannot shard, but got "
