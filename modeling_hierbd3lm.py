@@ -199,6 +199,11 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
                 Clean tokens of those positions. The output then holds the NLL of those at `logits_to_keep` and no
                 logits, which are computed in chunks and discarded.
         """
+        if "labels" in kwargs:
+            raise ValueError(
+                "`labels` must be left out of the batch, as `forward` has no loss: `HierBD3LMTrainer` trains on the "
+                "NELBO, and `evaluation.likelihood.measure_likelihood` measures it"
+            )
         if target_ids is not None and logits_to_keep is None:
             raise ValueError("`logits_to_keep` must be given together with `target_ids`, but got None")
         if noisy_input_ids is None and target_ids is not None:

@@ -103,8 +103,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         processing_class=tokenizer,
         callbacks=[SaveDataArguments(data_args)],
     )
+    if trainer.is_world_process_zero():
+        data_args.save(args.output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    save(trainer, data_args)  # before the evaluation, in which nothing may lose the model
+    trainer.save_model()  # before the evaluation, in which nothing may lose the model
     if trainer.num_steps_trained:
         report(trainer, "train", result.metrics)
     if datasets["validation"] is not None:
@@ -116,13 +118,6 @@ def report(trainer: "HierBD3LMTrainer", split: str, metrics: dict[str, float]) -
     """Print the metrics and write them to `output_dir`/{split}_results.json."""
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
-
-
-def save(trainer: "HierBD3LMTrainer", data_args: DataArguments) -> None:
-    """Save what `AutoModel`, `AutoTokenizer` and eval_gsm8k.py load."""
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        data_args.save(trainer.args.output_dir)
 
 
 def finish(trainer: "HierBD3LMTrainer") -> None:

@@ -61,7 +61,7 @@ def test_candidates_are_all_intervals_of_the_widths_and_the_full_range():
 def test_widths_that_are_not_multiples_of_a_bin_are_refused(width):
     with pytest.raises(ValueError, match=r"`widths` must be multiples of 1 / 4 in \(0, 1\]"):
         Candidates((width,), num_levels=4)
-    with pytest.raises(ValueError, match="`widths` must be"):
+    with pytest.raises(ValueError, match="`clip_search` must be"):
         HierBD3LMTrainingArguments(output_dir="x", use_cpu=True, clip_search=[width], clip_search_levels=4)
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import CohereConfig, GraniteConfig, MistralConfig, Qwen3ForCausalLM
 
+from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.diffusion_hierbd3lm import draw_mask, exact_nelbo, token_nll
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion, needed_columns
 
-from .tiny import layout_from_segments, make_batch
+from .tiny import layout_from_segments, make_batch, make_dataset, make_model
 from .tiny_backbones import (
     BACKBONES,
     NO_IDS,
@@ -396,3 +397,13 @@ def test_the_stratified_loss_of_the_model_is_an_estimate_of_its_exact_nelbo():
     estimates = torch.cat(estimates).double()
     error = estimates.std() / math.sqrt(len(estimates))
     assert abs(estimates.mean() - exact) < 4 * error < 0.1 * exact
+
+
+@pytest.mark.parametrize("fields", [{}, {"algorithm": "ar", "block_size": None}])
+def test_a_batch_with_labels_says_where_the_loss_is(fields):
+    model = make_model(**fields)
+    batch = HierarchicalDataCollator(model.config)(list(make_dataset(2, model.config)))
+    with pytest.raises(ValueError, match=r"`labels` must be left out of the batch, .* `HierBD3LMTrainer` trains on"):
+        model(**batch)
+    labels = batch.pop("labels")
+    assert model(**batch).logits.shape == (*labels.shape, model.config.vocab_size)
