@@ -182,6 +182,15 @@ def test_noise_differs_between_steps_micro_batches_and_draws(tmp_path, draws):
     assert len({tuple(record.draw.masked.flatten().tolist()) for record in draws[4:]}) == 4
 
 
+@pytest.mark.slow
+def test_a_compiled_model_has_the_loss_of_the_plain_one(tmp_path):
+    plain, compiled = (make_trainer(tmp_path, torch_compile=compiles) for compiles in (False, True))
+    for trainer in (plain, compiled):
+        trainer.train()
+    assert losses_of(compiled) == pytest.approx(losses_of(plain), rel=1e-3)
+    assert compiled.evaluate()["eval_nll"] == pytest.approx(plain.evaluate()["eval_nll"], rel=1e-3)
+
+
 # Batches and logs
 
 
