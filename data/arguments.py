@@ -1,4 +1,4 @@
-"""The settings of the data, shared by training and evaluation."""
+"""Settings of the data, shared by training and evaluation."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -13,18 +13,18 @@ from .text.detokenization import RULES
 SYNTHETIC = "synthetic"  # what `dataset` says for the synthetic problems
 GSM8K_IDS = ("openai/gsm8k", "gsm8k")
 TEXT = "text"  # the column of plain text
-FILE_NAME = "data_config.json"  # beside a checkpoint: what it was trained on
+FILE_NAME = "data_config.json"  # in the folder of a checkpoint: its training data
 
 
 @dataclass
 class DataArguments:
-    """What a run reads."""
+    """The data of a run."""
 
     dataset: str = field(
         default=SYNTHETIC,
         metadata={
-            "help": "`synthetic`, `openai/gsm8k`, a .json or .jsonl file, a .txt file of plain text with a document a "
-            "line, a folder, or a dataset on the Hub."
+            "help": "`synthetic`, `openai/gsm8k`, a .json, .jsonl, .csv or .parquet file, a .txt file of plain text "
+            "with one document per line, a folder, or a dataset on the Hub."
         },
     )
     dataset_name: str | None = field(
@@ -41,72 +41,76 @@ class DataArguments:
     text_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of plain text, which a model without a question and a plan (`plan_len: 0`) is trained "
-            "on; `text` for a .txt file."
+            "help": "Column of plain text, for a model without question and plan (`plan_len: 0`); `text` for a .txt "
+            "file."
         },
     )
     wrap: bool = field(
         default=True,
-        metadata={"help": "Plain text: joins documents and cuts them into rows, else each has rows of its own."},
+        metadata={
+            "help": "Plain text: concatenate documents and cut them into rows; otherwise each has its own rows."
+        },
     )
     detokenizer: str | None = field(
         default=None,
-        metadata={"help": f"Plain text: rules that put words together again, {', '.join(RULES)}; none if omitted."},
+        metadata={"help": f"Plain text: detokenization rules, {', '.join(RULES)}; none if omitted."},
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Plain text: reads the training split while it trains, in its order, without a copy of it."},
+        metadata={"help": "Plain text: stream the training split, in its order, instead of loading it."},
     )
     shuffle_buffer: int = field(
         default=0,
-        metadata={"help": "Documents of a stream that the next one is drawn from; 0 keeps the stream's order."},
+        metadata={"help": "Size of the buffer that documents of a stream are sampled from; 0 keeps their order."},
     )
     synthetic: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Fields of SyntheticConfig, as JSON, for the synthetic problems."}
+        default=None, metadata={"help": "Fields of SyntheticConfig, as JSON, for synthetic problems."}
     )
     num_synthetic_examples: int = field(
-        default=0, metadata={"help": "Synthetic problems that are trained on beside another dataset; 0 for none."}
+        default=0, metadata={"help": "Number of synthetic problems added to the training examples of another dataset."}
     )
     dataset_train_split: str | None = field(default="train", metadata={"help": "Name of the training split."})
     dataset_validation_split: str | None = field(
-        default=None, metadata={"help": "Name of the validation split; held out of the training split if omitted."}
+        default=None,
+        metadata={"help": "Name of the validation split; if omitted, the end of the training split is held out."},
     )
     dataset_test_split: str | None = field(default="test", metadata={"help": "Name of the test split."})
     num_train_examples: int | None = field(
-        default=None, metadata={"help": "The first so many training examples; needed for `dataset: synthetic`."}
+        default=None, metadata={"help": "Maximum number of training examples; required for `dataset: synthetic`."}
     )
     num_validation_examples: int = field(
         default=256,
-        metadata={"help": "Examples, or documents, that the likelihood is measured on; 0 for no validation."},
+        metadata={"help": "Number of validation examples, or documents; 0 for no validation."},
     )
     tested_on: str | None = field(
         default=None,
         metadata={
-            "help": "Dataset with the test split that training must stay clear of: near-duplicates of its problems "
-            "are left out. GSM8K itself if it is trained on."
+            "help": "Dataset with a test split: near-duplicates of its problems are removed from training and "
+            "validation. GSM8K by default if it is the training data."
         },
     )
     auto_split: bool = field(
         default=False,
-        metadata={"help": "Splits examples that are a `text` alone at 25 %% and 50 %% of their tokens."},
+        metadata={"help": "Split examples that have only a `text` at 25 %% and 50 %% of their tokens."},
     )
     fixed_length: bool = field(
-        default=False, metadata={"help": "Pads every segment to its greatest length, not to what a batch needs."}
+        default=False,
+        metadata={"help": "Pad every segment to its maximum length instead of the longest in the batch."},
     )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that encode; one if omitted."})
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Number of processes for encoding; one if omitted."}
+    )
     special_tokens: str = field(
         default="drop",
         metadata={
-            "help": "What is done with examples whose text spells out a special token of the layout, such as "
-            "<|plan|>: `drop` (and count) or `raise`."
+            "help": "`drop` (and count) or `raise`, for examples whose text spells out a special token of the layout, "
+            "such as <|plan|>."
         },
     )
-    over_long: str = field(
-        default="drop", metadata={"help": "What is done with over-long examples: `drop` (and count) or `raise`."}
-    )
+    over_long: str = field(default="drop", metadata={"help": "`drop` (and count) or `raise`, for over-long examples."})
 
     def __post_init__(self):
-        self.synthetic = json.loads(self.synthetic) if isinstance(self.synthetic, str) else self.synthetic or {}
+        self.synthetic = parse_json("synthetic", self.synthetic) or {}
         check_names("synthetic", self.synthetic, [item.name for item in fields(SyntheticConfig)])
         if self.tested_on is None and self.dataset in GSM8K_IDS:
             self.tested_on = self.dataset
@@ -135,12 +139,12 @@ class DataArguments:
             raise ValueError(f"`{name}` must be {default} {where}, but got {getattr(self, name)!r}")
 
     def save(self, folder: str) -> None:
-        """Writes the arguments beside a checkpoint."""
+        """Save the arguments to the folder of a checkpoint."""
         Path(folder, FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, model: str) -> "DataArguments":
-        """Load what a checkpoint was trained on.
+        """Load the arguments that a checkpoint was trained with.
 
         Args:
             model: folder of a run, of one of its checkpoints, or Hub id.
@@ -151,7 +155,9 @@ class DataArguments:
         path = find_saved_arguments(model)
         if path is None:
             raise ValueError(f"`model` must have {FILE_NAME}, which says what it was trained on, but got {model!r}")
-        return cls(**json.loads(path.read_text()))
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        check_names(FILE_NAME, saved, [item.name for item in fields(cls)])
+        return cls(**saved)
 
 
 def find_saved_arguments(model: str) -> Path | None:
@@ -177,6 +183,18 @@ def optional_fields(source: type, without: Sequence[str]) -> list[tuple[str, Any
     ]
 
 
+def parse_json(name: str, value: Any) -> Any:
+    """Return the value of a setting that may be given as JSON.
+
+    Raises:
+        ValueError: if it is a text and not JSON.
+    """
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` must be JSON, but got {value!r}: {error}") from error
+
+
 def check_names(setting: str, given: Iterable[str], known: Sequence[str]) -> None:
     """Raise a ValueError for a name inside a nested setting that is not known, with the nearest one that is."""
     for name in given:
@@ -186,6 +204,6 @@ def check_names(setting: str, given: Iterable[str], known: Sequence[str]) -> Non
 
 
 def check_at_least(name: str, value: int | None, low: int) -> None:
-    """Raises a ValueError for a setting that is given and less than `low`."""
+    """Raise a ValueError for a setting that is given and less than `low`."""
     if value is not None and value < low:
         raise ValueError(f"`{name}` must be at least {low}, but got {value}")

@@ -1,4 +1,4 @@
-"""The folder of a run's results, kept such that killing it at any moment loses none and doubles none."""
+"""Folder of a run's results: a run that is killed at any moment loses no result and repeats none."""
 
 import hashlib
 import json
@@ -14,17 +14,17 @@ from filelock import FileLock, Timeout
 def start_run(
     folder: Path, settings: dict[str, Any], settings_file: str, result_files: Iterable[str], overwrite: bool = False
 ) -> None:
-    """Makes the folder of a run, or makes sure that the run which it holds is this one.
+    """Create the folder of a run, or check that the folder contains this run.
 
     Args:
-        settings: all that decides on the results, as JSON takes it; kept in `settings_file`.
-        result_files: what a run writes; a folder with one of them holds a run.
-        overwrite: whether a run that is there is thrown away.
+        settings: everything that the results depend on, as JSON values; saved to `settings_file`.
+        result_files: the files that a run writes; a folder with one of them contains a run.
+        overwrite: delete the results of an existing run.
 
     Raises:
-        ValueError: if the folder holds another run; the message says in what it differs.
+        ValueError: if the folder contains another run; the message names the differences.
     """
-    settings = json.loads(json.dumps(settings))  # as they will be read
+    settings = json.loads(json.dumps(settings))  # as they are read from the file
     settings_path, result_paths = folder / settings_file, [folder / name for name in result_files]
     if not overwrite and any(path.is_file() for path in (settings_path, *result_paths)):
         there = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
@@ -35,7 +35,7 @@ def start_run(
             )
             raise ValueError(
                 f"`output_dir` must be new or contain this run, but got {folder} with another one ({changes}): give "
-                f"`--overwrite` to throw that away, or another folder"
+                f"`--overwrite` to delete that one, or another folder"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,19 +45,19 @@ def start_run(
 
 
 class Log:
-    """A file of JSON lines that grows line by line, written by one process at a time.
+    """Append-only file of JSON lines, written by one process at a time.
 
     Args:
-        path: the file; may not exist. A last line that was not written to its end is cut off.
+        path: the file; created if it does not exist. An incomplete last line is removed.
 
-    `records` holds what the lines say.
+    `records` holds the parsed lines.
 
     Raises:
-        ValueError: if the file is open as a log, in another process or in this one.
+        ValueError: if the file is open as a log already, in this process or another one.
     """
 
     def __init__(self, path: Path):
-        self._lock = FileLock(path.with_name(f".{path.name}.lock"))  # a file of its own, which stays
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"))  # a separate file, which is not deleted
         try:
             self._lock.acquire(blocking=False)
         except Timeout as error:
@@ -71,7 +71,7 @@ class Log:
         self.records: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
 
     def append(self, *records: dict[str, Any]) -> None:
-        """Adds lines, which outlive this process from now on."""
+        """Append lines and flush them, so that they survive this process."""
         self._file.write(_to_lines(list(records)))
         self._file.flush()
         self.records.extend(records)
@@ -87,24 +87,24 @@ class Log:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a file that is never half there."""
+    """Write a JSON file atomically."""
     replace(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_lines(path: Path, values: list[dict[str, Any]]) -> None:
-    """Writes a file of JSON lines that is never half there."""
+    """Write a file of JSON lines atomically."""
     replace(path, _to_lines(values))
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Writes a file that has its old content or the new one at any moment."""
+    """Write a file atomically: at any moment it has its old content or the new one."""
     new = path.with_name(f"{path.name}.new")
     new.write_bytes(content)
     os.replace(new, path)
 
 
 def hash_of(value: Any) -> str:
-    """Hash of a value, which is taken as text where JSON does not take it; the same in every process."""
+    """Return a hash of a value, the same in every process; parts that are not JSON values are hashed as text."""
     return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""The examples of each split: what a run trains on, is validated on and is tested on."""
+"""Examples of the training, validation and test splits."""
 
 from typing import Any
 
@@ -17,34 +17,34 @@ from .text.rows import prepare_text
 
 
 def training_splits(args: DataArguments) -> list[str]:
-    """The splits that are trained on."""
+    """Return the names of the splits that are trained on."""
     return ["train", SYNTHETIC] if args.num_synthetic_examples else ["train"]
 
 
 def load_split(args: DataArguments, split: str, num_examples: int | None = None) -> Dataset:
-    """The dataset of [`load_counted_split`]."""
+    """Load the examples of one split, without the counts of [`load_counted_split`]."""
     return load_counted_split(args, split, num_examples)[0]
 
 
 def load_counted_split(
     args: DataArguments, split: str, num_examples: int | None = None
 ) -> tuple[Dataset | IterableDataset, dict[str, int]]:
-    """The examples of one split, with the columns `question`, `plan`, `execution` (or `text`).
+    """Load the examples of one split, with the columns `question`, `plan`, `execution` (or `text`).
 
-    Of a stream, what is validated on is the start where it is held out of training, and is read into memory.
+    If validation is held out of a training split, it is the end of a dataset and the start of a stream. The validation
+    split of a stream is read into memory.
 
     Args:
-        split: `train`, `validation` or `test`; `synthetic` for the synthetic problems beside another dataset; for
-            the synthetic problems alone any split of [`generate_dataset`].
-        num_examples: the first so many of the split.
+        split: `train`, `validation` or `test`; `synthetic` for the synthetic problems added to another dataset; any
+            split of [`generate_dataset`] if the dataset is synthetic.
+        num_examples: maximum number of examples, taken from the start.
 
     Returns:
-        the examples, and with `tested_on`, for training and validation, `num_near_test`: the problems left out as
-        they are near-duplicates of a test problem (see gsm8k/near_duplicates.py).
+        the examples, and counts: if `tested_on` is set, for training and validation, `num_near_test`, the number of
+        problems removed as near-duplicates of a test problem (see gsm8k/near_duplicates.py).
 
     Raises:
-        ValueError: for a split that there is not, for less than one example, and for synthetic problems without a
-            number of examples.
+        ValueError: for an unknown split, fewer than one example, and synthetic problems without `num_examples`.
     """
     if num_examples is None and split in ("train", "validation", SYNTHETIC):
         num_examples = getattr(args, f"num_{split}_examples")
@@ -71,7 +71,7 @@ def encode_split(
     tokenizer: PreTrainedTokenizerBase,
     config: HierBD3LMConfig,
 ) -> tuple[Dataset | IterableDataset, dict[str, Any]]:
-    """Encodes the examples of a split and reports on them: see [`prepare_text`] and [`prepare_dataset`]."""
+    """Encode the examples of a split; returns them with the report of [`prepare_text`] or [`prepare_dataset`]."""
     if args.text_column is not None:
         return prepare_text(dataset, tokenizer, config, args.wrap, args.dataset_num_proc)
     return prepare_dataset(
@@ -99,15 +99,15 @@ def _stream(args: DataArguments, split: str, num_documents: int | None) -> Datas
 
 
 def _load_or_hold_out(args: DataArguments, split: str) -> Dataset:
-    """The split as the dataset has it; else validation is the end of training, and training the rest."""
+    """Load a split of the dataset; without a validation split, hold out the end of the training split."""
     if split == "test" or args.dataset_validation_split is not None:
         return _load(args, getattr(args, f"dataset_{split}_split"))
     dataset = _load(args, args.dataset_train_split)
     num_training = len(dataset) - args.num_validation_examples
     if num_training < 1:
         raise ValueError(
-            f"`num_validation_examples` must be less than the number of training examples {len(dataset)}, which it "
-            f"is held out of, but got {args.num_validation_examples}"
+            f"`num_validation_examples` must be less than the number of training examples {len(dataset)}, from "
+            f"which they are held out, but got {args.num_validation_examples}"
         )
     return dataset.select(range(num_training) if split == "train" else range(num_training, len(dataset)))
 
@@ -115,7 +115,7 @@ def _load_or_hold_out(args: DataArguments, split: str) -> Dataset:
 def _without_near_test(dataset: Dataset, tested_on: str) -> tuple[Dataset, dict[str, int]]:
     if "question" not in dataset.column_names:
         raise ValueError(f"`tested_on` must be None for a dataset without questions, but got {tested_on!r}")
-    # GSM8K's rows as they were published: its plans take a while to write and are not looked at
+    # GSM8K as published: its plans are not needed here, and writing them takes a while
     test = load_gsm8k_rows("test") if tested_on in GSM8K_IDS else _load(DataArguments(dataset=tested_on), "test")
     similarities = highest_similarities(dataset["question"], test["question"])
     kept = [row for row, similarity in enumerate(similarities) if similarity < NEAR_DUPLICATE]

@@ -1,11 +1,10 @@
 """Arguments of the evaluation commands. torch and transformers are only imported when one is created."""
 
-import json
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.arguments import check_at_least, optional_fields
+from ..data.arguments import check_at_least, optional_fields, parse_json
 from ..data.text.sets import TEXT_SETS
 from ..settings_hierbd3lm import SETTINGS, GenerationSettings
 
@@ -187,8 +186,7 @@ class SampleArguments:
             )
         for name, low in (("num_samples", 1), ("batch_size", 1), ("context", 2)):
             check_at_least(name, getattr(self, name), low)
-        if isinstance(self.settings, str):
-            self.settings = json.loads(self.settings)
+        self.settings = parse_json("settings", self.settings)
         if self.model is not None and self.output_dir is None:
             self.output_dir = str(results_folder(self.model) / "samples")
         if self.device is None:

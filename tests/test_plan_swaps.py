@@ -105,7 +105,7 @@ def test_plans_are_exchanged_whenever_they_can_be():
         plans = rng.choices(texts, weights=[rng.random() ** 3 + 1e-3 for _ in texts], k=rng.randint(1, 9))
         if 2 * max(Counter(plans).values()) > len(plans):
             num_refused += 1
-            with pytest.raises(ValueError, match="must not be one text in more than half"):
+            with pytest.raises(ValueError, match="must not have the same text in more than half"):
                 exchange_plans(plans)
         else:
             others = exchange_plans(plans)

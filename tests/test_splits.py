@@ -12,6 +12,7 @@ from hierbd3lm.data.gsm8k.near_duplicates import highest_similarities
 from hierbd3lm.data.splits import load_counted_split, load_split, training_splits
 from hierbd3lm.data.synthetic.config import SyntheticConfig
 from hierbd3lm.data.synthetic.problems import generate_dataset
+from hierbd3lm.training.settings import ModelArguments
 
 SPLITS = ("train", "validation", "test")
 SOLUTION = "Tom has 2*3=<<2*3=6>>6 pens.\n#### 6"
@@ -258,6 +259,21 @@ def test_a_folder_without_saved_arguments_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"`model` must have {FILE_NAME}"):
         DataArguments.load(tmp_path)
     assert not (tmp_path / FILE_NAME).exists()
+
+
+def test_saved_arguments_with_an_unknown_name_are_refused_with_the_nearest(tmp_path):
+    (tmp_path / FILE_NAME).write_text('{"datset": "gsm8k"}')
+    with pytest.raises(
+        ValueError, match=r"`data_config\.json` must have fields of .*'datset'; did you mean `dataset`"
+    ):
+        DataArguments.load(tmp_path)
+
+
+def test_setting_that_is_no_json_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"`synthetic` must be JSON, but got '\{1: 2\}'"):
+        DataArguments(synthetic="{1: 2}")
+    with pytest.raises(ValueError, match="`backbone` must be JSON, but got 'qwen3'"):
+        ModelArguments(backbone="qwen3")
 
 
 @pytest.mark.parametrize(

@@ -352,7 +352,7 @@ def test_refused_request_is_counted_and_asked_for_again(arguments, server, tmp_p
 
 def test_server_that_refuses_everything_ends_the_run(arguments, server):
     server.reply = lambda body: 400
-    with pytest.raises(ValueError, match=f"has refused {MAX_REFUSALS} requests one after the other.*status 400"):
+    with pytest.raises(ValueError, match=f"refused {MAX_REFUSALS} consecutive requests.*status 400"):
         write_plans(arguments(num_samples=MAX_REFUSALS))
     assert MAX_REFUSALS <= len(server.bodies) < NUM_PROBLEMS * MAX_REFUSALS
 

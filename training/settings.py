@@ -3,11 +3,12 @@
 Nothing heavy is imported before one is read, so that a command line can show them at once.
 """
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.utils import logging
+
+from ..data.arguments import parse_json
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")  # of weights; `auto` is that of the checkpoint
 # of HierBD3LMConfig, where they are given
@@ -114,8 +115,7 @@ class ModelArguments(AdapterArguments):
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, but got {self.dtype!r}")
-        if isinstance(self.backbone, str):
-            self.backbone = json.loads(self.backbone)
+        self.backbone = parse_json("backbone", self.backbone)
         if self.backbone is not None and self.init_from is not None:
             raise ValueError(f"`backbone` must be None with `init_from`, but got {self.backbone} and {self.init_from}")
         if self.use_peft and self.init_from is None:

@@ -1,10 +1,9 @@
-"""A run that has plans written: the replies of a language model, and the dataset that follows from them.
+"""A run that writes plans: the replies of a language model, and the dataset of plans selected from them.
 
-It writes into a folder: `manifest.json` (what the run is), `replies.jsonl` (a line per reply, appended as it comes);
-and, when all replies are there, what follows from them: `plans.jsonl` (the dataset, a row per problem that has got a
-plan), `rejected.jsonl` (the replies that were rejected, and why), `summary.json` (the counts) and `README.md` (the
-dataset's card). A run that was killed goes on with the replies that it has; a run that is complete asks for none, and
-makes the rest anew.
+Files in the folder of a run: `manifest.json` (its settings) and `replies.jsonl` (one line per reply, appended on
+arrival); once all replies have arrived, `plans.jsonl` (the dataset, one row per problem with a plan), `rejected.jsonl`
+(the rejected replies, with the reason), `summary.json` (counts) and `README.md` (the dataset card). An interrupted run
+resumes with the missing replies; a complete run requests none and writes the other files again.
 """
 
 import asyncio
@@ -34,15 +33,15 @@ logger = logging.get_logger(__name__)
 MANIFEST_FILE, REPLIES_FILE = "manifest.json", "replies.jsonl"
 REJECTED_FILE, SUMMARY_FILE = "rejected.jsonl", "summary.json"
 RESULT_FILES = (REPLIES_FILE, PLANS_FILE, REJECTED_FILE, SUMMARY_FILE, CARD_FILE)
-MAX_REFUSALS = 20  # one after the other: the server refuses all, not this one or that
+MAX_REFUSALS = 20  # consecutive ones: the server refuses all requests, not single ones
 
 
 def write_plans(args: WritePlansArguments) -> dict[str, Any]:
-    """Writes plans, or goes on with that; returns the summary that is written (see [`choose_plans`]).
+    """Write plans, resuming an interrupted run; returns the summary (see [`choose_plans`]).
 
     Raises:
-        ValueError: if the folder holds another run or is in use by another process, as in [`load_problems`], and if
-            the server refuses `MAX_REFUSALS` requests one after the other.
+        ValueError: if the folder contains another run or is in use by another process, as in [`load_problems`], and
+            if the server refuses `MAX_REFUSALS` consecutive requests.
     """
     folder = Path(args.output_dir)
     problems = load_problems(args.dataset, args.split, args.limit)
@@ -61,7 +60,7 @@ def write_plans(args: WritePlansArguments) -> dict[str, Any]:
 
 
 def describe_run(args: WritePlansArguments, problems: list[SolvedProblem]) -> dict[str, Any]:
-    """All that decides what is asked and replied, as far as this side knows."""
+    """Describe a run: everything that requests and replies depend on, except for the server."""
     return {
         "dataset": args.dataset,
         "split": args.split,
@@ -96,14 +95,14 @@ def write_missing_replies(args: WritePlansArguments, problems: list[SolvedProble
 
 
 def make_writer(args: WritePlansArguments) -> PlanWriter:
-    """The language model that the arguments name."""
+    """Return the writer that the arguments select."""
     if args.base_url is None:
         return VllmWriter(args.model, args.sampling(), tensor_parallel_size=args.tensor_parallel_size)
     return ServerWriter(args.base_url, args.model, args.sampling(), args.concurrency, args.timeout, args.max_retries)
 
 
 def request_plan(problem: SolvedProblem, sample: int, seed: int) -> PlanRequest:
-    """What the model is asked for a sample; the same in every run with this seed."""
+    """Return the request for a sample; the same in every run with this seed."""
     digest = hashlib.sha256(f"{seed} {problem.index} {sample}".encode()).digest()
     return PlanRequest(
         index=problem.index,
@@ -115,7 +114,7 @@ def request_plan(problem: SolvedProblem, sample: int, seed: int) -> PlanRequest:
 
 
 async def _collect(writer: PlanWriter, requests: Iterable[PlanRequest], log: Log, progress: tqdm) -> None:
-    """Appends the replies to the log. What the server refuses is not: a rerun asks for it again."""
+    """Append the replies to the log. Refused requests are not logged: a resumed run sends them again."""
     refusals: list[PlanReply] = []  # since the last reply
     async with aclosing(writer.write(requests)) as replies:
         async for reply in replies:
@@ -128,30 +127,30 @@ async def _collect(writer: PlanWriter, requests: Iterable[PlanRequest], log: Log
             logger.warning(f"The server refuses problem {reply.index}, sample {reply.sample}: {reply.refusal}")
             if len(refusals) == MAX_REFUSALS:
                 raise ValueError(
-                    f"the server must answer, but it has refused {MAX_REFUSALS} requests one after the other, the "
-                    f"last with: {reply.refusal}"
+                    f"the server must answer, but it refused {MAX_REFUSALS} consecutive requests, the last with: "
+                    f"{reply.refusal}"
                 )
 
 
-# What follows from them
+# The dataset
 
 
 def choose_plans(
     problems: list[SolvedProblem], records: list[dict[str, Any]], num_samples: int, fallback: str | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
-    """Keeps for each problem the reply with the best score (the first of several) among those no filter rejects.
+    """Choose for each problem the reply with the highest score (the first of equals) of those that pass all filters.
 
     Args:
         records: replies, in any order: `index`, `sample`, `text`, `is_cut_off`.
-        num_samples: replies that were asked for per problem.
-        fallback: `rule` gives a problem without such a reply the plan by rule; None leaves it out.
+        num_samples: number of replies requested per problem.
+        fallback: `rule` uses the rule-based plan for a problem without such a reply; None omits the problem.
 
     Returns:
         - rows in the problems' order: `index`, the columns of [`make_row`], `plan_source` (`model` or `rule`) and
           `score` (None for `rule`).
         - the rejected replies: `index`, `sample`, `rejected_by` (a name of `FILTERS`), `text`.
         - the summary: `num_problems`; `num_replies`, of these `num_accepted`, and `rejected_by` (a count for each
-          filter); `num_refused` (asked for and not there); `num_plans`, of these `num_plans_by_model` and
+          filter); `num_refused` (requested but not received); `num_plans`, of these `num_plans_by_model` and
           `num_plans_by_rule`; `num_without_plan`.
     """
     replies: dict[int, list[dict[str, Any]]] = defaultdict(list)
@@ -169,7 +168,7 @@ def choose_plans(
 def judge_replies(
     problem: SolvedProblem, records: list[dict[str, Any]]
 ) -> tuple[list[PlanDraft], list[dict[str, Any]]]:
-    """The drafts that no filter rejects, and the records of the others with the filter's name."""
+    """Return the drafts that pass all filters, and the records of the others with the name of the filter."""
     accepted, rejected = [], []
     for record in records:
         draft = PlanDraft.read(problem, record["text"], record["is_cut_off"])

@@ -1,4 +1,4 @@
-"""The command line of plans: `hierbd3lm plans [--setting value ...]`."""
+"""Command line for writing plans: `hierbd3lm plans [--setting value ...]`."""
 
 import json
 import sys
@@ -11,12 +11,12 @@ from .arguments import WritePlansArguments
 
 
 def parse_arguments(argv: Sequence[str], prog: str | None = None) -> WritePlansArguments:
-    """Reads `[--setting value ...]`."""
+    """Parse `[--setting value ...]`."""
     return HfArgumentParser(WritePlansArguments, prog=prog).parse_args_into_dataclasses(argv)[0]
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parses, writes, prints."""
+    """Parse the command line, write plans and print the summary."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv, prog)
 
     from .run import PLANS_FILE, write_plans

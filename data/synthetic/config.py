@@ -1,4 +1,4 @@
-"""The settings of the synthetic problems, and the shapes of the problems that follow from them in each split."""
+"""Settings of the synthetic problems, and the shapes of the problems in each split."""
 
 import math
 from dataclasses import dataclass
@@ -14,18 +14,19 @@ SPLITS = (*HASH_SPLITS, "ood_longer", "ood_wider")
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """What the training problems are like; the other splits follow from it (see [`shapes`]).
+    """Distribution of the training problems, from which the other splits are derived (see [`shapes`]).
 
     Args:
-        num_steps (pair of `int`): least and most operations that the answer needs; drawn evenly.
+        num_steps (pair of `int`): minimum and maximum number of operations that the answer needs; drawn uniformly.
         depth (`int`, *optional*):
-            operations on the longest chain. If omitted, drawn evenly from all that the number of steps allows: from
-            steps / 4 (at least 2 where there are 2 steps or more) to the number of steps.
-        max_depth (`int`, *optional*): most operations on the longest chain, where `depth` is omitted.
-        num_distractors (pair of `int`): least and most people that the answer does not need; drawn evenly.
+            number of operations on the longest chain. If omitted, drawn uniformly from all values that the number of
+            steps allows: from steps / 4 (at least 2 for 2 or more steps) to the number of steps.
+        max_depth (`int`, *optional*): maximum depth if `depth` is omitted.
+        num_distractors (pair of `int`): minimum and maximum number of people that the answer does not need; drawn
+            uniformly.
         max_value (`int`): every given, stated and computed number is an integer in [1, max_value]; at least 10.
-        num_names, num_things (`int`): how many of `NAMES` and `THINGS` are used.
-        seed (`int`): start of the random numbers.
+        num_names, num_things (`int`): number of `NAMES` and `THINGS` in use.
+        seed (`int`): random seed.
 
     Raises:
         ValueError: for a value out of its range.
@@ -60,20 +61,20 @@ class SyntheticConfig:
 
 
 def min_depth(num_steps: int) -> int:
-    """The least depth that so many steps may have: two steps that the answer needs cannot both be the last one."""
+    """Return the minimum depth of a problem: at least 2 for several steps, as all of them lead to one last step."""
     return 1 if num_steps == 1 else max(2, math.ceil(num_steps / MAX_WIDTH))
 
 
 def shapes(split: str, config: SyntheticConfig) -> dict[int, list[int]]:
-    """The depths that a split's problems have, by number of steps. Steps are drawn evenly, then the depth.
+    """Return the depths of the problems of a split, by number of steps. Both are drawn uniformly, steps first.
 
-    - `train`, `validation`, `test`: as the configuration says; its skeleton decides which of them a problem is in.
-    - `ood_longer`: one or two steps more than the longest of training, no wider (steps / depth) than the widest.
-    - `ood_wider`: wider than the widest of training, up to 4; at training's least depth, 2 if that is 1.
+    - `train`, `validation`, `test`: those of the configuration; the skeleton of a problem determines its split.
+    - `ood_longer`: one or two steps more than the longest training problem, no wider (steps / depth) than the widest.
+    - `ood_wider`: wider than the widest training problem, up to 4; at the minimum depth of training, but at least 2.
 
     Raises:
-        ValueError: for an unknown split, one that cannot exist (training is as wide as can be), or one that needs more
-            names than the configuration has.
+        ValueError: for an unknown split, one that cannot exist (training has the maximum width), or one that needs
+            more names than the configuration has.
     """
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, but got {split!r}")
@@ -95,7 +96,7 @@ def shapes(split: str, config: SyntheticConfig) -> dict[int, list[int]]:
 
 
 def check_integer(name: str, value: object, low: int | None, high: int | None) -> None:
-    """Raises a ValueError for a value that is no integer in [low, high]; None is no bound."""
+    """Raise a ValueError for a value that is not an integer in [low, high]; None is no bound."""
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     if not is_integer or (low is not None and value < low) or (high is not None and value > high):
         accepted = "" if low is None else f" >= {low}" if high is None else f" in [{low}, {high}]"

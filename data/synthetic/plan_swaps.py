@@ -1,4 +1,4 @@
-"""Plans in place of a problem's own: that of another problem, or its own with one operation changed."""
+"""Replacement plans for a problem: the plan of another problem, or its own plan with one change."""
 
 import random
 from collections import Counter
@@ -17,9 +17,9 @@ class ChangedPlan:
     Args:
         plan: its text.
         step: index of the changed step.
-        kind: what was changed: its `operation`; its `number`; an `operand`, for another quantity; or the last `addend`
-            of two, for a number.
-        answer: the value of its last step.
+        kind: kind of the change: another `operation`; another `number`; another quantity as an `operand`; or a number
+            as the second `addend` of a sum of two.
+        answer: value of the last step.
     """
 
     plan: str
@@ -29,13 +29,16 @@ class ChangedPlan:
 
 
 def exchange_plans(plans: Sequence[str], seed: int = 0) -> list[int]:
-    """For each problem the index of another one, whose plan has another text; each plan is given away once.
+    """Assign to each problem the plan of another one, with a different text; each plan is used once.
 
-    Plans of as many steps are exchanged among each other. Only where too many of these are the same text do they join
-    those of other numbers of steps.
+    Plans are exchanged among those with the same number of steps, unless more than half of these have the same text:
+    such a group is merged with other groups.
+
+    Returns:
+        for each problem, the index of the problem whose plan it gets.
 
     Raises:
-        ValueError: if more than half of all plans are the same text: then there is no such exchange.
+        ValueError: if more than half of all plans have the same text.
     """
     groups: dict[int, list[int]] = {}
     for index, plan in enumerate(plans):
@@ -46,7 +49,7 @@ def exchange_plans(plans: Sequence[str], seed: int = 0) -> list[int]:
         rest += circles.pop()
     if rest and not _can_exchange(rest, plans):
         raise ValueError(
-            f"`plans` must not be one text in more than half of all cases, but got {len(plans)} such plans"
+            f"`plans` must not have the same text in more than half of all cases, but got {len(plans)} such plans"
         )
     rng, others = random.Random(seed), [0] * len(plans)
     for circle in [*circles, rest]:
@@ -56,16 +59,16 @@ def exchange_plans(plans: Sequence[str], seed: int = 0) -> list[int]:
 
 
 def change_plan(rng: random.Random, question: str, plan: str, max_value: int) -> ChangedPlan | None:
-    """Draws a plan in which one step differs in one thing, such that the answer is another one.
+    """Draw a plan with one changed step and another answer.
 
-    All steps stay of the kinds that the synthetic problems have, and all values in [1, max_value]. What is changed is
+    Steps keep the forms of the synthetic problems, and all values stay in [1, max_value]. The kind of the change is
     drawn first, then the change.
 
     Returns:
-        the changed plan, or None if no change gives such an answer.
+        the changed plan, or None if no change leads to another answer.
 
     Raises:
-        ValueError: for a plan that cannot be read, or that names a quantity without a value.
+        ValueError: for a plan that cannot be parsed, or that names a quantity without a value.
     """
     given, steps = given_values(question), parse_plan(plan)
     answer = carry_out(steps, given)[-1]
@@ -88,7 +91,7 @@ def _can_exchange(group: Sequence[int], plans: Sequence[str]) -> bool:
 
 
 def _rotate(group: Sequence[int], plans: Sequence[str], rng: random.Random) -> Iterator[tuple[int, int]]:
-    """Pairs each index with the one so far ahead that no run of equal texts reaches there."""
+    """Pair each index with the one that is as far ahead as the longest run of equal texts."""
     by_text: dict[str, list[int]] = {}
     for index in group:
         by_text.setdefault(plans[index], []).append(index)
@@ -99,7 +102,7 @@ def _rotate(group: Sequence[int], plans: Sequence[str], rng: random.Random) -> I
 
 
 def _changes(step: Step, known: Sequence[str], max_value: int) -> Iterator[tuple[str, Step]]:
-    """Steps that differ from `step` in one thing, which is named; `known` are the quantities with a value."""
+    """Yield steps that differ from `step` in one part, with the kind of change; `known` quantities have a value."""
     *first, last = step.operands
     if last.isdecimal():
         for symbol in OPERATIONS:
@@ -120,5 +123,5 @@ def _changes(step: Step, known: Sequence[str], max_value: int) -> Iterator[tuple
 
 
 def _numbers(symbol: str, max_value: int) -> range:
-    """The numbers that a step with this operation may state."""
+    """Return the numbers that a step with this operation may state."""
     return range(2, MAX_FACTOR + 1) if symbol == "*" else range(1, max_value)

@@ -1,7 +1,7 @@
 """Synthetic grade-school problems: `python -m hierbd3lm.data.synthetic.problems [--split SPLIT] [--num-examples N]`.
 
-The quantities of a problem are counts of one thing, one per person. A few are given; every other is one operation on
-quantities below it (see quantities.py).
+The quantities of a problem are counts of one thing, one per person. Some are given; each of the others is one
+operation on quantities below it (see quantities.py).
 
     Mia has 3 more apples than Tom. Tom has 5 apples. How many apples does Mia have?    (question)
     Mia = Tom + 3                                                                       (plan)
@@ -23,7 +23,7 @@ from .wording import write_row
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-MAX_DRAWS = 10_000  # of problems, for one that its split has not got yet
+MAX_DRAWS = 10_000  # of problems, for a new one of the split
 MAX_DRAWS_OF_SKELETON = 500  # without a new skeleton, before problems of this shape may differ in their words alone
 
 
@@ -32,11 +32,11 @@ Shape = tuple[int, int]  # number of steps, depth
 
 @dataclass
 class _Drawn:
-    """What a split has already.
+    """Problems drawn so far for a split.
 
     Args:
-        skeletons, questions: of its problems.
-        exhausted: shapes of which many draws in a row gave no new skeleton: their problems may differ in words alone.
+        skeletons, questions: those of the problems.
+        exhausted: shapes without a new skeleton in many consecutive draws: their problems may differ in words alone.
     """
 
     skeletons: set[str] = field(default_factory=set)
@@ -45,7 +45,7 @@ class _Drawn:
 
 
 def generate_problem(rng: random.Random, config: SyntheticConfig) -> dict:
-    """Draws one row of the training distribution, of any skeleton (see [`generate_dataset`] for the columns)."""
+    """Draw one row of the training distribution, of any skeleton (see [`generate_dataset`] for the columns)."""
     problem = draw_problem(rng, *_draw_shape(rng, shapes("train", config)), config)
     return write_row(rng, problem, problem.skeleton(), config)
 
@@ -64,16 +64,16 @@ def generate_problems(split: str, num_examples: int, config: SyntheticConfig) ->
 
 
 def generate_dataset(split: str, num_examples: int, config: SyntheticConfig | None = None) -> "Dataset":
-    """Draws a split: the same rows for the same `config.seed` and `split`, in every process.
+    """Draw a split: the same rows for the same `config.seed` and `split`, in every process.
 
-    No two of the splits share a skeleton. No two rows of a split other than `train` share a question; they share a
-    skeleton only where its shape has hardly any that has not been drawn. Columns:
+    No two splits share a skeleton. No two rows of a split other than `train` share a question; they share a skeleton
+    only if nearly all skeletons of their shape have been drawn. Columns:
     `question`, `plan`, `execution` (ends with `#### <answer>`), `answer`; `plan_steps`, `execution_steps` (the steps,
     layer by layer, within a layer as the question states them), `dependencies` (for each step the earlier steps that
     it uses, counted from 0), `num_steps`, `depth`, `skeleton` (its hash).
 
     Raises:
-        ValueError: for a bad `split` or `num_examples`, and if the split has no more different problems.
+        ValueError: for an invalid `split` or `num_examples`, and if the split has no more different problems.
     """
     from datasets import Dataset
 
@@ -133,7 +133,7 @@ def _features() -> "Features":
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints problems as JSON lines."""
+    """Print problems as JSON lines."""
     defaults = SyntheticConfig()
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--split", choices=SPLITS, default="train")

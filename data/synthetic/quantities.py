@@ -1,9 +1,8 @@
-"""The quantities of a synthetic problem: a graph of operations, and the numbers on it.
+"""Quantities of a synthetic problem: a graph of operations with numbers.
 
-The operations stand in layers: one of layer `d` needs at least one of layer `d - 1` and none of layer `d` or above,
-the asked quantity is alone in the highest layer, and it needs all the others. So the number of layers is the exact
-length of the longest chain of steps. Numbers are drawn twice over the graph: downwards the interval that each quantity
-must lie in, upwards the values.
+Operations are in layers: one in layer `d` needs at least one of layer `d - 1` and none of layer `d` or above. The
+asked quantity is alone in the highest layer and needs all the others, so the number of layers is the length of the
+longest chain of steps. Numbers are drawn in two passes: downwards the interval of each quantity, upwards the values.
 """
 
 import hashlib
@@ -21,12 +20,12 @@ MAX_ATTEMPTS = 2_000  # at numbers that fit a shape
 
 @dataclass(frozen=True)
 class Quantity:
-    """What one person has.
+    """The count of one person.
 
     Args:
         operation (`str`): `"given"` or a key of `SYMBOLS`.
-        operands (`tuple` of `int`): the quantities it is made from, as indices into the problem's list.
-        number (`int`, *optional*): the number that its sentence states; none for a sum.
+        operands (`tuple` of `int`): the quantities that it is computed from, as indices into the problem's list.
+        number (`int`, *optional*): the number stated in its sentence; None for a sum.
         value (`int`): the count.
     """
 
@@ -38,7 +37,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem without words: its operations (the asked one last), then what is given, then the distractors."""
+    """A problem without words: its operations (the asked one last), the given quantities, then the distractors."""
 
     quantities: list[Quantity]
     num_steps: int
@@ -70,7 +69,7 @@ class Problem:
 
 
 def draw_problem(rng: random.Random, num_steps: int, depth: int, config: SyntheticConfig) -> Problem:
-    """Draws a problem of a shape, of any skeleton.
+    """Draw a problem of a shape, of any skeleton.
 
     Raises:
         ValueError: if no numbers fit the shape.
@@ -97,7 +96,7 @@ def draw_problem(rng: random.Random, num_steps: int, depth: int, config: Synthet
 
 
 def _draw_layers(rng: random.Random, num_steps: int, depth: int) -> list[range]:
-    """Cuts the steps into `depth` layers, the last of one step, such that every step can be used by one above it."""
+    """Cut the steps into `depth` layers, the last of one step, such that every step can be used by one above it."""
     if depth == 1:
         return [range(1)]
     while True:
@@ -112,7 +111,7 @@ def _draw_layers(rng: random.Random, num_steps: int, depth: int) -> list[range]:
 
 
 def _draw_edges(rng: random.Random, layers: list[range]) -> list[list[int]]:
-    """Chooses the steps that each step uses: one of the layer below at least, and every step by another."""
+    """Choose the steps that each step uses: at least one of the layer below; every step but the last is used."""
     num_steps = layers[-1].stop
     operands = [[] for _ in range(num_steps)]
     for below, above in reversed(list(pairwise(layers))):
@@ -130,7 +129,7 @@ def _draw_edges(rng: random.Random, layers: list[range]) -> list[list[int]]:
 
 @dataclass
 class _Draft:
-    """A problem whose values are not drawn yet. Given quantities follow the steps; bounds are inclusive."""
+    """A problem without values. Given quantities follow the steps; bounds are inclusive."""
 
     operands: list[list[int]]
     layer_start: list[int]  # first step of each step's layer
@@ -155,7 +154,7 @@ class _Draft:
         return len(self.low) - 1
 
     def draw_operand(self, rng: random.Random, step: int) -> None:
-        """Gives a step one more operand: a new given quantity, or one that exists and is not in use by this step."""
+        """Add an operand to a step: a new given quantity, or an existing one that the step does not use yet."""
         num_steps, used = len(self.operands), self.operands[step]
         given = [i for i in range(num_steps, len(self.low)) if i not in used]
         lower = [i for i in range(self.layer_start[step]) if i not in used]
@@ -167,7 +166,7 @@ class _Draft:
 
 
 def _draw_operation(rng: random.Random, draft: _Draft, step: int) -> bool:
-    """Chooses a step's operation and bounds its operands such that its own bounds can be met; False if none can be."""
+    """Choose the operation of a step and bound its operands so that its own bounds can be met; False if impossible."""
     low, high, operands = draft.low[step], draft.high[step], draft.operands[step]
     if low > high:
         return False
@@ -199,9 +198,9 @@ def _split_bound(rng: random.Random, draft: _Draft, step: int) -> bool:
 
 
 def _draw_values(rng: random.Random, draft: _Draft) -> list[Quantity] | None:
-    """Draws the given values, then the stated numbers step by step.
+    """Draw the given values, then the stated numbers step by step.
 
-    Returns None if the bounds leave no value, or if two steps turn out to be one and the same operation.
+    Returns None if the bounds leave no value, or if two steps are the same operation.
     """
     num_steps = len(draft.operands)
     if any(low > high for low, high in zip(draft.low, draft.high, strict=True)):
@@ -226,7 +225,7 @@ def _draw_values(rng: random.Random, draft: _Draft) -> list[Quantity] | None:
 
 
 def _draw_distractor(rng: random.Random, quantities: list[Quantity], max_value: int) -> Quantity:
-    """Draws a quantity that nothing uses: given, or an operation on quantities of the problem, half and half."""
+    """Draw a quantity that nothing uses: given, or an operation on quantities, with equal probability."""
     if rng.random() < 0.5:
         value = rng.randint(1, max_value)
         return Quantity("given", (), value, value)
@@ -246,7 +245,7 @@ def _draw_distractor(rng: random.Random, quantities: list[Quantity], max_value: 
 
 
 def _apply(operation: str, base: int, number: int | None) -> int:
-    """The value of an operation, where `base` is the sum of its operands."""
+    """Return the value of an operation; `base` is the sum of its operands."""
     if operation == "sum":
         return base
     return {"add": base + number, "subtract": base - number, "multiply": base * number}[operation]

@@ -1,4 +1,4 @@
-"""The words of the synthetic problems."""
+"""Words of the synthetic problems."""
 
 NAMES = (
     *("Mia", "Tom", "Ann", "Ben", "Eva", "Leo", "Zoe", "Sam", "Ida", "Max", "Amy", "Dan", "Joy", "Kai", "Liv", "Ned"),
@@ -9,11 +9,11 @@ THINGS = (
     *("apples", "books", "coins", "cards", "pens", "shells", "stamps", "stones"),
     *("balls", "beads", "cups", "eggs", "kites", "nuts", "plums", "rings"),
 )
-TOTAL = "total"  # what a plan calls a sum that only the asking sentence mentions
+TOTAL = "total"  # name, in a plan, of a sum that only the final question mentions
 
 SYMBOLS = {"add": "+", "subtract": "-", "multiply": "*", "sum": "+"}
 
-# {things} agrees with {number}; {others} are the people that the quantity is made from.
+# {things} agrees with {number}; {others} are the people that the quantity is computed from.
 PHRASINGS = {
     "given": ("{name} has {number} {things}.", "{name} owns {number} {things}.", "{name} keeps {number} {things}."),
     "add": (

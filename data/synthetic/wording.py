@@ -1,4 +1,4 @@
-"""The text of a synthetic problem: question, plan and execution from its quantities."""
+"""Text of a synthetic problem: question, plan and execution."""
 
 import random
 from typing import Any
@@ -10,7 +10,7 @@ from .vocabulary import NAMES, PHRASINGS, SYMBOLS, THINGS, TOTAL
 
 
 def vocabulary_texts(config: SyntheticConfig) -> list[str]:
-    """Texts that hold every word of every split, first in a text and after a space: what a tokenizer must know."""
+    """Return texts with every word of every split, at the start of a text and after a space, to train a tokenizer."""
     names = NAMES[: config.num_names]
     words = {"name": names[0], "number": 1, "others": f"{names[0]}, {names[0]} and {names[0]}", "things": THINGS[0]}
     sentences = [
@@ -24,7 +24,7 @@ def vocabulary_texts(config: SyntheticConfig) -> list[str]:
 
 
 def write_row(rng: random.Random, problem: Problem, skeleton: str, config: SyntheticConfig) -> dict[str, Any]:
-    """Puts a problem into words: draws names, thing, phrasings and the order of the sentences."""
+    """Write the texts of a problem with random names, thing, phrasings and order of the sentences."""
     quantities, target, levels = problem.quantities, problem.target, problem.levels()
     names = rng.sample(NAMES[: config.num_names], len(quantities))
     referred = {operand for quantity in quantities for operand in quantity.operands}
@@ -44,7 +44,7 @@ def write_row(rng: random.Random, problem: Problem, skeleton: str, config: Synth
 
 
 def _write_question(rng: random.Random, problem: Problem, names: list[str], plural: str) -> tuple[str, list[int]]:
-    """Returns the question and the place of each quantity's sentence in it; what is asked comes last."""
+    """Return the question and the position of each quantity's sentence in it; the final question comes last."""
     told = [i for i in range(len(names)) if names[i] != TOTAL]
     rng.shuffle(told)
     positions = [len(told)] * len(names)

@@ -1,4 +1,4 @@
-"""Data sets of plain text with published zero-shot perplexities: `DataArguments` by name.
+"""Datasets of plain text with published zero-shot perplexities: `DataArguments` by name.
 
 Data sets and splits are those of MDLM's table 3 (Sahoo et al. 2024; `dataloader.py` of its repository uses validation
 where test is not named), which BD3-LM's zero-shot table reuses. All are wrapped. WikiText-103 has the validation split
