@@ -3,7 +3,7 @@
 `python -m hierbd3lm.benchmarks.conversion CHECKPOINT` (a folder or an id of the Hub; GSM8K through `GSM8K_DIR` or the
 Hub). The checkpoint is converted twice: with shifted prediction and a causal question, which is the default, and with
 prediction in place and a bidirectional question. Both are trained on the same short GSM8K problems with the same
-seeds, 40 steps of 6 problems with blocks of one token and 60 steps with blocks of four. The NELBO of the same 24
+seeds, 24 steps of 4 problems with blocks of one token and 24 steps with blocks of four. The NELBO of the same 24
 problems held out from the training split is measured before, between and after, at both block sizes. An interrupted
 run continues where it was saved.
 """
@@ -32,8 +32,8 @@ KINDS = {
     "in place": {"prediction": "in_place", "question_attention": "bidirectional"},
 }
 BLOCK_SIZES = (1, 4)
-GROWTH_STEP, NUM_STEPS = 40, 100  # from blocks of one token to blocks of four, and the end
-NUM_HELD_OUT, NUM_MEASURED, NUM_DRAWS = 64, 24, 4
+GROWTH_STEP, NUM_STEPS = 24, 48  # from blocks of one token to blocks of four, and the end
+NUM_HELD_OUT, NUM_MEASURED, NUM_DRAWS = 64, 24, 2
 # Short problems: longer ones are dropped, and counted in the log.
 LENGTHS = {"question_len": 96, "plan_len": 64, "execution_len": 96}
 SETTINGS = {
@@ -41,7 +41,8 @@ SETTINGS = {
     "num_validation_examples": NUM_HELD_OUT,
     "block_size": BLOCK_SIZES[-1],
     "block_size_schedule": json.dumps({0: 1, GROWTH_STEP: 4}),
-    "per_device_train_batch_size": 6,
+    "per_device_train_batch_size": 4,
+    "bf16": True,
     "learning_rate": 1e-4,
     "warmup_steps": 10,
     "ema_decay": 0,
