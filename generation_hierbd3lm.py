@@ -13,7 +13,7 @@ from .denoising_hierbd3lm import Answer, BlockDenoiser, HierBD3LMGenerationOutpu
 from .masking_hierbd3lm import EXECUTION, PADDING, PLAN
 from .order_hierbd3lm import BlockOrder, CanvasSchedule, ends_part
 from .samplers_hierbd3lm import Sampler, make_sampler
-from .settings_hierbd3lm import SAMPLERS_OF, SETTINGS, HierBD3LMGenerationConfig, resolve_settings
+from .settings_hierbd3lm import SAMPLERS_OF, SETTINGS, HierBD3LMGenerationConfig, read_foreign_names, resolve_settings
 
 logger = logging.get_logger(__name__)
 
@@ -25,6 +25,8 @@ class HierBD3LMGenerationMixin:
 
     It inherits from no `GenerationMixin`, which is autoregressive; transformers looks for that ending of its name.
     """
+
+    output_modalities = ("text",)  # for pipelines
 
     @torch.no_grad()
     def generate(
@@ -71,7 +73,8 @@ class HierBD3LMGenerationMixin:
             kwargs["sampler"] = sampler
         elif sampler is not None and (unread := kwargs.keys() & SAMPLERS_OF):
             raise ValueError(f"`{min(unread)}` has no effect with a sampler of your own: set it there")
-        settings = resolve_settings(generation_config or self.generation_config, kwargs)
+        base = generation_config or self.generation_config
+        settings = resolve_settings(base, read_foreign_names(self.config, base, kwargs))
         chosen = sampler if isinstance(sampler, Sampler) else make_sampler(settings)
         order = order_of(self, settings)
         settings = resolve_settings(settings, {"stage": check_stage(order, settings.stage)})
@@ -135,6 +138,8 @@ def write_causally(
     prompt, prompt_mask = right_justify(torch.cat([question, context], dim=1), keep)
     num_given = schedule.context_lengths[:, 0]
     num_left = int(schedule.limits[0]) - num_given
+    if settings.max_new_tokens is not None:
+        num_left = num_left.clamp(max=settings.max_new_tokens)
     awaits_end = schedule.progress.awaits_end[:, 0]
     sampling: dict[str, Any] = {"do_sample": False}
     if settings.temperature > 0:
@@ -317,7 +322,9 @@ def make_schedule(
         plan = lay_out_plan(config, order, plan_ids.to(device))
     given = order.given_tokens(batch, device, *plan)
     question_lengths = attention_mask.bool().sum(dim=1)
-    return CanvasSchedule(order, limits, written, given, question_lengths, settings.stage == "plan")
+    return CanvasSchedule(
+        order, limits, written, given, question_lengths, settings.stage == "plan", settings.max_new_tokens
+    )
 
 
 def check_prompt(

@@ -309,7 +309,7 @@ class Progress:
 
     Args:
         part: `(rows, slots)`, number of the part at work in each slot.
-        number: `(rows, parts)`, finished blocks of each part.
+        number, num_given: `(rows, parts)`, finished blocks of each part, and how many of them were given.
         start, first_rank: `(rows, parts)`, position of the part's first token, and rank of its first block.
         started, ended: `(rows, parts)`, bool; a part that is not to be denoised has ended.
         awaits_end: `(rows, parts)`, bool, true where the next `<|end|>` ends the part.
@@ -318,6 +318,7 @@ class Progress:
 
     part: torch.Tensor
     number: torch.Tensor
+    num_given: torch.Tensor
     start: torch.Tensor
     first_rank: torch.Tensor
     started: torch.Tensor
@@ -354,6 +355,10 @@ class CanvasSchedule:
         given: see [`GivenTokens`].
         question_lengths (`torch.LongTensor` of shape `(batch,)`).
         ends_with_plan: the first `<|end|>` ends a part of plan and execution.
+        max_new_tokens: greatest number of tokens of all parts that are denoised, if any.
+
+    Raises:
+        ValueError: if `max_new_tokens` is less than the tokens of a canvas.
     """
 
     def __init__(
@@ -364,6 +369,7 @@ class CanvasSchedule:
         given: GivenTokens,
         question_lengths: torch.LongTensor,
         ends_with_plan: bool = False,
+        max_new_tokens: int | None = None,
     ):
         self.order, self.given, self.device = order, given, question_lengths.device
         self.question_lengths = question_lengths
@@ -377,6 +383,9 @@ class CanvasSchedule:
         sizes = [(slot, part.block_size) for slot, part in zip(order.slots, order.parts, strict=True)]
         self.widths = [max(size for its, size in sizes if its == slot) for slot in used]
         self.width = sum(self.widths)
+        if max_new_tokens is not None and max_new_tokens < self.width:
+            raise ValueError(f"`max_new_tokens` must be at least {self.width}, one block, but got {max_new_tokens}")
+        self.max_new_tokens = max_new_tokens
         columns = [(slot, place) for slot, width in enumerate(self.widths) for place in range(width)]
         self.slot_of, self.place_of = torch.tensor(columns, device=self.device).T
         finished = torch.zeros_like(given.lengths) if order.is_aligned else given.lengths // self.block_sizes
@@ -470,6 +479,9 @@ class CanvasSchedule:
         state.number = state.number.scatter_add(1, part, closing.long())
         for name, which in (("ended", ending), ("closed", by_end), ("awaits_end", opened)):
             setattr(state, name, getattr(state, name) | torch.zeros_like(state.ended).scatter(1, part, which))
+        if self.max_new_tokens is not None:
+            num_new = ((state.number - state.num_given) * self.block_sizes * self.written).sum(dim=1)
+            state.ended |= (num_new + self.width > self.max_new_tokens)[:, None]
         self._start_parts()
         return state.ended.all(dim=1)
 
@@ -488,6 +500,7 @@ class CanvasSchedule:
         self.progress = Progress(
             part=torch.tensor(first_parts, device=self.device).repeat(len(finished), 1),
             number=finished,
+            num_given=finished,
             start=question_lengths[:, None] + torch.tensor(order.fixed_starts, device=self.device),
             first_rank=torch.tensor(order.fixed_ranks, device=self.device).repeat(len(finished), 1),
             started=nothing.clone(),

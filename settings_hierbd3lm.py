@@ -21,14 +21,14 @@ SAMPLERS_OF = {
 }
 # arguments of transformers' `generate` that do not apply here -> what to use instead
 NOT_APPLICABLE = {
-    **dict.fromkeys(("max_new_tokens", "max_length"), "`max_plan_len` and `max_execution_len` limit the segments"),
+    "max_length": "`max_new_tokens` limits the answer, `max_plan_len` and `max_execution_len` its segments",
     **dict.fromkeys(("min_new_tokens", "min_length"), "a segment ends where the model predicts <|end|>"),
     "do_sample": "`temperature` > 0 samples, 0 is greedy",
     "top_k": "`top_p` limits the distribution",
     **dict.fromkeys(("num_beams", "num_beam_groups", "penalty_alpha"), "`sampler` chooses how tokens are revealed"),
     "num_return_sequences": "repeat the rows of `input_ids`",
     "use_cache": "the block cache is always used",
-    **dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), "special tokens are those of the configuration"),
+    "bos_token_id": "special tokens are those of the configuration",
     **dict.fromkeys(
         ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
         "the output is a HierBD3LMGenerationOutput",
@@ -116,6 +116,13 @@ class GenerationSettings:
             "`execution_len` if omitted."
         },
     )
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of tokens of plan and execution together; an answer stops at the last block edge "
+            "within it. No limit besides those of the segments if omitted."
+        },
+    )
     compile_steps: bool = field(
         default=False,
         metadata={
@@ -143,6 +150,8 @@ class GenerationSettings:
             self._check_number(name, int, "an integer >= 1", lambda value: value >= 1)
         if self.block_size is not None:
             self._check_number("block_size", int, "an integer >= 1 or None", lambda value: value >= 1)
+        if self.max_new_tokens is not None:
+            self._check_number("max_new_tokens", int, "an integer >= 1 or None", lambda value: value >= 1)
         for name in ("max_plan_len", "max_execution_len"):
             if getattr(self, name) is not None:
                 self._check_number(name, int, "an integer >= 0 or None", lambda value: value >= 0)
@@ -195,9 +204,15 @@ class HierBD3LMGenerationConfig(GenerationSettings, GenerationConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "HierBD3LMGenerationConfig":
         """Build the settings of a file. Names that are no settings are ignored with a warning: it can be loaded."""
         known = {*SETTINGS, "transformers_version"}
+        config_dict = {name: value for name, value in config_dict.items() if name != "do_sample"}  # by temperature
         if unknown := [name for name in config_dict if name not in known and not name.startswith("_")]:
             logger.warning(f"These names are no settings of {cls.__name__} and are ignored: {', '.join(unknown)}")
         return super().from_dict({n: value for n, value in config_dict.items() if n not in unknown}, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The settings that differ from the defaults, and those for which a pipeline would put its own defaults."""
+        sampling = {"do_sample": self.temperature > 0, "max_new_tokens": self.max_new_tokens}
+        return super().to_diff_dict() | sampling
 
     def get_generation_mode(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("block diffusion has samplers instead of autoregressive generation modes")
@@ -235,6 +250,25 @@ def resolve_settings(base: GenerationConfig, overrides: dict[str, Any]) -> HierB
                 f"{' and '.join(SAMPLERS_OF[name])}, but got {overrides[name]!r}"
             )
     return settings
+
+
+def read_foreign_names(config: Any, base: GenerationConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return overrides with transformers' `do_sample`, `pad_token_id` and `eos_token_id` in terms of our settings.
+
+    Raises:
+        ValueError: for a `do_sample` that contradicts `temperature`, and other ids than the configuration's.
+    """
+    overrides = dict(overrides)
+    for name, own in (("pad_token_id", config.pad_token_id), ("eos_token_id", config.end_token_id)):
+        if (token_id := overrides.pop(name, None)) not in (None, own):
+            raise ValueError(f"`{name}` must be the configuration's {own} or None, but got {token_id}")
+    do_sample = overrides.pop("do_sample", None)
+    if do_sample is False:
+        if overrides.setdefault("temperature", 0.0) > 0:
+            raise ValueError(f"`temperature` must be 0 with do_sample=False, but got {overrides['temperature']}")
+    elif do_sample and not overrides.get("temperature", getattr(base, "temperature", 0.0)):
+        overrides["temperature"] = 1.0  # the default of transformers
+    return overrides
 
 
 def settings_of(settings: HierBD3LMGenerationConfig) -> dict[str, Any]:

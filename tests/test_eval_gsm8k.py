@@ -281,7 +281,7 @@ def test_file_that_was_trained_on_is_no_test_split(args, rows, dataset_of, tmp_p
 def test_every_generation_setting_can_be_given():
     values = {"sampler": "entropy", "num_steps": 3, "threshold": 0.5, "entropy_bound": 0.2, "tokens_per_step": 2}
     values |= {"temperature": 0.7, "top_p": 0.8, "fill_after_end": False, "max_plan_len": 8, "max_execution_len": 8}
-    values |= {"seed": 5, "compile_steps": True, "left_to_right": True}
+    values |= {"seed": 5, "block_size": 2, "max_new_tokens": 16, "compile_steps": True, "left_to_right": True}
     assert values.keys() | {"stage"} == MODEL_SETTINGS
     argv = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     assert parse_arguments(["--model", "a", *argv]).generation_settings() == values | {"stage": "full"}

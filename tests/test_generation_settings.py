@@ -12,7 +12,8 @@ from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig, settings_of
 from .tiny import make_model
 
 REFUSED = {
-    "max_new_tokens": (64, "`max_new_tokens` does not apply to block diffusion: `max_plan_len`"),
+    "max_new_tokens": (0, "`max_new_tokens` must be an integer >= 1 or None, but got 0"),
+    "max_length": (64, "`max_length` does not apply to block diffusion: `max_new_tokens`"),
     "do_sample": (True, "`do_sample` does not apply to block diffusion: `temperature`"),
     "treshold": (0.5, "has no setting treshold; .*; did you mean `threshold`"),
     "temperature": (-1, "`temperature` must be a finite number >= 0, but got -1"),
@@ -48,10 +49,10 @@ def test_a_checkpoint_with_foreign_settings_is_loaded_without_them(tmp_path, cap
     model.generation_config.threshold = 0.5
     model.save_pretrained(tmp_path)
     file = tmp_path / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_new_tokens": 64, "of_a_later_version": 1}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"top_k": 64, "of_a_later_version": 1}))
     loaded = HierBD3LMForBlockDiffusion.from_pretrained(tmp_path)
     assert settings_of(loaded.generation_config) == settings_of(model.generation_config)
-    assert ["max_new_tokens, of_a_later_version" in line for line in capture_warnings] == [True]
+    assert ["top_k, of_a_later_version" in line for line in capture_warnings] == [True]
 
 
 def test_settings_can_be_copied_and_pickled():
