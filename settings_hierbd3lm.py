@@ -93,10 +93,7 @@ class GenerationSettings:
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the token distribution, in (0, 1]."})
     block_size: int | None = field(
         default=None,
-        metadata={
-            "help": "Tokens that are denoised together, in place of the model's block sizes; >= 1. It divides the "
-            "maximum lengths. Sizes that the model was trained at do well."
-        },
+        metadata={"help": "Block size, in place of the model's; >= 1. Divides the maximum lengths."},
     )
     fill_after_end: bool = field(
         default=True,
@@ -119,8 +116,8 @@ class GenerationSettings:
     max_new_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Maximum number of tokens of plan and execution together; an answer stops at the last block edge "
-            "within it. No limit besides those of the segments if omitted."
+            "help": "Maximum number of tokens of plan and execution together; >= 1. Answers stop at the last block "
+            "edge within it."
         },
     )
     compile_steps: bool = field(
