@@ -169,6 +169,22 @@ def check_backbone_config(backbone: PreTrainedConfig) -> None:
         )
 
 
+def check_positions(config: PreTrainedConfig) -> None:
+    """Refuse a model with sequences at which LongRoPE changes its factors: it does so for a whole batch.
+
+    An answer would depend on the rows beside it. Other rotary embeddings that change with the length do so beyond
+    `max_position_embeddings`, which no sequence exceeds.
+    """
+    rope = getattr(config.backbone_config, "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        limit = parameters.get("original_max_position_embeddings")
+        if parameters.get("rope_type") == "longrope" and config.sequence_len > limit:
+            raise ValueError(
+                f"`question_len + plan_len + execution_len` must be at most original_max_position_embeddings {limit} "
+                f"of a backbone with LongRoPE, which has other frequencies beyond it, but got {config.sequence_len}"
+            )
+
+
 def check_not_quantized(quantization_config: Any) -> None:
     """Refuse quantized weights, which can neither be trained nor be saved with the model."""
     if isinstance(quantization_config, Mapping):

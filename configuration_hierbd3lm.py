@@ -327,12 +327,12 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     if vocabulary_size(tokenizer) > len(tokenizer):
         _add_tokens(copy.deepcopy(tokenizer), tokens)
     num_added = _add_tokens(tokenizer, tokens)
-    if _pads_with_unknown(tokenizer):
-        logger.warning(
-            f"The tokenizer pads with {tokenizer.pad_token}, its unknown token, so that unknown words would count as "
-            f"padding. It pads with {SPECIAL_TOKENS['end']} from now on."
-        )
-    if tokenizer.pad_token_id is None or _pads_with_unknown(tokenizer):
+    if tokenizer.pad_token_id in (None, tokenizer.unk_token_id):
+        if tokenizer.pad_token_id is not None:
+            logger.warning(
+                f"The tokenizer pads with {tokenizer.pad_token}, its unknown token, so that unknown words would count "
+                f"as padding. It pads with {SPECIAL_TOKENS['end']} from now on."
+            )
         tokenizer.pad_token = SPECIAL_TOKENS["end"]
     pad_on_the_left(tokenizer)
     return num_added
@@ -346,32 +346,25 @@ def pad_on_the_left(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the `..._token_id` fields of [`HierBD3LMConfig`] for a tokenizer; without a pad token, pad is `<|end|>`.
+    """Return the `..._token_id` fields of [`HierBD3LMConfig`] for a tokenizer.
+
+    Pad is `<|end|>` if the tokenizer has no pad token of its own.
 
     Raises:
-        ValueError: if the tokenizer lacks one of `SPECIAL_TOKENS`, or pads with its unknown token.
+        ValueError: if the tokenizer lacks one of `SPECIAL_TOKENS`.
     """
     vocabulary = tokenizer.get_vocab()
     missing = [text for text in SPECIAL_TOKENS.values() if text not in vocabulary]
     if missing:
         raise ValueError(f"`tokenizer` must have the special tokens {', '.join(missing)}: see `add_special_tokens`")
-    if _pads_with_unknown(tokenizer):
-        raise ValueError(
-            f"`tokenizer` must pad with another token than its unknown token {tokenizer.unk_token}, or unknown words "
-            "count as padding: see `add_special_tokens`"
-        )
     ids = {f"{role}_token_id": vocabulary[text] for role, text in SPECIAL_TOKENS.items()}
     pad = tokenizer.pad_token_id
-    return ids | {"pad_token_id": ids["end_token_id"] if pad is None else pad}
+    return ids | {"pad_token_id": ids["end_token_id"] if pad in (None, tokenizer.unk_token_id) else pad}
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the number of embedding rows that a tokenizer needs; its ids may leave some out."""
     return max(tokenizer.get_vocab().values()) + 1
-
-
-def _pads_with_unknown(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.unk_token_id
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> int:

@@ -15,6 +15,7 @@ from .backbones_hierbd3lm import (
     check_backbone,
     check_backbone_config,
     check_backbone_signature,
+    check_positions,
     check_tied_as_loaded,
     load_autoregressive,
     take_text_part,
@@ -85,6 +86,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
     def __init__(self, config: HierBD3LMConfig):
         super().__init__(config)
         check_backbone_config(config.backbone_config)
+        check_positions(config)
         self.backbone = AutoModelForCausalLM.from_config(config.backbone_config)
         check_backbone_signature(self.backbone)
         self.order = BlockOrder.from_config(config)

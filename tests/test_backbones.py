@@ -52,6 +52,20 @@ def test_weights_that_say_little_are_no_reason_to_refuse(initializer_range):
     assert model_with(config).backbone.config.initializer_range == initializer_range
 
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gemma3"])
+def test_sequences_that_are_too_long_for_one_set_of_longrope_factors_are_refused(backbone):
+    rope = {"full_attention": LONGROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    config = make_backbone_config(backbone, rope_parameters=rope if backbone == "gemma3" else LONGROPE)
+    assert model_with(config).config.sequence_len == 64
+    message = "must be at most original_max_position_embeddings 64 of a backbone with LongRoPE, .* but got 65"
+    with pytest.raises(ValueError, match=message):
+        model_with(config, question_len=17)
+
+
 def broken_body(model, breaks):
     """Wrap the forward of the backbone's body; `breaks` changes its arguments."""
     body = model.backbone.base_model

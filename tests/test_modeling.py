@@ -186,6 +186,21 @@ def test_a_window_reaches_that_far_and_no_further():
             assert bool((after - before).abs().max() > 1e-5) == (query - column <= 6), column
 
 
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic", "yarn"])
+def test_a_row_does_not_depend_on_how_long_its_neighbours_are(rope_type):
+    """Some rotary embeddings change with the greatest position of a batch."""
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4} if rope_type == "longrope" else {}
+    positions = 64 if rope_type == "dynamic" else 256
+    model = model_with(make_backbone_config("llama", rope_parameters=rope, max_position_embeddings=positions))
+    rows = [(3, 1, 1), (16, 6, 6)]  # the second has the greatest length of the model
+    assert sum((16, 6 * 4, 6 * 4)) == model.config.sequence_len == 64
+    batch, _ = noisy_batch(model.config, rows)
+    alone = {name: ids[:1, 13 : 13 + 11] for name, ids in batch.items()}  # from the first question token on
+    with torch.no_grad():
+        assert_close(model(**batch).logits[0, 16 : 16 + 8], model(**alone).logits[0, 3:])
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_gradient_checkpointing_changes_neither_loss_nor_gradients(backbone):
     without_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0) if backbone == "gpt2" else {}

@@ -151,10 +151,9 @@ def test_a_prepared_tokenizer_pads_on_the_left_and_is_saved_so(pad_token, tmp_pa
 
 def test_a_pad_token_that_is_the_unknown_token_is_replaced_with_a_warning(capture_warnings):
     tokenizer = plain_tokenizer(pad_token="<unk>", extra_special_tokens=[*SPECIAL_TOKENS.values()])
-    with pytest.raises(ValueError, match="`tokenizer` must pad with another token than its unknown token <unk>"):
-        special_token_ids(tokenizer)
+    assert special_token_ids(tokenizer)["pad_token_id"] == tokenizer.convert_tokens_to_ids("<|end|>")
     add_special_tokens(tokenizer)
-    assert special_token_ids(tokenizer)["pad_token_id"] != tokenizer.unk_token_id
+    assert tokenizer.pad_token == "<|end|>"
     assert ["pads with <unk>, its unknown token" in line for line in capture_warnings] == [True]
 
 
