@@ -1,5 +1,6 @@
 """The command line of training: `accelerate launch train.py configs/quickstart.yaml [--setting value ...]`."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
     from hierbd3lm.trainer import HierBD3LMTrainer
     from hierbd3lm.training.arguments import TrainScriptArguments
 
+# what functions call an argument that the command line calls otherwise
+FLAGS = {
+    "backbone_config": "backbone",
+    "model_or_path": "init_from",
+    "path_or_hub_id": "dataset",
+    "name": "dataset_name",
+    "split": "dataset_train_split` or `dataset_validation_split",
+}
 USAGE = "%(prog)s [recipe] [--setting value ...]"
 EPILOG = """The settings of transformers' TrainingArguments are taken too, such as --output_dir, --max_steps,
 --learning_rate, --per_device_train_batch_size, --report_to and --resume_from_checkpoint (a folder, or `last`):
@@ -69,8 +78,22 @@ def _own_parser(prog: str | None) -> HfArgumentParser:
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse the arguments, build, train, save and evaluate a model."""
-    model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv, prog)
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv, prog)
+    try:
+        train(*arguments)
+    except (ValueError, FileNotFoundError) as error:
+        if len(error.args) == 1:
+            error.args = (name_flags(str(error)),)
+        raise
 
+
+def name_flags(message: str) -> str:
+    """Return an error's message with the names of the command line."""
+    return re.sub(r"`(\w+)`", lambda match: f"`{FLAGS.get(match[1], match[1])}`", message)
+
+
+def train(model_args: ModelArguments, data_args: DataArguments, args: "TrainScriptArguments") -> None:
+    """Build, train, save and evaluate a model."""
     from transformers import set_seed
 
     from hierbd3lm.data.collator import HierarchicalDataCollator

@@ -46,13 +46,15 @@ def load_counted_split(
     Raises:
         ValueError: for an unknown split, fewer than one example, and synthetic problems without `num_examples`.
     """
+    setting = "num_examples"
     if num_examples is None and split in ("train", "validation", SYNTHETIC):
-        num_examples = getattr(args, f"num_{split}_examples")
+        setting = f"num_{split}_examples"
+        num_examples = getattr(args, setting)
     if num_examples is not None and num_examples < 1:
-        raise ValueError(f"`num_examples` must be at least 1 for the split {split!r}, but got {num_examples}")
+        raise ValueError(f"`{setting}` must be at least 1 for the split {split!r}, but got {num_examples}")
     if SYNTHETIC in (args.dataset, split):
         if num_examples is None:
-            raise ValueError(f"`num_examples` must be given for the synthetic problems' split {split!r}, but got None")
+            raise ValueError(f"`{setting}` must be given for the synthetic problems' split {split!r}, but got None")
         split = "train" if split == SYNTHETIC else split
         return generate_dataset(split, num_examples, SyntheticConfig(**args.synthetic)), {}
     if split not in HASH_SPLITS:

@@ -303,3 +303,23 @@ def test_accelerate_launches_the_script(tmp_path):
     command += [str(ROOT / "train.py"), write_config(tmp_path), "--max_steps", "1"]
     subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=300)
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"num_train_examples": None}, "`num_train_examples` must be given for the synthetic problems"),
+        ({"backbone": {"model_type": "qwen33"}}, "`backbone` must have a `model_type` that transformers knows"),
+        ({"dataset": "missing.jsonl"}, "`dataset` must be an existing"),
+        ({"dataset": "rows.jsonl", "dataset_name": "main"}, "`dataset_name` must be None for a file"),
+        (
+            {"resume_from_checkpoint": "nowhere"},
+            "`resume_from_checkpoint` must be the folder of a checkpoint, or `last`",
+        ),
+    ],
+)
+def test_errors_name_the_settings_of_the_command_line(tmp_path, monkeypatch, settings, message):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"question": "a", "plan": "b", "execution": "#### 1"}\n')
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(monkeypatch, write_config(tmp_path, **settings))

@@ -26,8 +26,12 @@ def check_complete(checkpoint: str) -> None:
     """Check that a checkpoint has all that training resumes from.
 
     Raises:
-        ValueError: if a part is missing: training would restart it.
+        ValueError: if it is no folder, or a part is missing: training would restart it.
     """
+    if not Path(checkpoint).is_dir():
+        raise ValueError(
+            f"`resume_from_checkpoint` must be the folder of a checkpoint, or `last`, but got {checkpoint}"
+        )
     missing = [
         part
         for part, patterns in STATE_FILES.items()
