@@ -68,7 +68,7 @@ def test_synthetic_fields_reach_the_generator():
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_synthetic_without_a_number_of_examples_raises(split):
-    with pytest.raises(ValueError, match=f"`num_train_examples` must be given .* {split!r}, but got None"):
+    with pytest.raises(ValueError, match=f"`num_(train_)?examples` must be given .* {split!r}, but got None"):
         load_split(DataArguments(), split)
 
 
@@ -238,7 +238,9 @@ def test_synthetic_problems_are_a_training_split_of_their_own(tmp_path):
 
 def test_without_synthetic_problems_there_is_no_such_split(tmp_path):
     assert training_splits(file_arguments(tmp_path)) == ["train"]
-    with pytest.raises(ValueError, match="`num_synthetic_examples` must be at least 1 for the split 'synthetic', but got 0"):
+    with pytest.raises(
+        ValueError, match="`num_synthetic_examples` must be at least 1 for the split 'synthetic', but got 0"
+    ):
         load_split(file_arguments(tmp_path), "synthetic")
     with pytest.raises(ValueError, match="`num_synthetic_examples` must be 0 for `dataset: synthetic`, but got 5"):
         DataArguments(num_synthetic_examples=5)
