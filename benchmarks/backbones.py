@@ -1,6 +1,5 @@
 """Every decoder type of transformers as a backbone, tried on a tiny configuration; writes `docs/backbones.md`."""
 
-import argparse
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig, special_token_ids
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+
+from .measure import make_parser
 
 PAGE = Path(__file__).parents[1] / "docs" / "backbones.md"
 WORKS = "works"
@@ -201,7 +202,7 @@ def _wrapped(words: list[str], width: int = 118) -> str:
 
 def main() -> None:
     """Print the verdicts and write the page."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    make_parser("backbones", __doc__).parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     rows = []

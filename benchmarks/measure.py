@@ -103,6 +103,13 @@ def read_parts(script: str, parts: Iterable[str], description: str | None) -> li
     return names or list(parts)
 
 
+def trained_folder(path: str) -> str:
+    """Return the folder of a trained model, in which results are written; the type of a command-line argument."""
+    if not Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder, but got {path!r}")
+    return path
+
+
 def make_parser(script: str, description: str | None) -> argparse.ArgumentParser:
     """Make the parser of a benchmark's command line; `description` is the docstring of its module."""
     formatter = argparse.RawDescriptionHelpFormatter

@@ -20,7 +20,7 @@ from hierbd3lm.evaluation.checkpoints import load_model
 from hierbd3lm.evaluation.scoring import summarize
 from hierbd3lm.settings_hierbd3lm import resolve_settings
 
-from .measure import describe_machine, make_parser
+from .measure import describe_machine, make_parser, trained_folder
 from .speed import answer
 
 SAMPLER_FILE = "sampler.json"
@@ -48,7 +48,7 @@ def best_of(results: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Choose the settings, and write and print them."""
     parser = make_parser("sampler", __doc__)
-    parser.add_argument("--model", required=True, help="Folder of a trained model.")
+    parser.add_argument("--model", type=trained_folder, required=True, help="Folder of a trained model.")
     parser.add_argument("--device", default=default_device(), help="Device of the model.")
     args = parser.parse_args(sys.argv[1:])
     model, tokenizer = load_model(args.model, args.device)

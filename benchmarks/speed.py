@@ -20,7 +20,7 @@ from hierbd3lm.evaluation.runner import predict
 from hierbd3lm.evaluation.scoring import summarize
 from hierbd3lm.settings_hierbd3lm import resolve_settings
 
-from .measure import describe_machine, make_parser
+from .measure import describe_machine, make_parser, trained_folder
 
 SPEED_FILE = "speed.json"
 CHUNK = 50  # problems per turn of a model
@@ -65,7 +65,7 @@ def measure_speed(folder: str, baseline: str, limit: int, device: str) -> dict[s
 def main() -> None:
     """Measure the speed, and write and print the result."""
     parser = make_parser("speed", __doc__)
-    parser.add_argument("--model", required=True, help="Folder of a trained model.")
+    parser.add_argument("--model", type=trained_folder, required=True, help="Folder of a trained model.")
     parser.add_argument("--baseline", required=True, help="Folder of an autoregressive model with the same data.")
     parser.add_argument("--limit", type=int, default=100, help="Number of test problems.")
     parser.add_argument("--device", default=default_device(), help="Device of both models.")

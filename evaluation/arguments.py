@@ -1,5 +1,6 @@
 """Arguments of the evaluation commands. torch and transformers are only imported when one is created."""
 
+import os
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class CheckpointArguments:
     )
 
     def __post_init__(self):
+        check_one_process()
         for name in ("limit", "batch_size"):
             check_at_least(name, getattr(self, name), 1)
         if self.device is None:
@@ -179,6 +181,7 @@ class SampleArguments:
     )
 
     def __post_init__(self):
+        check_one_process()
         if (self.samples is None) == (self.model is None) or (self.model is None) != (self.num_samples is None):
             raise ValueError(
                 f"`samples`, or `model` with `num_samples`, must be given, but got samples={self.samples!r}, "
@@ -199,6 +202,15 @@ def results_folder(model: str) -> Path:
     A folder named like the Hub id would hide the model on the Hub from the next run.
     """
     return Path(model) if Path(model).is_dir() else Path("outputs", str(model).replace("/", "--"))
+
+
+def check_one_process() -> None:
+    """Raise a ValueError if `torchrun` has started several processes, each of which would do all of the work."""
+    if (num_processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(
+            f"`WORLD_SIZE` must be 1, as this command runs in one process, but got {num_processes}: only "
+            f"`hierbd3lm lm-eval` shares its work among processes"
+        )
 
 
 def default_device() -> str:

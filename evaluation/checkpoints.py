@@ -80,7 +80,7 @@ def find_data(args: CheckpointArguments, text_column: str | None = None) -> Data
 
 
 def describe_model(model: HierBD3LMForBlockDiffusion) -> dict[str, Any]:
-    """Return the algorithm of a model, and the versions that its results were computed with."""
+    """Return what a model is, and the versions that its results were computed with."""
     return {"algorithm": model.config.algorithm, "versions": versions()}
 
 

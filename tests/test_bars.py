@@ -59,3 +59,12 @@ def test_a_part_that_does_not_exist_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         measure_parts("script", {"first": pytest.fail, "second": pytest.fail}, "A test.")
     assert "`part` must be one of first, second, but got 'frist'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["sampler", "speed"])
+def test_a_benchmark_that_writes_into_the_folder_of_its_model_takes_folders_only(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--model", "me/tiny", "--baseline", "me/tiny"])
+    monkeypatch.delitem(sys.modules, f"hierbd3lm.benchmarks.{script}", raising=False)
+    with pytest.raises(SystemExit):
+        runpy.run_module(f"hierbd3lm.benchmarks.{script}", run_name="__main__")
+    assert "argument --model: must be a folder, but got 'me/tiny'" in capsys.readouterr().err

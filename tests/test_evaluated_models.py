@@ -116,3 +116,13 @@ def test_an_autoregressive_checkpoint_or_a_foreign_adapter_is_refused_in_one_sen
             load(path)
     with pytest.raises(ValueError, match=r"`base_model_name_or_path` in adapter_config.json of .* there is no None"):
         load(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("arguments", [EvaluationArguments, LikelihoodArguments, AnalysisArguments, SampleArguments])
+def test_a_command_that_does_not_share_its_work_refuses_several_processes(arguments, monkeypatch):
+    others = {"scorer": "gpt2", "num_samples": 1} if arguments is SampleArguments else {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="`WORLD_SIZE` must be 1"):
+        arguments(model="a", **others)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    arguments(model="a", **others)

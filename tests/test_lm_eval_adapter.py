@@ -3,67 +3,22 @@
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-import lm_eval
 import pytest
 import torch
-import yaml
-from datasets import Dataset
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
-from lm_eval.api.task import ConfigurableTask
-from transformers import Qwen3Config
 
-from hierbd3lm.configuration_hierbd3lm import special_token_ids
-from hierbd3lm.data.gsm8k.answers import extract_flexible, extract_strict
-from hierbd3lm.data.tokenization import train_tokenizer
-from hierbd3lm.evaluation.arguments import EvaluationArguments
 from hierbd3lm.evaluation.lm_eval.adapter import GENERATION_SETTINGS, HierBD3LMHarnessModel
-from hierbd3lm.evaluation.runner import evaluate
 from hierbd3lm.masking_hierbd3lm import TokenLayout
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
-from .tiny import make_model
-
-TASKS = Path(__file__).parents[1] / "evaluation" / "lm_eval" / "tasks"
-DIGITS = [str(digit) for digit in range(10)]
-GREEDY = {"until": ["\n\n"], "do_sample": False, "temperature": 0.0}
-
-
-def save_checkpoint(folder, written=DIGITS, seed=0, **fields):
-    """Save a random model that only generates `written` and `<|end|>`: the logits of other tokens are 0."""
-    tokenizer = train_tokenizer(["Mia has apples.", "?", "####"])
-    backbone = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
-    )
-    fields = {"question_len": 12, "plan_len": 8, "execution_len": 12, "block_size": 4} | fields
-    torch.manual_seed(seed)
-    model = make_model(**special_token_ids(tokenizer), backbone_config=backbone, **fields)
-    head = model.get_output_embeddings().weight.data
-    kept = torch.tensor([model.config.end_token_id, *(tokenizer.get_vocab()[token] for token in written)])
-    rows = head[kept] * 3
-    head.zero_()
-    head[kept] = rows
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+from .tiny_lm_eval import GREEDY, QUESTIONS, requests_of, save_checkpoint
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-def requests_of(kind, *arguments):
-    return [Instance(kind, {}, args, index) for index, args in enumerate(arguments)]
-
-
-QUESTIONS = ["Mia has 3 apples.", "1?", "Mia", "Mia has 12 apples. 7?"]
 
 
 # Generation
@@ -410,102 +365,3 @@ def test_results_record_how_likelihoods_were_measured(checkpoint):
     )
     assert info["generation_settings"]["threshold"] == 0.5
     assert (info["likelihood"], info["num_draws"], info["likelihood_plan"]) == ("monte_carlo", 7, "empty")
-
-
-# The harness itself
-
-
-def test_task_is_scored_like_gsm8k_of_the_harness():
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_constructor("!function", lambda loader, node: node.value)
-    own = yaml.load((TASKS / "gsm8k_hier.yaml").read_text(), Loader)
-    theirs = yaml.safe_load(Path(lm_eval.__file__).with_name("tasks").joinpath("gsm8k", "gsm8k.yaml").read_text())
-    for name in ("filter_list", "metric_list", "generation_kwargs", "output_type", "doc_to_target", "metadata"):
-        assert own[name] == theirs[name]
-    assert (own["doc_to_text"], own["num_fewshot"]) == ("{{question}}", 0)
-
-
-def run_task(lm, rows, **fields):
-    task = ConfigurableTask(
-        config={
-            "task": "own",
-            "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
-            "test_split": "test",
-            "doc_to_target": "{{answer}}",
-            **fields,
-        }
-    )
-    return lm_eval.evaluate(lm, {"own": task}, bootstrap_iters=0)["results"]["own"]
-
-
-def test_harness_chooses_the_likeliest_choice(checkpoint):
-    lm = HierBD3LMHarnessModel(checkpoint, num_draws=4, batch_size=4, device="cpu")
-    rows = [{"question": question, "answer": i % 3} for i, question in enumerate(QUESTIONS * 2)]
-    choices = {"output_type": "multiple_choice", "doc_to_choice": ["1", "2", "5 5"], "target_delimiter": ""}
-    accuracy = run_task(lm, rows, doc_to_text="{{question}}", **choices)["acc,none"]
-    right = []
-    for row in rows:
-        pairs = [(row["question"], choice) for choice in choices["doc_to_choice"]]
-        values = [value for value, _ in lm.loglikelihood(requests_of("loglikelihood", *pairs))]
-        right.append(values.index(max(values)) == row["answer"])
-    assert accuracy == pytest.approx(sum(right) / len(right))
-    assert 0 < accuracy < 1
-
-
-def test_harness_measures_bits_per_byte(checkpoint):
-    lm = HierBD3LMHarnessModel(checkpoint, num_draws=4, batch_size=4, device="cpu")
-    texts = ["Mia has 12 apples.\n" * 3, "5"]
-    task = {"output_type": "loglikelihood_rolling", "doc_to_text": ""}
-    results = run_task(lm, [{"answer": text} for text in texts], **task)
-    values = lm.loglikelihood_rolling(requests_of("loglikelihood_rolling", *((text,) for text in texts)))
-    num_bytes = sum(map(len, texts))
-    assert results["bits_per_byte,none"] == pytest.approx(-sum(values) / num_bytes / math.log(2))
-
-
-@pytest.mark.slow
-def test_command_line_gives_the_scores_of_eval_gsm8k(tmp_path):
-    """Use problems of which the model solves a part: their answers are taken from its output."""
-    written = ["####", *(f" {digit}" for digit in DIGITS)]
-    folder = save_checkpoint(tmp_path / "model", written, question_len=16, execution_len=16)
-    questions = [f"Mia has {a} apples.\n{b}?" for a in range(10) for b in range(4)]
-    environment = {"GSM8K_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["HF_HOME"] = str(tmp_path / "home")
-
-    def our_evaluation(answers):
-        rows = [{"question": q, "answer": f"#### {a}"} for q, a in zip(questions, answers, strict=True)]
-        (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        output = tmp_path / "ours"
-        arguments = {"dataset": "gsm8k", "device": "cpu", "batch_size": 8, "overwrite": True}
-        return evaluate(EvaluationArguments(folder, output_dir=str(output), **arguments))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GSM8K_DIR", str(tmp_path))
-        texts = [line["execution"] for line in our_evaluation(["0"] * len(questions))[0]]
-        readers = itertools.cycle([extract_strict, extract_flexible, lambda text: "-1"])
-        answers = [reader(text) for reader, text in zip(readers, texts, strict=False)]
-        _, ours = our_evaluation(["-1" if answer == "[invalid]" else answer for answer in answers])
-    argv = ["--model", "hierbd3lm", "--model_args", f"pretrained={folder}", "--batch_size", "8", "--device", "cpu"]
-    argv += [
-        "--include_path",
-        str(TASKS),
-        "--tasks",
-        "gsm8k_hier",
-        "--output_path",
-        str(tmp_path / "out"),
-    ]
-    subprocess.run(
-        [sys.executable, "-m", "hierbd3lm.evaluation.lm_eval", *argv],
-        env=os.environ | environment,
-        stdin=subprocess.DEVNULL,
-        check=True,
-    )
-    (path,) = (tmp_path / "out").rglob("results_*.json")
-    results = json.loads(path.read_text())
-    theirs = results["results"]["gsm8k_hier"]
-    assert results["n-samples"]["gsm8k_hier"]["effective"] == ours["n"] == 40
-    assert theirs["exact_match,strict-match"] == pytest.approx(ours["exact_match_strict"])
-    assert theirs["exact_match,flexible-extract"] == pytest.approx(ours["exact_match_flexible"])
-    assert 0 < ours["exact_match_strict"] < ours["exact_match_flexible"] < 1
-    assert results["config"]["num_too_long_questions"] == ours["num_too_long"] == 0

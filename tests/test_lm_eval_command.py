@@ -19,8 +19,8 @@ from hierbd3lm.evaluation.lm_eval import __main__ as command
 from hierbd3lm.evaluation.lm_eval.adapter import UNANSWERED, HierBD3LMHarnessModel
 from hierbd3lm.evaluation.lm_eval.processes import device_of_process, gather
 
-from .test_lm_eval_adapter import GREEDY, save_checkpoint
 from .tiny import make_model
+from .tiny_lm_eval import GREEDY, save_checkpoint
 
 TOO_LONG = "1" * 20
 ROWS = [{"question": f"Mia has {i} apples.", "answer": str(i)} for i in range(6)]

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..configuration_hierbd3lm import HierBD3LMConfig, has_one_block_size
 from ..data.collator import IGNORED_LABEL, HierarchicalDataCollator
-from ..masking_hierbd3lm import PADDING, QUESTION
+from ..masking_hierbd3lm import PADDING, QUESTION, SEGMENT_NAMES
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..order_hierbd3lm import BlockOrder
 
@@ -114,17 +114,16 @@ def check_schedule(schedule: Mapping[int | float, int], config: HierBD3LMConfig,
     """Raise a ValueError if a model or a collator cannot have the block sizes of a schedule."""
     if has_one_block_size(config.to_dict()):
         raise ValueError(
-            f"`{NAME}` must be None for algorithm={config.algorithm!r} with joint={config.joint}, whose block size "
-            f"is fixed, but got {dict(schedule)}"
+            f"`{NAME}` must be None for a model with one possible block size (mdlm, sedd, ar, joint), but got "
+            f"{dict(schedule)}"
         )
     largest = max(schedule.values())
-    lengths = {"plan_len": config.plan_len, "execution_len": config.execution_len}
-    if config.is_flat:
-        lengths = {"plan_len + execution_len": config.plan_len + config.execution_len}
-    for name, length in lengths.items():
+    for part in BlockOrder.from_config(config).parts:
+        names = [f"{SEGMENT_NAMES[segment]}_len" for segment in part.segments]
+        length = sum(getattr(config, name) for name in names)
         if length % largest:
             raise ValueError(
-                f"`{NAME}` must have a largest block size that divides {name}={length}, but got {largest}"
+                f"`{NAME}` must have a largest block size that divides {' + '.join(names)}={length}, but got {largest}"
             )
     if not isinstance(collator, HierarchicalDataCollator):
         raise ValueError(

@@ -82,14 +82,14 @@ def training_texts(data_args: DataArguments, examples: Examples) -> list[str]:
 def set_largest_block_size(model_args: ModelArguments, args: TrainScriptArguments) -> None:
     """Give the model the largest block size of `block_size_schedule`, for which examples are encoded, in place.
 
-    An algorithm with one possible block size has no schedule, as it has no `block_size` of a recipe.
+    A model with one possible block size has no schedule, as it has no `block_size` of a recipe.
 
     Raises:
         ValueError: if another block size is given.
     """
     schedule = args.block_size_schedule
     if schedule is not None and has_one_block_size(vars(model_args)):
-        logger.info(f"Block sizes follow from the algorithm; not used: `block_size_schedule` {schedule}")
+        logger.info(f"The model has one possible block size; not used: `block_size_schedule` {schedule}")
         schedule = args.block_size_schedule = None
     if schedule is None:
         return
