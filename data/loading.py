@@ -128,7 +128,8 @@ def load_documents(
             dataset.
 
     Raises:
-        ValueError: if there are several splits and none is given, or the column is missing.
+        ValueError: if there are several splits and none is given, the column is missing, a file cannot be read, or a
+            document is not a text; the message names the row, except for a stream.
         FileNotFoundError: if a file does not exist.
     """
     dataset = _load(os.fspath(path_or_hub_id), split, name, load_dataset_kwargs)
@@ -139,6 +140,8 @@ def load_documents(
         )
     dataset = dataset.select_columns(text_column)
     dataset = dataset if text_column == "text" else dataset.rename_column(text_column, "text")
+    if isinstance(dataset, Dataset):
+        _check_column(dataset, "text", str(path_or_hub_id))
     if detokenizer is None:
         return dataset
     # the cache's key does not include the rules, and a stream has no cache
@@ -147,6 +150,8 @@ def load_documents(
 
 
 def _detokenize_row(row: dict[str, Any], rules: str) -> dict[str, Any]:
+    if not isinstance(row["text"], str):
+        raise ValueError(f"`text` must be a string, but got {row['text']!r}")
     return {"text": detokenize(row["text"], rules)}
 
 

@@ -210,6 +210,14 @@ def test_text_in_another_encoding_is_refused_also_as_a_stream(tmp_path):
             list(load_documents(path, streaming=streaming))
 
 
+@pytest.mark.parametrize(("values", "message"), [(["a", None], "row 1 of .*, but got None"), ([4, 5], "row 0 .* 4")])
+@pytest.mark.parametrize("detokenizer", [None, "wikitext"])
+def test_document_that_is_no_text_is_refused(tmp_path, values, message, detokenizer):
+    path = write(tmp_path / "a.jsonl", lines_of(*({"body": value} for value in values)))
+    with pytest.raises(ValueError, match=message):
+        load_documents(path, text_column="body", detokenizer=detokenizer)
+
+
 def test_stream_of_json_lines_has_its_texts(tmp_path):
     path = write(tmp_path / "a.jsonl", BOM + lines_of({"text": "a", "n": None}, {"text": "é", "n": 1}))
     assert [row["text"] for row in load_documents(path, streaming=True)] == ["a", "é"]

@@ -40,6 +40,20 @@ def test_file_of_questions_and_executions_is_read(tmp_path):
     assert load_problems(path, num_examples=7) == problems[:7]
 
 
+def test_dataset_saved_without_splits_and_formats_of_fine_tuning_are_read(tmp_path):
+    expected = [
+        (problem.question, problem.solution)
+        for problem in load_problems(
+            write_lines(tmp_path / "a.jsonl", [{"question": "2 * 3?", "execution": SOLUTION}])
+        )
+    ]
+    messages = [{"role": "user", "content": "2 * 3?"}, {"role": "assistant", "content": SOLUTION}]
+    for name, row in (("pair", {"prompt": "2 * 3?", "completion": SOLUTION}), ("chat", {"messages": messages})):
+        datasets.Dataset.from_list([row]).save_to_disk(tmp_path / name)
+        problems = load_problems(str(tmp_path / name))
+        assert [(problem.question, problem.solution) for problem in problems] == expected
+
+
 def test_marks_are_in_the_solution_and_not_in_its_steps(tmp_path):
     (problem,) = load_problems(write_lines(tmp_path / "a.jsonl", [{"question": "2 * 3?", "execution": SOLUTION}]))
     assert problem.solution == SOLUTION

@@ -280,6 +280,20 @@ def test_a_run_prints_no_warnings_that_do_not_apply(tmp_path, monkeypatch, caplo
     assert "The log is read." in caplog.text
 
 
+def test_plans_of_none_train_a_tokenizer_and_a_model(tmp_path, monkeypatch):
+    rows = [{"question": f"{i} cats", "plan": "count" if i else None, "execution": f"#### {i}"} for i in range(9)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"dataset": str(path), "num_validation_examples": 1, "num_train_examples": None, "max_steps": 1}
+    run(monkeypatch, write_config(tmp_path, save_strategy="no", **fields))
+    assert json.loads((tmp_path / "out" / "data_report.json").read_text())["train"]["num_kept"] == 8
+    rows[3]["execution"] = None
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"row 3 of .*rows\.jsonl: `execution` must be a string, but got None"):
+        run(monkeypatch, write_config(tmp_path, output_dir=str(tmp_path / "again"), **fields))
+    assert not (tmp_path / "again" / "tokenizer").exists()
+
+
 def test_a_backbone_and_a_checkpoint_exclude_each_other():
     with pytest.raises(ValueError, match="`backbone` must be None with `init_from`"):
         ModelArguments(init_from="somewhere", backbone={"hidden_size": 8})

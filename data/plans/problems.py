@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from ..arguments import GSM8K_IDS, check_at_least
+from ..formats import parser_for
 from ..gsm8k.numbers import stated_values, with_plain_digits
 from ..gsm8k.problems import computed_values, parse_main
-from ..loading import load_reasoning_dataset
+from ..loading import is_one_split, load_reasoning_dataset
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def load_problems(dataset: str, split: str = "train", num_examples: int | None =
             the message names the row.
     """
     check_at_least("num_examples", num_examples, 1)
-    split = None if Path(dataset).is_file() else split
+    split = None if is_one_split(dataset) else split
     rows = load_reasoning_dataset(dataset, split, parse_example=_read_gsm8k if dataset in GSM8K_IDS else _read_row)
     rows = rows if num_examples is None else rows.select(range(min(num_examples, len(rows))))
     return [_read_problem(index, row["question"], row["execution"]) for index, row in enumerate(rows)]
@@ -68,6 +68,8 @@ def _read_gsm8k(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _read_row(row: dict[str, Any]) -> dict[str, str]:
+    convert = parser_for(list(row))
+    row = row if convert is None else convert(row)
     missing = [column for column in ("question", "execution") if not row.get(column)]
     if missing:
         raise ValueError(
