@@ -1,4 +1,4 @@
-"""The command line of training: `accelerate launch train.py configs/quickstart.yaml [--setting value ...]`."""
+"""Command line for training: `accelerate launch train.py configs/quickstart.yaml [--setting value ...]`."""
 
 import re
 import sys
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hierbd3lm.trainer import HierBD3LMTrainer
     from hierbd3lm.training.arguments import TrainScriptArguments
 
-# what functions call an argument that the command line calls otherwise
+# function argument -> setting of the command line
 FLAGS = {
     "backbone_config": "backbone",
     "model_or_path": "init_from",
@@ -25,7 +25,7 @@ FLAGS = {
     "split": "dataset_train_split` or `dataset_validation_split",
 }
 USAGE = "%(prog)s [recipe] [--setting value ...]"
-EPILOG = """The settings of transformers' TrainingArguments are taken too, such as --output_dir, --max_steps,
+EPILOG = """The settings of transformers' TrainingArguments are accepted too, such as --output_dir, --max_steps,
 --learning_rate, --per_device_train_batch_size, --report_to and --resume_from_checkpoint (a folder, or `last`):
 `--help_all` lists them. Recipes:"""
 
@@ -33,7 +33,7 @@ EPILOG = """The settings of transformers' TrainingArguments are taken too, such 
 def parse_arguments(
     argv: Sequence[str], prog: str | None = None
 ) -> tuple[ModelArguments, DataArguments, "TrainScriptArguments"]:
-    """Read `[recipe] [--setting value ...]`; a setting on the command line wins over the recipe.
+    """Read `[recipe] [--setting value ...]`; a setting on the command line overrides the recipe.
 
     A recipe is a YAML file, or the name of one of the package's own (see [`find_recipe`]). `--setting null` unsets a
     setting of the recipe.
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 
 
 def name_flags(message: str) -> str:
-    """Return an error's message with the names of the command line."""
+    """Replace the names of function arguments in an error message by those of command-line settings."""
     return re.sub(r"`(\w+)`", lambda match: f"`{FLAGS.get(match[1], match[1])}`", message)
 
 

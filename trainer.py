@@ -45,7 +45,7 @@ class HierBD3LMTrainer(Trainer):
     per token of their segment. Clip intervals and `filler_weight` apply only to this loss.
 
     The noise of a step depends only on `seed`, step, micro-batch and rank, the order of the examples only on
-    `data_seed` (`seed` if None) and epoch: a resumed run is identical to an uninterrupted one.
+    `data_seed` (`seed` if None), total batch size and epoch: a resumed run is identical to an uninterrupted one.
 
     Evaluations and `save_model` use the averaged weights; `model` itself keeps the trained weights. Clip intervals
     that a search has selected are part of the trainer's state and saved in `trainer_state.json`; the model's
@@ -242,7 +242,7 @@ class HierBD3LMTrainer(Trainer):
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: the logits of a pass over clean tokens are no prediction."""
+        """Raise an error: a pass over clean tokens predicts nothing."""
         raise NotImplementedError(
             "`predict` has no meaning for block diffusion: `evaluate(dataset)` measures the likelihood, and "
             "`model.generate` answers questions"
@@ -319,7 +319,7 @@ class HierBD3LMTrainer(Trainer):
         return self.state.global_step - self._initial_global_step
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train for an epoch, unless the run that is resumed has ended."""
+        """Train for an epoch, unless a finished run is resumed."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:

@@ -228,3 +228,29 @@ def test_weights_do_not_depend_on_the_block_size_that_the_model_had_before(tmp_p
         dataset = make_dataset(8, make_config())
         make_trainer(tmp_path, model, train_dataset=dataset, block_size_schedule={0: 1, 1: 4}).train()
     assert_bit_equal(*map(weights_of, runs))
+
+
+def test_blocks_of_one_token_of_a_shifted_model_train_as_an_autoregressive_model(tmp_path, draws):
+    model = seeded_model(prediction="shifted", question_attention="causal")
+    dataset, config, nats, count = make_dataset(8, make_config()), model.config, 0.0, 0
+    for row in dataset:
+        given = [*row["question_ids"], config.plan_token_id]
+        plan = [*row["plan_ids"], config.end_token_id]
+        execution = [*row["execution_ids"], config.end_token_id]
+        tokens = torch.tensor([[*given, *plan, config.execution_token_id, *execution]])
+        predicted = [
+            *range(len(given), len(given) + len(plan)),
+            *range(tokens.shape[1] - len(execution), tokens.shape[1]),
+        ]
+        with torch.no_grad():
+            logits = model.backbone(tokens).logits[0]
+        logits[:, config.mask_token_id] = -torch.inf
+        log_p = logits.log_softmax(dim=-1)
+        nats -= sum(log_p[place - 1, tokens[0, place]].item() for place in predicted)
+        count += len(predicted)
+    settings = {"train_dataset": dataset, "per_device_train_batch_size": 8, "max_steps": 3, "noisy_copies": 2}
+    trainer = make_trainer(tmp_path, model, block_size_schedule={0: 1, 1: 4}, **settings)
+    trainer.train()
+    assert losses_of(trainer)[0] == pytest.approx(nats / count, rel=1e-5)
+    assert [largest_block(record) for record in draws] == [4, 4]  # no mask is drawn for the first step
+    assert not trainer.model.order.is_causal and trainer.model.config.prediction == "shifted"

@@ -1,4 +1,4 @@
-"""The trainer's settings: those of transformers' `TrainingArguments`, and of block diffusion."""
+"""Training arguments: transformers' `TrainingArguments` with the settings of block diffusion."""
 
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -78,9 +78,11 @@ class HierBD3LMTrainingArguments(ObjectiveArguments, TrainingArguments):
 
 @dataclass
 class TrainScriptArguments(HierBD3LMTrainingArguments):
-    """The trainer's arguments, with a word for the last checkpoint."""
+    """Training arguments of the command line, in which `last` stands for the last checkpoint."""
 
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "A checkpoint's folder; `last` for the last complete one in output_dir, if there is one."},
+        metadata={
+            "help": "Folder of a checkpoint, or `last` for the last complete one in output_dir, if there is one."
+        },
     )

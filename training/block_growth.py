@@ -134,15 +134,15 @@ def check_schedule(schedule: Mapping[int | float, int], config: HierBD3LMConfig,
 def lay_out_blocks(batch: Batch, order: BlockOrder, keep_columns: bool = False) -> Batch:
     """Lay out a batch for blocks that are smaller than those that it is laid out for.
 
-    Batches are collated before the block size of their step is known, by other processes too. They are collated for
-    the largest block size, and the `<|end|>` tokens that a smaller one does not need are removed here.
+    Batches are collated ahead of their step, possibly by worker processes. They are collated for the largest block
+    size. This function removes the `<|end|>` tokens that a smaller one does not need.
 
     Args:
         batch: what [`HierarchicalDataCollator`] returns for block sizes that those of `order` divide.
         keep_columns: replace the removed tokens by padding, as segments have fixed lengths.
 
     Returns:
-        what the collator returns for the block sizes of `order`.
+        the batch that the collator returns for the block sizes of `order`.
     """
     input_ids, segment_ids = batch["input_ids"], batch["segment_ids"]
     is_filler = (batch["labels"] == IGNORED_LABEL) & (input_ids == order.end_token_id)
@@ -163,7 +163,7 @@ def lay_out_blocks(batch: Batch, order: BlockOrder, keep_columns: bool = False) 
 
 
 def _pad_on_the_right(batch: Batch) -> Batch:
-    """Move padding inside and after plan and execution behind the last token, and remove columns without a token."""
+    """Move the padding of plan and execution to the end of each row, and remove columns without a token."""
     is_padding = batch["segment_ids"] == PADDING
     is_answer = (batch["segment_ids"] > QUESTION).cumsum(dim=1) > 0
     moved = is_padding & is_answer

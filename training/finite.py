@@ -8,7 +8,7 @@ ADVICE = "lower the learning rate, or clip gradients; `stop_if_not_finite: false
 
 
 class LossCheck:
-    """Losses that are checked at the start of the next update, so that no update waits for its own."""
+    """Check of training losses, delayed by one update so that no update waits for its loss."""
 
     def __init__(self):
         self._losses: list[tuple[int, torch.Tensor]] = []
@@ -30,7 +30,7 @@ class LossCheck:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Check the trainable weights of a model; of a sharded one those of this process.
+    """Check the trainable weights of a model; if they are sharded, those of this process.
 
     Raises:
         FloatingPointError: if one is NaN or infinite.

@@ -1,4 +1,4 @@
-"""The examples, tokenizer, model and encoded datasets that a training run starts from."""
+"""Preparation of a training run: examples, tokenizer, model and encoded datasets."""
 
 import json
 import os
@@ -39,12 +39,12 @@ from .settings import ModelArguments
 logger = logging.get_logger(__name__)
 
 NUM_CHECKED_ANSWERS = 200  # of each split, for answers that the tokenizer loses
-# of each split, with the counts of what loading dropped
+# split -> its examples, and numbers of examples that were dropped
 Examples = dict[str, tuple[Dataset | IterableDataset, dict[str, int]]]
 
 
 def load_examples(data_args: DataArguments, args: TrainScriptArguments) -> Examples:
-    """Load the examples of every split that is trained on, and of validation if there is one."""
+    """Load the examples of the training splits and of the validation split, if there is one."""
     splits = training_splits(data_args) + (["validation"] if data_args.num_validation_examples else [])
     with args.main_process_first(desc="examples"):
         return {split: load_counted_split(data_args, split) for split in splits}
@@ -82,14 +82,14 @@ def training_texts(data_args: DataArguments, examples: Examples) -> list[str]:
 def set_largest_block_size(model_args: ModelArguments, args: TrainScriptArguments) -> None:
     """Give the model the largest block size of `block_size_schedule`, for which examples are encoded, in place.
 
-    A model with one possible block size has no schedule, as it has no `block_size` of a recipe.
+    The schedule is ignored for a model with only one possible block size, as `block_size` is.
 
     Raises:
         ValueError: if another block size is given.
     """
     schedule = args.block_size_schedule
     if schedule is not None and has_one_block_size(vars(model_args)):
-        logger.info(f"The model has one possible block size; not used: `block_size_schedule` {schedule}")
+        logger.info(f"The model has one possible block size; ignored: `block_size_schedule` {schedule}")
         schedule = args.block_size_schedule = None
     if schedule is None:
         return

@@ -1,4 +1,4 @@
-"""The recipes of the package: YAML files in `configs/`, with what differs from the defaults."""
+"""The package's recipes: YAML files in `configs/` with the settings that differ from their defaults."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +9,12 @@ FOLDER = Path(__file__).parents[1] / "configs"
 
 
 def recipe_names() -> list[str]:
-    """The names that [`find_recipe`] knows."""
+    """Return the names of the package's recipes."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def find_recipe(name: str) -> Path:
-    """A file of that name, else the package's own recipe: `configs/quickstart.yaml`, `quickstart.yaml`, `quickstart`.
+    """Return a file, or a recipe of the package: `configs/quickstart.yaml`, `quickstart.yaml`, `quickstart`.
 
     Raises:
         ValueError: if there is neither.

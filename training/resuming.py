@@ -1,4 +1,4 @@
-"""What a run must share with the checkpoint that it resumes from."""
+"""Checks of a checkpoint before a run resumes from it."""
 
 import json
 from collections.abc import Collection
@@ -13,7 +13,7 @@ from ..configuration_hierbd3lm import HierBD3LMConfig, config_fields
 
 # fields of a backbone's configuration that do not change what it computes
 NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache", "auto_map")
-# what a checkpoint has besides the weights -> the files that hold it; DeepSpeed and FSDP write folders
+# part of a checkpoint -> patterns of its files; DeepSpeed and FSDP write folders
 STATE_FILES = {
     "the optimizer": ("optimizer*", "global_step*"),
     "the learning rate schedule": ("scheduler.pt", "global_step*"),
@@ -23,10 +23,10 @@ STATE_FILES = {
 
 
 def check_complete(checkpoint: str) -> None:
-    """Check that a checkpoint has all that training resumes from.
+    """Check that a checkpoint is complete.
 
     Raises:
-        ValueError: if it is no folder, or a part is missing: training would restart it.
+        ValueError: if it is not a folder, or a part is missing, which training would silently restart.
     """
     if not Path(checkpoint).is_dir():
         raise ValueError(
@@ -47,7 +47,7 @@ def check_complete(checkpoint: str) -> None:
 def check_same_model(
     checkpoint: str, config: HierBD3LMConfig, changing: Collection[str] = ()
 ) -> HierBD3LMConfig | None:
-    """Return the configuration of a checkpoint to resume from, which must be that of the model; None without a file.
+    """Check that a checkpoint is of the same model, and return its configuration; None without a configuration file.
 
     Args:
         changing: fields that may differ.
@@ -77,12 +77,12 @@ def _as_stored(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 class ExampleOrder(TrainerCallback, ExportableState):
-    """What the order of the examples depends on. It is saved with the trainer's state, and must not change.
+    """Settings that determine the order of the examples. They are saved with the trainer's state and must not change.
 
     Args:
-        total_train_batch_size: examples of an update.
-        num_examples: examples of an epoch; None for a stream.
-        seed: random seed of the order.
+        total_train_batch_size: number of examples per update.
+        num_examples: number of examples per epoch; None for a stream.
+        seed: random seed of the sampler.
         strategy: `train_sampling_strategy`.
     """
 

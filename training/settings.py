@@ -1,6 +1,6 @@
-"""The settings of training that are this package's own: the model's, an adapter's and the objective's.
+"""Training settings of this package: of the model, an adapter, the objective and its evaluation.
 
-Nothing heavy is imported before one is read, so that a command line can show them at once.
+The module imports no heavy package, so that `--help` is fast.
 """
 
 from dataclasses import dataclass, field
@@ -10,8 +10,8 @@ from transformers.utils import logging
 
 from ..data.arguments import parse_json
 
-DTYPES = ("float32", "bfloat16", "float16", "auto")  # of weights; `auto` is that of the checkpoint
-# of HierBD3LMConfig, where they are given
+DTYPES = ("float32", "bfloat16", "float16", "auto")  # of weights; `auto`: as in the checkpoint
+# fields of HierBD3LMConfig; a field that is omitted keeps its default
 CONFIG_FIELDS = ("block_size", "plan_block_size", "execution_block_size", "question_len", "plan_len", "execution_len")
 CONFIG_FIELDS += ("noise", "sampling_eps", "plan_clip", "execution_clip", "algorithm", "hierarchical_mask", "joint")
 CONFIG_FIELDS += ("prediction", "question_attention")
@@ -27,26 +27,28 @@ class AdapterArguments:
 
     use_peft: bool = field(
         default=False,
-        metadata={"help": "Trains a LoRA adapter and the special tokens' embedding rows; all else is frozen."},
+        metadata={
+            "help": "Train a LoRA adapter and the embedding rows of the special tokens; freeze all other weights."
+        },
     )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter's matrices; >= 1."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapter's product is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapter; in [0, 1)."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA matrices, >= 1."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA scaling: lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout probability of the LoRA layers, in [0, 1)."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules that are adapted; every linear layer but the head if omitted."}
+        default=None, metadata={"help": "Names of the modules to adapt; all linear layers except the head if omitted."}
     )
     lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that are trained in full and saved with the adapter."}
+        default=None, metadata={"help": "Names of modules that are fully trained and saved with the adapter."}
     )
 
 
 @dataclass
 class ModelArguments(AdapterArguments):
-    """What is trained: an open checkpoint or a new backbone. What is omitted is as in HierBD3LMConfig."""
+    """The model to train: a checkpoint or a new backbone. Omitted fields have the defaults of HierBD3LMConfig."""
 
     init_from: str | None = field(
         default=None,
-        metadata={"help": "An autoregressive checkpoint, one of this model, or an adapter of one, to start from."},
+        metadata={"help": "Checkpoint to start from: autoregressive, of this model, or a LoRA adapter of one."},
     )
     dtype: str = field(
         default="float32",
@@ -60,44 +62,54 @@ class ModelArguments(AdapterArguments):
         metadata={"help": "Configuration of a new backbone, as JSON: `model_type` (default qwen3) and its fields."},
     )
     tokenizer: str | None = field(
-        default=None, metadata={"help": "Path or id of a tokenizer; that of `init_from`, or trained, if omitted."}
+        default=None,
+        metadata={"help": "Path or Hub id of the tokenizer. If omitted: the tokenizer of `init_from`, or a new one."},
     )
     vocab_size: int | None = field(
-        default=None, metadata={"help": "Size of a trained byte-level BPE; every word is a token if omitted."}
+        default=None, metadata={"help": "Vocabulary size of a new byte-level BPE tokenizer; word-level if omitted."}
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flex_attention."})
-    algorithm: str | None = field(default=None, metadata={"help": "hier, bd3lm, mdlm, sedd or ar."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention implementation: sdpa, eager or flex_attention."}
+    )
+    algorithm: str | None = field(default=None, metadata={"help": "Algorithm: hier, bd3lm, mdlm, sedd or ar."})
     hierarchical_mask: bool | None = field(
-        default=None, metadata={"help": "For `hier`: whether the plan never sees the execution."}
+        default=None, metadata={"help": "For `hier`: hide the execution from the plan."}
     )
     joint: bool | None = field(
-        default=None, metadata={"help": "For `hier`: whether plan and execution are denoised at the same time."}
+        default=None, metadata={"help": "For `hier`: denoise plan and execution at the same time."}
     )
     prediction: str | None = field(
         default=None,
         metadata={
-            "help": "`in_place`: a hidden state predicts the token in its place; `shifted`: the next token, as in an "
-            "autoregressive model. `shifted` for `ar` and converted checkpoints, else `in_place`, if omitted."
+            "help": "Token that a hidden state predicts: the one at its position (`in_place`) or the next one "
+            "(`shifted`), as in an autoregressive model. Default: `shifted` for `ar` and converted checkpoints, else "
+            "`in_place`."
         },
     )
     question_attention: str | None = field(
         default=None,
         metadata={
-            "help": "`bidirectional`, or `causal` as in an autoregressive model, which is the default for `ar` and "
-            "converted checkpoints."
+            "help": "Attention within the question: `bidirectional` or `causal`. Default: `causal` for `ar` and "
+            "converted checkpoints, else `bidirectional`."
         },
     )
     block_size: int | None = field(
         default=None,
         metadata={
-            "help": "Sets both block sizes. Those of mdlm, sedd, ar and joint follow from the segments' lengths."
+            "help": "Block size of plan and execution. For mdlm, sedd, ar and joint it follows from the lengths."
         },
     )
-    plan_block_size: int | None = field(default=None, metadata={"help": "Tokens of a plan block."})
-    execution_block_size: int | None = field(default=None, metadata={"help": "Tokens of an execution block."})
-    question_len: int | None = field(default=None, metadata={"help": "Most tokens of a question."})
-    plan_len: int | None = field(default=None, metadata={"help": "Most tokens of a plan."})
-    execution_len: int | None = field(default=None, metadata={"help": "Most tokens of an execution."})
+    plan_block_size: int | None = field(default=None, metadata={"help": "Number of tokens of a plan block."})
+    execution_block_size: int | None = field(
+        default=None, metadata={"help": "Number of tokens of an execution block."}
+    )
+    question_len: int | None = field(default=None, metadata={"help": "Maximum number of question tokens."})
+    plan_len: int | None = field(
+        default=None, metadata={"help": "Maximum number of plan tokens, with <|plan|> and <|end|>."}
+    )
+    execution_len: int | None = field(
+        default=None, metadata={"help": "Maximum number of execution tokens, with <|execution|> and <|end|>."}
+    )
     chat_template: str = field(
         default="auto",
         metadata={
@@ -105,11 +117,15 @@ class ModelArguments(AdapterArguments):
             " for an open checkpoint whose tokenizer has a template, and as in `init_from` for one of this model."
         },
     )
-    noise: str | None = field(default=None, metadata={"help": "Noise schedule."})
-    sampling_eps: float | None = field(default=None, metadata={"help": "Least mask probability that is drawn."})
-    plan_clip: list[float] | None = field(default=None, metadata={"help": "Mask rates of a plan block in training."})
+    noise: str | None = field(default=None, metadata={"help": "Noise schedule: loglinear, square, cosine or log."})
+    sampling_eps: float | None = field(
+        default=None, metadata={"help": "Minimum mask probability of the Bernoulli estimator, in (0, 1)."}
+    )
+    plan_clip: list[float] | None = field(
+        default=None, metadata={"help": "Interval of mask rates of plan blocks in training."}
+    )
     execution_clip: list[float] | None = field(
-        default=None, metadata={"help": "Mask rates of an execution block in training."}
+        default=None, metadata={"help": "Interval of mask rates of execution blocks in training."}
     )
 
     def __post_init__(self):
@@ -127,7 +143,7 @@ class ModelArguments(AdapterArguments):
             )
 
     def config_fields(self) -> dict[str, Any]:
-        """The fields of HierBD3LMConfig that are given; block sizes only for an algorithm that can have several."""
+        """Return the given fields of HierBD3LMConfig, without block sizes if the algorithm determines them."""
         from ..configuration_hierbd3lm import BLOCK_SIZES, has_one_block_size
 
         values = {name: getattr(self, name) for name in CONFIG_FIELDS}
@@ -136,7 +152,7 @@ class ModelArguments(AdapterArguments):
             given["chat_template"] = self.chat_template == "true"
         if has_one_block_size(given):
             unused = {name: given.pop(name) for name in ("block_size", *BLOCK_SIZES) if name in given}
-            logger.info(f"Block sizes follow from the algorithm; not used: {unused}")
+            logger.info(f"The algorithm determines the block sizes; ignored: {unused}")
         return given
 
 
@@ -146,66 +162,70 @@ class ObjectiveArguments:
 
     estimator: str = field(
         default="stratified",
-        metadata={"help": "Estimator of the NELBO: `stratified` mask counts or `bernoulli` (a time and coins)."},
+        metadata={
+            "help": "Estimator of the NELBO: `stratified` numbers of masked tokens, or `bernoulli` (tokens are masked "
+            "independently at a random time)."
+        },
     )
     muon_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Trains the backbone's matrices by Muon at this rate, all else by AdamW; > 0."},
+        metadata={"help": "Learning rate of Muon for the backbone's matrices, > 0; AdamW trains the other weights."},
     )
     block_size_schedule: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Block sizes of plan and execution in the course of training, such as `{0: 1, 0.4: 2, 0.6: 4}`: "
-            "each starts at a step (an integer) or at a fraction of the run (below 1), and divides the largest. None: "
-            "block_size throughout."
+            "help": "Block sizes during training, such as `{0: 1, 0.4: 2, 0.6: 4}`. A key is a step (an integer) or a "
+            "fraction of the run (below 1); every size divides the largest. None: a constant block size."
         },
     )
     noisy_copies: int = field(
         default=1,
         metadata={
-            "help": "Noisy copies of each example in a training pass; they share its clean tokens; >= 1. There is one "
-            "where a block size of 1 leaves no noise."
+            "help": "Number of noisy copies of each example in a training pass, >= 1; they share its clean tokens. "
+            "One copy is used where a block size of 1 leaves no noise."
         },
     )
     filler_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight in the training loss of the <|end|> tokens behind a segment's first; >= 0."},
+        metadata={"help": "Weight in the training loss of the <|end|> tokens after the first of a segment, >= 0."},
     )
     clip_search: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Widths in (0, 1] of the intervals of mask rates, such as 0.5: every evaluation during training "
-            "chooses that of least variance of the loss for each segment. None: the intervals stay as they are."
+            "help": "Widths in (0, 1] of the intervals of mask rates to search, such as 0.5. Every evaluation during "
+            "training selects the interval with the lowest variance of the loss for each segment. None: no search."
         },
     )
     clip_search_levels: int = field(
         default=20,
-        metadata={"help": "Mask rates that a search measures, a pass each; the intervals start and end between them."},
+        metadata={"help": "Number of bins of mask rates in a clip search, >= 1; each is measured in one pass."},
     )
     ema_decay: float = field(
         default=0.9999,
-        metadata={"help": "Decay of the weights' average, used to evaluate and to save; in [0, 1), 0 for none."},
+        metadata={
+            "help": "Decay of the exponential moving average of the weights, in [0, 1); 0 for none. The averaged "
+            "weights are evaluated and saved."
+        },
     )
     stop_if_not_finite: bool = field(
         default=True,
-        metadata={
-            "help": "Stops at the first loss, or weight at a save, that is NaN or infinite. Nothing is saved then. "
-            "False continues."
-        },
+        metadata={"help": "Stop at the first loss that is NaN or infinite, and before such weights are saved."},
     )
     eval_noise_draws: int = field(
-        default=4, metadata={"help": "Draws of the noise for each example of an evaluation; >= 1."}
+        default=4, metadata={"help": "Number of noise draws per example in an evaluation, >= 1."}
     )
-    eval_seed: int = field(default=0, metadata={"help": "Seed of the noise of every evaluation."})
+    eval_seed: int = field(default=0, metadata={"help": "Random seed of the noise in evaluations."})
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "As in TrainingArguments; grouped by length here."}
+        default="group_by_length", metadata={"help": "As in TrainingArguments, but `group_by_length` by default."}
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "As in TrainingArguments; the collator reads columns that the model lacks."}
+        default=False,
+        metadata={"help": "As in TrainingArguments, but False by default: the collator reads all columns."},
     )
     activation_checkpointing: bool | None = field(
-        default=None, metadata={"help": "As in TrainingArguments, where it was gradient_checkpointing before 5.23."}
+        default=None, metadata={"help": "As in TrainingArguments (`gradient_checkpointing` before transformers 5.23)."}
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "As in TrainingArguments; a loss that is not finite is shown here."}
+        default=False,
+        metadata={"help": "As in TrainingArguments, but False by default: NaN and infinite losses are logged."},
     )
