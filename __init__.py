@@ -1,6 +1,8 @@
 """Hierarchical block diffusion language models (Hier-BD3-LM) for Hugging Face Transformers."""
 
 import importlib
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -48,3 +50,42 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_EXPORTS})
+
+
+class _RegisterWithAutoClasses:
+    """Import the module that registers a class of this package as soon as transformers' Auto classes are there.
+
+    To import it at once would cost seconds, in every `--help` too, and nothing else tells of a later import.
+    """
+
+    modules = {  # noqa: RUF012  (of transformers -> of this package, which registers its class at its end)
+        "transformers.models.auto.configuration_auto": "configuration_hierbd3lm",
+        "transformers.models.auto.modeling_auto": "modeling_hierbd3lm",
+    }
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name not in cls.modules:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: Any) -> None:
+            execute(module)
+            cls.register(name)
+
+        spec.loader.exec_module = execute_and_register  # of the loader of this module alone
+        return spec
+
+    @classmethod
+    def register(cls, name: str) -> None:
+        own = [module for key, module in list(sys.modules.items()) if key.startswith(f"{__name__}.")]
+        # A module of the package that is being imported may be one that the import below needs.
+        if not any(getattr(module.__spec__, "_initializing", False) for module in own):
+            importlib.import_module(f".{cls.modules[name]}", __name__)
+
+
+for _name in _RegisterWithAutoClasses.modules:
+    if _name in sys.modules:
+        _RegisterWithAutoClasses.register(_name)
+sys.meta_path.insert(0, _RegisterWithAutoClasses)

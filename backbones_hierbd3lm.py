@@ -98,6 +98,8 @@ def take_text_part(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: if the text part has no model of its own in transformers.
     """
+    if model.config.model_type == "hierbd3lm":
+        raise ValueError("`model_or_path` must be an autoregressive model, but got one of this kind")
     config = model.config if model.config.is_encoder_decoder else model.config.get_text_config(decoder=True)
     if config is model.config:
         return model

@@ -400,7 +400,7 @@ def _make_backbone_config(fields_and_type: Mapping[str, Any]) -> PreTrainedConfi
 def _check_model_type(model_type: str) -> str:
     if model_type == "hierbd3lm_dit":
         from .dit_hierbd3lm import HierBD3LMDiTConfig  # noqa: F401  (makes its `model_type` known to transformers)
-    if model_type not in CONFIG_MAPPING:
+    if model_type not in CONFIG_MAPPING or model_type == HierBD3LMConfig.model_type:
         raise ValueError(
             f"`backbone_config` must have a `model_type` that transformers knows, but got {model_type!r}"
             f"{_did_you_mean(str(model_type), CONFIG_MAPPING)}"
@@ -494,3 +494,5 @@ def _check_interval(name: str, value: object) -> None:
 
 
 HierBD3LMConfig.register_for_auto_class()
+if __name__.startswith("hierbd3lm."):  # not for code that a checkpoint brings along
+    AutoConfig.register(HierBD3LMConfig.model_type, HierBD3LMConfig, exist_ok=True)

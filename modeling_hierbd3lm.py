@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .backbones_hierbd3lm import (
@@ -470,3 +470,6 @@ def fill_new_rows(weight: torch.Tensor, start: int, stop: int, kin: dict[int, li
 
 
 HierBD3LMForBlockDiffusion.register_for_auto_class("AutoModel")
+if __name__.startswith("hierbd3lm."):  # not for code that a checkpoint brings along
+    for auto_class in (AutoModel, AutoModelForCausalLM):
+        auto_class.register(HierBD3LMConfig, HierBD3LMForBlockDiffusion, exist_ok=True)
