@@ -418,6 +418,7 @@ def _refuse_unknown_backbone_fields(fields_and_type: Mapping[str, Any]) -> None:
     config = config_class(**given)
     # Names of earlier versions, such as `rope_theta`, are read and not stored.
     stored = {name for name in given if name not in known and name in vars(config)}
+    stored = {name for name in stored if not name.endswith("_token_id")}  # as in `_misspelt_fields`
     if stored:
         config = config_class(**{name: given[name] for name in given if name not in stored})
     _refuse_unknown(

@@ -263,3 +263,9 @@ def test_converted_models_are_shifted_and_models_from_scratch_predict_in_place()
 def test_unknown_kinds_of_prediction_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         make_model(**(LENGTHS | fields))
+
+
+def test_a_configuration_with_token_ids_of_other_tools_can_be_built_from_its_dict():
+    backbone = make_backbone_config("llama", unk_token_id=0)  # as SmolLM2's
+    config = HierBD3LMConfig(**TINY_TOKEN_IDS, backbone_config=backbone, **LENGTHS, block_size=4)
+    assert HierBD3LMConfig(**config.to_dict()).to_dict() == config.to_dict()
