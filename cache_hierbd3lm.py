@@ -7,9 +7,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from .masking_hierbd3lm import CLEAN, PADDING, TokenLayout
 
+INITIAL_ROOM = 128  # columns for finished blocks
+
 
 class BlockCacheLayer(DynamicLayer):
-    """One layer of a [`BlockCache`]: `[scratch | finished blocks]` along the length, allocated once."""
+    """One layer of a [`BlockCache`]: `[scratch | finished blocks]` along the length."""
 
     def __init__(self, cache: "BlockCache"):
         super().__init__()
@@ -23,7 +25,7 @@ class BlockCacheLayer(DynamicLayer):
         self, num_heads: int, key_size: int, value_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.dtype, self.device = dtype, device
-        shape = self.cache.num_rows, num_heads, self.cache.scratch + self.cache.capacity
+        shape = self.cache.num_rows, num_heads, self.cache.scratch + self.cache.room
         # Zeros, as masked attention still multiplies what a column holds, and memory may hold NaN.
         self.keys, self.values = (
             torch.zeros(*shape, size, dtype=dtype, device=device) for size in (key_size, value_size)
@@ -43,6 +45,13 @@ class BlockCacheLayer(DynamicLayer):
         view = slice(stop - length, stop + self.cache.used)
         return self.keys[rows, :, view], self.values[rows, :, view]
 
+    def grow(self) -> None:
+        """Move to memory of the cache's present number of rows and columns."""
+        old, kept = (self.keys, self.values), self.cache.scratch + self.cache.used
+        self.allocate(old[0].shape[1], old[0].shape[3], old[1].shape[3], self.dtype, self.device)
+        for new, states in zip((self.keys, self.values), old, strict=True):
+            new[:, :, :kept] = states[: self.cache.num_rows, :, :kept]
+
     def get_seq_length(self) -> int:
         return self.cache.used
 
@@ -50,7 +59,8 @@ class BlockCacheLayer(DynamicLayer):
 class BlockCache(Cache):
     """Keys and values of finished blocks. A pass sees them and leaves no trace; `commit` keeps its clean tokens.
 
-    Rows fill at their own pace, each from the left; columns that a row has not filled are padding to it.
+    Rows fill at their own pace, each from the left; columns that a row has not filled are padding to it. Memory grows
+    by half of what is used. For compiled passes it is allocated once.
 
     Args:
         num_layers: layers of the backbone.
@@ -73,6 +83,7 @@ class BlockCache(Cache):
         super().__init__(layers=[BlockCacheLayer(self) for _ in range(num_layers)])
         self.is_compiled = is_compiled
         self.num_rows, self.scratch, self.capacity = num_rows, scratch, capacity
+        self.room = capacity if is_compiled else min(capacity, INITIAL_ROOM)  # columns that are allocated
         self.used = 0  # columns that a pass sees: some row has filled them
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
         self._block_ids = torch.full((num_rows, capacity), PADDING, device=device)
@@ -96,6 +107,9 @@ class BlockCache(Cache):
         if self.num_rows == 1 and real.all():
             self._commit_row(block_ids, position_ids, start)
             return
+        lengths = self.lengths + real.sum(dim=1)
+        used = int(lengths.max())
+        self._make_room(used)
         row, source = real.nonzero(as_tuple=True)
         target = (self.lengths[:, None] + real.long().cumsum(dim=1) - 1)[row, source]
         self._block_ids[row, target] = block_ids[row, source]
@@ -103,12 +117,12 @@ class BlockCache(Cache):
         for layer in self.layers:
             for states in (layer.keys, layer.values):
                 states[row, :, self.scratch + target] = states[row, :, start + source]
-        self.lengths += real.sum(dim=1)
-        self.used = int(self.lengths.max())
+        self.lengths, self.used = lengths, used
 
     def _commit_row(self, block_ids: torch.Tensor, position_ids: torch.Tensor, start: int) -> None:
         """The same for a single row without padding, whose columns move as one slice; `start` is the first."""
         length = block_ids.shape[1]
+        self._make_room(self.used + length)
         target = slice(self.used, self.used + length)
         self._block_ids[:1, target], self._position_ids[:1, target] = block_ids, position_ids
         column = self.scratch + self.used
@@ -117,6 +131,12 @@ class BlockCache(Cache):
                 states[:1, :, column : column + length] = states[:1, :, start : start + length]
         self.lengths += length
         self.used += length
+
+    def _make_room(self, needed: int) -> None:
+        if needed > self.room:
+            self.room = min(self.capacity, needed + needed // 2)
+            for layer in self.layers:
+                layer.grow()
 
     def keep_rows(self, keep: torch.BoolTensor) -> torch.LongTensor:
         """Drops the other rows: the last rows move into the holes, so that no more than those are copied.

@@ -6,9 +6,11 @@ from unittest import mock
 import pytest
 import torch
 
-from hierbd3lm.cache_hierbd3lm import BlockCache
+from hierbd3lm.cache_hierbd3lm import INITIAL_ROOM, BlockCache
 
-from .tiny_generation import RAGGED_QUESTIONS, left_pad, speaker
+from .tiny import make_model
+from .tiny_backbones import make_backbone_config
+from .tiny_generation import END, RAGGED_QUESTIONS, left_pad, speaker
 
 # The cache
 
@@ -38,7 +40,31 @@ def test_a_pass_leaves_no_trace_in_finished_blocks(sampler):
     with mock.patch.object(model, "encode", watched):
         model.generate(left_pad(RAGGED_QUESTIONS), sampler=sampler)
     assert len(snapshots) > 5
-    assert len(storages) == 1  # allocated once
+    assert len(storages) == 1  # no more is used than was allocated at first
+
+
+def test_memory_grows_with_what_is_used():
+    """64 rows of up to 8,000 tokens whose answers are short take the memory of short answers."""
+    limits = {"question_len": 256, "plan_len": 4000, "execution_len": 4000}
+    backbone = make_backbone_config("qwen3", max_position_embeddings=8256)
+    model, rooms = make_model(**limits, block_size=4, backbone_config=backbone), []
+    torch.manual_seed(0)
+    model.backbone.lm_head.weight.data[END] = 0.3 * model.backbone.lm_head.weight.data.sum(dim=0)
+    encode = model.encode
+
+    def watched(tokens, layout, cache, order):
+        states = encode(tokens, layout, cache, order)
+        rooms.append((cache.layers[0].keys.shape[2] - cache.scratch, cache.used))
+        return states
+
+    questions = torch.randint(5, 40, (64, 20))
+    with mock.patch.object(model, "encode", watched):
+        limited = model.generate(questions, max_new_tokens=400)
+    assert max(used for _, used in rooms) > 3 * INITIAL_ROOM
+    assert all(room <= max(INITIAL_ROOM, 1.5 * max(used, 20) + 8) for room, used in rooms)
+    assert len({room for room, _ in rooms}) <= 5  # moved a few times
+    alone = model.generate(questions[:1], max_new_tokens=400)
+    assert limited.sequences[0, : alone.sequences.shape[1]].tolist() == alone.sequences[0].tolist()
 
 
 class ListCache:
