@@ -264,7 +264,9 @@ def _load(source: str, split: str | None, name: str | None, kwargs: dict[str, An
     is_saved = any((path / file).is_file() for file in SAVED_FILES)
     is_file = path.is_file() or (kind is not None and "://" not in source)
     if name is not None and (is_saved or is_file):
-        raise ValueError(f"`name` must be None for a file or a saved dataset, but got {name!r} for {source}")
+        raise ValueError(
+            f"`name` (`dataset_name`) must be None for a file or a saved dataset, but got {name!r} for {source}"
+        )
     if is_saved:
         streaming = kwargs.pop("streaming", False)
         dataset = _choose_split(load_from_disk(source, **kwargs), source, split)
@@ -286,11 +288,11 @@ def _load_file(
     path: Path, kind: str | None, split: str | None, streaming: bool = False, **kwargs: Any
 ) -> Dataset | IterableDataset:
     if not path.is_file():
-        raise FileNotFoundError(f"`path_or_hub_id` must be an existing file, but got {path}")
+        raise FileNotFoundError(f"`path_or_hub_id` (`dataset`) must be an existing file, but got {path}")
     if kind is None:
-        raise ValueError(f"`path_or_hub_id` must be a {', '.join(KINDS)} file, but got {path}")
+        raise ValueError(f"`path_or_hub_id` (`dataset`) must be a {', '.join(KINDS)} file, but got {path}")
     if split not in (None, "train"):
-        raise ValueError(f"`split` must be None for a file, which is one split, but got {split!r} for {path}")
+        raise ValueError(f"`split` must be None or 'train', the only split of a file, but got {split!r} for {path}")
     if kwargs:
         raise ValueError(f"`load_dataset_kwargs` must be empty for a file, but got {kwargs} for {path}")
     if kind == PARQUET:
@@ -312,8 +314,9 @@ def _choose_split(dataset: Any, source: str, split: str | None) -> Dataset | Ite
         if split not in dataset:
             raise ValueError(f"`split` must be one of {', '.join(dataset)} for {source}, but got {split!r}")
         return dataset[split]
-    if split not in (None, str(dataset.split)):
-        raise ValueError(f"`split` must be None for {source}, whose only split is {dataset.split}, but got {split!r}")
+    only = str(dataset.split or "train")
+    if split not in (None, only):
+        raise ValueError(f"`split` must be None or {only!r}, the only split of {source}, but got {split!r}")
     return dataset
 
 

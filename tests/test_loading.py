@@ -88,12 +88,16 @@ def test_split_that_must_be_chosen_raises(tmp_path):
 
 def test_split_of_a_dataset_without_splits_raises(tmp_path):
     path = save(tmp_path / "saved", Dataset.from_list(ROWS))
-    with pytest.raises(ValueError, match=r"`split` must be None .* got 'test'"):
+    with pytest.raises(ValueError, match=r"`split` must be None or 'train', the only split of .* got 'test'"):
         load_reasoning_dataset(path, split="test")
+    for name in (path, write_json_lines(tmp_path / "rows.jsonl", ROWS)):
+        assert load_reasoning_dataset(name, split="train").to_list() == ROWS
+    with pytest.raises(ValueError, match=r"`split` must be None or 'train', the only split of .* got 'test'"):
+        load_reasoning_dataset(tmp_path / "rows.jsonl", split="test")
 
 
 def test_name_of_a_file_raises(tmp_path):
-    with pytest.raises(ValueError, match=r"`name` must be None .* got 'main'"):
+    with pytest.raises(ValueError, match=r"`name` \(`dataset_name`\) must be None .* got 'main'"):
         load_reasoning_dataset(write_json(tmp_path / "rows.json", ROWS), name="main")
 
 
