@@ -13,6 +13,7 @@ from .text.detokenization import RULES
 SYNTHETIC = "synthetic"  # what `dataset` says for the synthetic problems
 GSM8K_IDS = ("openai/gsm8k", "gsm8k")
 TEXT = "text"  # the column of plain text
+UNFIT = ("drop", "raise")  # what may be done with an example that cannot be used
 FILE_NAME = "data_config.json"  # in the folder of a checkpoint: its training data
 
 
@@ -122,6 +123,13 @@ class DataArguments:
         else:
             for name, default in (("auto_split", False), ("num_synthetic_examples", 0), ("tested_on", None)):
                 self._check_default(name, default, f"for plain text, `text_column={self.text_column}`")
+            self._check_default("parse_example", None, f"for plain text, `text_column={self.text_column}`")
+        if self.dataset == SYNTHETIC:
+            for name in ("dataset_name", "dataset_revision", "parse_example"):
+                self._check_default(name, None, f"for `dataset: {SYNTHETIC}`")
+        for name in ("special_tokens", "over_long"):
+            if getattr(self, name) not in UNFIT:
+                raise ValueError(f"`{name}` must be one of {', '.join(UNFIT)}, but got {getattr(self, name)!r}")
         if self.detokenizer is not None and self.detokenizer not in RULES:
             raise ValueError(f"`detokenizer` must be one of {', '.join(RULES)}, but got {self.detokenizer!r}")
         if not self.streaming:

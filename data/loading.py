@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
-from .arguments import GSM8K_IDS
+from .arguments import GSM8K_IDS, UNFIT
 from .collator import (
     ID_KEYS,
     SEGMENTS,
@@ -45,7 +45,6 @@ logger = logging.get_logger(__name__)
 PARQUET = ".parquet"
 KINDS = (*READERS, PARQUET)
 SAVED_FILES = ("dataset_info.json", "dataset_dict.json")  # `save_to_disk` writes one of them
-UNFIT = ("drop", "raise")  # what may be done with an example that cannot be used
 ENCODED_FEATURES = {
     **{key: List(Value("int64")) for key in ID_KEYS},
     **{"length": Value("int64"), "num_unknown": Value("int64")},
@@ -264,9 +263,7 @@ def _load(source: str, split: str | None, name: str | None, kwargs: dict[str, An
     is_saved = any((path / file).is_file() for file in SAVED_FILES)
     is_file = path.is_file() or (kind is not None and "://" not in source)
     if name is not None and (is_saved or is_file):
-        raise ValueError(
-            f"`name` (`dataset_name`) must be None for a file or a saved dataset, but got {name!r} for {source}"
-        )
+        raise ValueError(f"`name` must be None for a file or a saved dataset, but got {name!r} for {source}")
     if is_saved:
         streaming = kwargs.pop("streaming", False)
         dataset = _choose_split(load_from_disk(source, **kwargs), source, split)
@@ -288,9 +285,9 @@ def _load_file(
     path: Path, kind: str | None, split: str | None, streaming: bool = False, **kwargs: Any
 ) -> Dataset | IterableDataset:
     if not path.is_file():
-        raise FileNotFoundError(f"`path_or_hub_id` (`dataset`) must be an existing file, but got {path}")
+        raise FileNotFoundError(f"`path_or_hub_id` must be an existing file, but got {path}")
     if kind is None:
-        raise ValueError(f"`path_or_hub_id` (`dataset`) must be a {', '.join(KINDS)} file, but got {path}")
+        raise ValueError(f"`path_or_hub_id` must be a {', '.join(KINDS)} file, but got {path}")
     if split not in (None, "train"):
         raise ValueError(f"`split` must be None or 'train', the only split of a file, but got {split!r} for {path}")
     if kwargs:

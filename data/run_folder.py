@@ -22,12 +22,13 @@ def start_run(
         overwrite: delete the results of an existing run.
 
     Raises:
-        ValueError: if the folder contains another run; the message names the differences.
+        ValueError: if the folder contains another run (the message names the differences), or its settings cannot be
+            parsed.
     """
     settings = json.loads(json.dumps(settings))  # as they are read from the file
     settings_path, result_paths = folder / settings_file, [folder / name for name in result_files]
     if not overwrite and any(path.is_file() for path in (settings_path, *result_paths)):
-        there = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
+        there = _parse(settings_path.read_bytes(), str(settings_path)) if settings_path.is_file() else {}
         different = [name for name in sorted(there | settings) if there.get(name) != settings.get(name)]
         if different:
             changes = "; ".join(
@@ -53,7 +54,7 @@ class Log:
     `records` holds the parsed lines.
 
     Raises:
-        ValueError: if the file is open as a log already, in this process or another one.
+        ValueError: if the file is open as a log already, in this process or another one, or a line cannot be parsed.
     """
 
     def __init__(self, path: Path):
@@ -68,7 +69,12 @@ class Log:
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
             self._file.truncate(len(whole))
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+        lines = enumerate(whole.splitlines(), start=1)
+        try:
+            self.records: list[dict[str, Any]] = [_parse(line, f"line {number} of {path}") for number, line in lines]
+        except ValueError:
+            self._close()
+            raise
 
     def append(self, *records: dict[str, Any]) -> None:
         """Append lines and flush them, so that they survive this process."""
@@ -82,6 +88,9 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._file.close()
         self._lock.release()
 
@@ -106,6 +115,16 @@ def replace(path: Path, content: bytes) -> None:
 def hash_of(value: Any) -> str:
     """Return a hash of a value, the same in every process; parts that are not JSON values are hashed as text."""
     return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _parse(content: bytes, place: str) -> dict[str, Any]:
+    try:
+        return json.loads(content)
+    except ValueError as error:  # also for bytes that are not UTF-8
+        raise ValueError(
+            f"{place} must be JSON as the run wrote it, but got {content[:80]!r}: mend it, or give `--overwrite` to "
+            f"delete the results"
+        ) from error
 
 
 def _to_lines(values: list[dict[str, Any]]) -> bytes:

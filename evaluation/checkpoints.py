@@ -57,14 +57,14 @@ def find_data(args: CheckpointArguments, text_column: str | None = None) -> Data
         ValueError: if no dataset is given and the checkpoint does not say what it was trained on, and for the test
             split of a file or a single saved dataset that it was trained on: it is one split.
     """
+    given = {name: getattr(args, name) for name in ("dataset_name", "parse_example")}
+    given = {name: value for name, value in given.items() if value is not None}
     if args.dataset in TEXT_SETS:
-        return DataArguments(**TEXT_SETS[args.dataset])
+        return DataArguments(**TEXT_SETS[args.dataset] | given)
     if args.dataset is None or find_saved_arguments(args.model):
         trained_on = replace(DataArguments.load(args.model), streaming=False)
     else:
         trained_on = DataArguments()
-    given = {name: getattr(args, name) for name in ("dataset_name", "parse_example")}
-    given = {name: value for name, value in given.items() if value is not None}
     if args.dataset not in (None, trained_on.dataset):
         if args.split == "train":
             given["num_validation_examples"] = 0  # nothing is held out

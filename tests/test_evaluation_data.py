@@ -10,7 +10,7 @@ from hierbd3lm.data.arguments import DataArguments
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.evaluation import prompts
 from hierbd3lm.evaluation.arguments import CheckpointArguments
-from hierbd3lm.evaluation.checkpoints import load_examples
+from hierbd3lm.evaluation.checkpoints import find_data, load_examples
 from hierbd3lm.evaluation.prompts import read_problems
 
 from .tiny_tokenizer import make_config_for, make_tokenizer
@@ -77,6 +77,12 @@ def test_configuration_of_the_dataset_can_be_given(load, tmp_path, monkeypatch):
     ):
         assert load(trained_on, **arguments)[0]["plan"] == "1. Pens: 2 * 3"
     assert load(dataset="gsm8k", dataset_name="socratic")[0]["plan"] == "How many?"
+
+
+def test_configuration_of_a_published_set_of_texts_can_be_given(tmp_path):
+    for name in (None, "wikitext-2-raw-v1"):
+        args = CheckpointArguments(model=str(tmp_path), device="cpu", dataset="wikitext", dataset_name=name)
+        assert find_data(args).dataset_name == (name or "wikitext-103-raw-v1")
 
 
 def test_another_dataset_may_have_another_format(load, tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def test_split_of_a_dataset_without_splits_raises(tmp_path):
 
 
 def test_name_of_a_file_raises(tmp_path):
-    with pytest.raises(ValueError, match=r"`name` \(`dataset_name`\) must be None .* got 'main'"):
+    with pytest.raises(ValueError, match=r"`name` must be None .* got 'main'"):
         load_reasoning_dataset(write_json(tmp_path / "rows.json", ROWS), name="main")
 
 

@@ -51,6 +51,25 @@ def test_overwrite_throws_the_results_away_and_nothing_else(tmp_path):
 RECORDS = [{"text": "a\nb"}, {"text": "é\u2028🐢"}, {"text": "x" * 100_000}]
 
 
+@pytest.mark.parametrize("content", [b"{", b'{"model": "\xe9"}', b""])
+def test_settings_that_cannot_be_parsed_are_refused_by_name(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"manifest\.json must be JSON as the run wrote it.*`--overwrite`"):
+        start(tmp_path)
+    start(tmp_path, overwrite=True)
+
+
+def test_log_with_a_broken_line_is_refused_with_its_number_and_stays_free(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": \n{"a": 2}\n')
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"line 2 of .*log\.jsonl must be JSON as the run wrote it"):
+            Log(path)
+    path.write_bytes(b'{"a": 1}\n')
+    with Log(path) as log:
+        assert log.records == [{"a": 1}]
+
+
 def test_log_holds_what_was_appended(tmp_path):
     for i, record in enumerate(RECORDS):
         with Log(tmp_path / "log.jsonl") as log:

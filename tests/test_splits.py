@@ -271,6 +271,23 @@ def test_saved_arguments_with_an_unknown_name_are_refused_with_the_nearest(tmp_p
         DataArguments.load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["dataset_name", "dataset_revision", "parse_example"])
+def test_setting_that_synthetic_problems_do_not_read_is_refused(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be None for `dataset: synthetic`, but got 'a:b'"):
+        DataArguments(**{name: "a:b"})
+
+
+def test_plain_text_is_not_parsed():
+    with pytest.raises(ValueError, match=r"`parse_example` must be None for plain text, .* but got 'a:b'"):
+        DataArguments(dataset="a.txt", parse_example="a:b")
+
+
+@pytest.mark.parametrize("name", ["special_tokens", "over_long"])
+def test_unknown_choice_is_refused_at_once(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be one of drop, raise, but got 'keep'"):
+        DataArguments(**{name: "keep"})
+
+
 def test_setting_that_is_no_json_is_refused_by_name():
     with pytest.raises(ValueError, match=r"`synthetic` must be JSON, but got '\{1: 2\}'"):
         DataArguments(synthetic="{1: 2}")

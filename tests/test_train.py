@@ -68,7 +68,9 @@ def test_the_command_line_wins_over_the_file(tmp_path):
 
 @pytest.mark.parametrize("words", [["--dataset_name", "null"], ["--dataset-name=null"]])
 def test_null_unsets_a_setting_of_the_recipe(words, tmp_path):
-    config = write_config(tmp_path, dataset_name="socratic", plan_clip=[0.3, 0.8], hierarchical_mask=False)
+    config = write_config(
+        tmp_path, dataset="gsm8k", dataset_name="socratic", plan_clip=[0.3, 0.8], hierarchical_mask=False
+    )
     assert train.parse_arguments([config])[1].dataset_name == "socratic"
     others = ["--plan_clip", "null", "--hierarchical_mask", "null", "--num_train_examples", "null"]
     model_args, data_args, _ = train.parse_arguments([config, *words, *others])
@@ -81,6 +83,12 @@ def test_null_unsets_a_setting_of_the_recipe(words, tmp_path):
 def test_setting_that_cannot_be_null_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`dataset` must have a value .*, but got 'null'"):
         train.parse_arguments([write_config(tmp_path), "--dataset", "null"])
+
+
+def test_recipe_in_another_encoding_is_refused_with_its_line(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"max_steps: 3\noutput_dir: caf\xe9\n")
+    with pytest.raises(ValueError, match=r"line 2 of .*a\.yaml must be UTF-8"):
+        train.parse_arguments([str(tmp_path / "a.yaml")])
 
 
 def test_a_misspelt_setting_is_refused(tmp_path):

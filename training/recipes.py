@@ -17,15 +17,24 @@ def find_recipe(name: str) -> Path:
     """Return a file, or a recipe of the package: `configs/quickstart.yaml`, `quickstart.yaml`, `quickstart`.
 
     Raises:
-        ValueError: if there is neither.
+        ValueError: if there is neither, or the file is not UTF-8.
     """
     if Path(name).is_file():
+        _check_encoding(Path(name))
         return Path(name)
     stem = name.removeprefix("configs/").removesuffix(".yaml")
     names = recipe_names()
     if stem not in names:
         raise ValueError(f"`config` must be a file or one of the recipes {', '.join(names)}, but got {name!r}")
     return FOLDER / f"{stem}.yaml"
+
+
+def _check_encoding(path: Path) -> None:
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"line {number} of {path} must be UTF-8, but got {line!r}") from error
 
 
 def split_nulls(argv: Sequence[str], types: Sequence[type]) -> tuple[list[str], dict[str, Any]]:
