@@ -8,9 +8,13 @@ from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
+from transformers.utils.versions import require_version
+
+require_version("transformers>=5.21", "The code of hierbd3lm needs it: run `pip install -U transformers`.")
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase  # noqa: E402
+from transformers.modeling_rope_utils import RopeParameters  # noqa: E402
 
 # role -> text of the token; the id of role `r` is `config.<r>_token_id`
 SPECIAL_TOKENS = {
@@ -346,9 +350,7 @@ def pad_on_the_left(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the `..._token_id` fields of [`HierBD3LMConfig`] for a tokenizer.
-
-    Pad is `<|end|>` if the tokenizer has no pad token of its own.
+    """Return the `..._token_id` fields of [`HierBD3LMConfig`] for a tokenizer; without a pad token, pad is `<|end|>`.
 
     Raises:
         ValueError: if the tokenizer lacks one of `SPECIAL_TOKENS`.
@@ -375,8 +377,7 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> int:
         if text != new_ids.get(token_id, text):
             raise ValueError(
                 f"`tokenizer` must leave ids for new tokens, but {new_ids[token_id]} would take the id {token_id} of "
-                f"{text!r}: its ids below {vocabulary_size(tokenizer)} are not all in use, and new tokens are counted "
-                "from the number of tokens. Add tokens for the unused ids first"
+                f"{text!r}, as not all ids below {vocabulary_size(tokenizer)} are in use: add tokens for these first"
             )
     return num_added
 

@@ -106,6 +106,23 @@ def assert_same_model(report, expected, doors=("AutoModel", "AutoModelForCausalL
             assert loaded[name] == value, name
 
 
+@pytest.mark.parametrize("version", ["4.57.0", "5.10.0"])
+def test_an_older_version_of_transformers_is_named(version, checkpoint):
+    code = f"""
+import importlib.metadata
+installed = importlib.metadata.version
+importlib.metadata.version = lambda name: {version!r} if name == "transformers" else installed(name)
+import runpy
+runpy.run_path({str(checkpoint / "configuration_hierbd3lm.py")!r})
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (
+        f"ImportError: transformers>=5.21 is required for a normal functioning of this module, but found "
+        f"transformers=={version}." in process.stderr
+    )
+    assert process.stderr.rstrip().endswith("The code of hierbd3lm needs it: run `pip install -U transformers`.")
+
+
 def python_files(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*.py")}
 
