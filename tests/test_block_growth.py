@@ -57,6 +57,19 @@ def test_schedules_out_of_range_are_refused(value, message):
         HierBD3LMTrainingArguments(output_dir="x", use_cpu=True, block_size_schedule=value)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1},
+        {"metric_for_best_model": "nll"},
+    ],
+)
+def test_evaluations_at_different_block_sizes_are_not_compared(setting):
+    with pytest.raises(ValueError, match="`metric_for_best_model` must be None with `block_size_schedule`"):
+        HierBD3LMTrainingArguments(output_dir="x", use_cpu=True, block_size_schedule={0: 1, 1: 4}, **setting)
+
+
 def test_fractions_are_steps_of_the_run():
     stages = resolve_schedule({0: 1, 0.29: 2, 60: 4}, max_steps=100)
     assert stages == [(0, 1), (29, 2), (60, 4)]
@@ -87,8 +100,12 @@ def test_a_batch_is_laid_out_as_if_it_had_been_collated_for_the_smaller_blocks(f
     assert (config.plan_block_size, config.execution_block_size) == (4, 4)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("workers", [{}, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}])
-def test_no_batch_has_the_block_size_of_another_step(tmp_path, draws, workers):
+def test_no_batch_has_the_block_size_of_another_step(tmp_path, draws, workers, is_stream):
+    dataset = make_dataset(12, make_config())
+    if is_stream:
+        workers = {"train_dataset": dataset.to_iterable_dataset(num_shards=2), "eval_dataset": dataset, **workers}
     trainer = make_trainer(tmp_path, num_examples=12, max_steps=7, block_size_schedule=GROWTH, **workers)
     trainer.train()
     assert [largest_block(record) for record in draws] == SIZES

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hierbd3lm import train
 from hierbd3lm.configuration_hierbd3lm import config_fields
@@ -177,6 +178,25 @@ def test_an_autoregressive_checkpoint_is_converted_and_gone_on_with(tmp_path, mo
     again = {"backbone": None, "init_from": str(tmp_path / "out"), "output_dir": str(tmp_path / "again")}
     run(monkeypatch, write_config(tmp_path, max_steps=1, save_strategy="no", **(lengths | again)))
     assert HierBD3LMForBlockDiffusion.from_pretrained(tmp_path / "again").config.question_len == 400
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_a_converted_checkpoint_is_resumed_across_a_change_of_the_block_size(tmp_path, monkeypatch, use_peft):
+    tokenizer = make_tokenizer()
+    backbone = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **TINY["backbone"])
+    LlamaForCausalLM(backbone).bfloat16().save_pretrained(tmp_path / "ar")
+    tokenizer.save_pretrained(tmp_path / "ar")
+    settings = {"question_len": 400, "plan_len": 128, "execution_len": 128, "backbone": None, "use_peft": use_peft}
+    settings |= {"init_from": str(tmp_path / "ar"), "block_size": None, "block_size_schedule": {0: 1, 3: 4}}
+    run(monkeypatch, write_config(tmp_path, **settings))
+    shutil.copytree(tmp_path / "out", tmp_path / "resumed", ignore=shutil.ignore_patterns("checkpoint-4"))
+    config = write_config(tmp_path, **settings, output_dir=str(tmp_path / "resumed"))
+    run(monkeypatch, config, "--resume_from_checkpoint", "last")
+    name = "adapter_model.safetensors" if use_peft else "model.safetensors"
+    whole, resumed = (load_file(tmp_path / folder / name) for folder in ("out", "resumed"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["plan_block_size"], config["prediction"]) == (4, "shifted")
 
 
 def test_a_checkpoint_of_low_precision_is_trained_in_float32_unless_asked_otherwise(tmp_path):

@@ -30,6 +30,12 @@ class HierBD3LMTrainingArguments(ObjectiveArguments, TrainingArguments):
         if self.muon_learning_rate is not None and not self.muon_learning_rate > 0:
             raise ValueError(f"`muon_learning_rate` must be > 0 or None, but got {self.muon_learning_rate}")
         self.block_size_schedule = read_schedule(self.block_size_schedule)
+        if self.block_size_schedule is not None and self.metric_for_best_model is not None:
+            raise ValueError(
+                f"`metric_for_best_model` must be None with `block_size_schedule`, as evaluations at different block "
+                f"sizes cannot be compared, but got {self.metric_for_best_model!r}; `load_best_model_at_end` and the "
+                f"scheduler `reduce_lr_on_plateau` set it to 'loss'"
+            )
         if self.noisy_copies < 1:
             raise ValueError(f"`noisy_copies` must be >= 1, but got {self.noisy_copies}")
         if not self.filler_weight >= 0:
