@@ -41,10 +41,21 @@ def load_model(path: str, device: str) -> tuple[HierBD3LMForBlockDiffusion, PreT
 
 
 def load_examples(args: CheckpointArguments, text_column: str | None = None) -> tuple[DataArguments, Dataset]:
-    """Load the examples; returns the data arguments (see [`find_data`]) and the examples."""
+    """Load the examples; returns the data arguments (see [`find_data`]) and the examples.
+
+    Raises:
+        ValueError: if the model was trained on a file that does not exist here.
+    """
     data_args = find_data(args, text_column)
     limit = NUM_SYNTHETIC if args.limit is None and data_args.dataset == SYNTHETIC else args.limit
-    return data_args, load_split(data_args, args.split, limit)
+    try:
+        return data_args, load_split(data_args, args.split, limit)
+    except FileNotFoundError as error:
+        if args.dataset is not None:
+            raise
+        raise ValueError(
+            f"`dataset` must be given for {args.model}, which was trained on {data_args.dataset}: that is not here"
+        ) from error
 
 
 def find_data(args: CheckpointArguments, text_column: str | None = None) -> DataArguments:

@@ -81,6 +81,15 @@ def test_a_model_without_saved_arguments_needs_a_dataset(checkpoint, tmp_path):
     assert find_data(EvaluationArguments(model=model, dataset="gsm8k")) == DataArguments(dataset="gsm8k")
 
 
+def test_a_model_whose_data_is_elsewhere_needs_a_dataset(checkpoint, tmp_path):
+    model = str(shutil.copytree(checkpoint, tmp_path / "model"))
+    DataArguments(dataset="data/problems.jsonl").save(model)
+    with pytest.raises(ValueError, match=f"`dataset` must be given for {model}, .* data/problems.jsonl: that is not"):
+        evaluate(EvaluationArguments(model=model, split="validation", **SETTINGS))
+    with pytest.raises(FileNotFoundError, match=r"data/others.jsonl"):
+        evaluate(EvaluationArguments(model=model, dataset="data/others.jsonl", **SETTINGS))
+
+
 @pytest.mark.parametrize(
     ("arguments", "name", "place"),
     [
