@@ -43,8 +43,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "bd3lm": {"algorithm": "bd3lm"},
     "hier": {},
 }
-# Suffix of a name: half of the steps use blocks of one token, the rest the recipe's blocks as in `make demo`, with two
-# noisy copies and half the learning rates.
+# Suffix of a name: half of the steps use blocks of one token, the rest the recipe's blocks with two noisy copies.
 TOKENS_FIRST = ", tokens first"
 ABLATIONS: dict[str, dict[str, Any]] = {  # at the base size only
     "bd3lm, blocks of 1": {"algorithm": "bd3lm", "block_size": 1},
@@ -114,7 +113,7 @@ class Run:
         python, folder = sys.executable, str(self.folder)
         limit = ["--limit", str(NUM_ANSWERS)] if self.data == "synthetic" else []
         commands = {
-            **{f"{part}trainer_state.json": self.training(part) for part in self.parts()},
+            "trainer_state.json": self.training(),
             "likelihood.json": [str(ROOT / "eval_ppl.py"), "--model", folder, "--num_draws", "4", *limit],
         }
         if self.algorithm != "ar":
@@ -125,18 +124,12 @@ class Run:
             commands["analysis/analysis.json"] = ["-m", module, "--model", folder, *limit]
         return {file: [python, *command] for file, command in commands.items()}
 
-    def parts(self) -> dict[str, int]:
-        """Return the subfolder and the steps of each part of the training."""
-        half = self.steps // 2
-        return {"tokens/": half, "": self.steps - half} if self.algorithm.endswith(TOKENS_FIRST) else {"": self.steps}
-
-    def training(self, part: str = "") -> list[str]:
+    def training(self) -> list[str]:
         """Return the command line of train.py, with the settings that differ from the recipe."""
-        steps = self.parts()[part]
-        settings: dict[str, Any] = {"output_dir": str(self.folder / part), "max_steps": steps, "seed": self.seed}
+        settings: dict[str, Any] = {"output_dir": str(self.folder), "max_steps": self.steps, "seed": self.seed}
         every = self.steps // NUM_EVALUATIONS
         settings |= {"eval_steps": every, "save_steps": min(every, MAX_SAVE_STEPS)}
-        settings |= {"resume_from_checkpoint": "last", "logging_steps": 50, "warmup_steps": steps // 20}
+        settings |= {"resume_from_checkpoint": "last", "logging_steps": 50, "warmup_steps": self.steps // 20}
         # the same for all: one noisy copy as for `ar`, and no clipping, which a single block for the answer forbids
         settings |= {"noisy_copies": 1, "plan_clip": [0, 1], "execution_clip": [0, 1]}
         if self.data == "synthetic":
@@ -149,13 +142,9 @@ class Run:
             settings |= {"block_size_schedule": "null"}
             settings |= {"num_train_examples": BATCH_SIZE * self.steps, "per_device_train_batch_size": BATCH_SIZE}
         settings |= ALGORITHMS.get(self.algorithm) or ABLATIONS.get(self.algorithm, {})
-        if part:
-            settings |= {"block_size": 1}
-        elif len(self.parts()) > 1:  # another seed, so that the order of examples differs
-            settings |= {"init_from": str(self.folder / "tokens"), "backbone": "null", "seed": self.seed + 1000}
-            recipe = yaml.safe_load(Path(self.recipe).read_text())
-            settings |= {name: rate / 2 for name, rate in recipe.items() if name.endswith("learning_rate")}
-            settings |= {"noisy_copies": 2}
+        if self.algorithm.endswith(TOKENS_FIRST):
+            block_size = yaml.safe_load(Path(self.recipe).read_text())["block_size"]
+            settings |= {"block_size_schedule": f"{{0: 1, 0.5: {block_size}}}", "noisy_copies": 2}
         return [str(ROOT / "train.py"), self.recipe, *as_flags(settings)]
 
     def finish(self, environment: dict[str, str]) -> dict[str, Any]:
@@ -165,13 +154,9 @@ class Run:
         for file, command in commands.items():
             self._make(file, command, environment)
         row = {column: self._read(file).get(entry) for column, (file, entry) in COLUMNS.items()}
-        row["curve"], first_step = [], 0
-        for part, steps in self.parts().items():
-            history = self._read(f"{part}trainer_state.json")["log_history"]
-            evaluations = [entry for entry in history if "eval_nll" in entry]
-            row["curve"] += [(first_step + entry["step"], entry["eval_nll"]) for entry in evaluations]
-            first_step += steps
-        row[TRAINING_TIME] = sum(self._read(f"{part}train_results.json")["train_runtime"] for part in self.parts())
+        history = self._read("trainer_state.json")["log_history"]
+        row["curve"] = [(entry["step"], entry["eval_nll"]) for entry in history if "eval_nll" in entry]
+        row[TRAINING_TIME] = self._read("train_results.json")["train_runtime"]
         if SAMPLER_FILE in commands:
             row["sampler"] = self._read(SAMPLER_FILE)["chosen"]
         if "analysis/analysis.json" in commands:

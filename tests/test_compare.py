@@ -36,21 +36,19 @@ def test_every_algorithm_runs_at_both_sizes_with_three_seeds_and_every_ablation_
 
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_of_every_run_are_those_of_training(name):
-    run, all_steps = make_run(name), 0
-    for part in run.parts():
-        model_args, data_args, args = parse_arguments(run.training(part)[1:])
-        fields = {"algorithm": "hier", "hierarchical_mask": True, "joint": False} | compare.ALGORITHMS.get(name, {})
-        fields |= compare.ABLATIONS.get(name, {})
-        config = HierBD3LMConfig(**model_args.config_fields())
-        assert {key: getattr(config, key) for key in ("algorithm", "hierarchical_mask", "joint")} == {
-            key: fields[key] for key in ("algorithm", "hierarchical_mask", "joint")
-        }
-        assert config.plan_clip == config.execution_clip == [0, 1]
-        copies = 2 if name.endswith(compare.TOKENS_FIRST) and not part else 1
-        assert (args.noisy_copies, args.resume_from_checkpoint) == (copies, "last")
-        assert data_args.num_train_examples == 100 * args.per_device_train_batch_size
-        all_steps += args.max_steps
-    assert all_steps == 100
+    model_args, data_args, args = parse_arguments(make_run(name).training()[1:])
+    fields = {"algorithm": "hier", "hierarchical_mask": True, "joint": False} | compare.ALGORITHMS.get(name, {})
+    fields |= compare.ABLATIONS.get(name, {})
+    config = HierBD3LMConfig(**model_args.config_fields())
+    assert {key: getattr(config, key) for key in ("algorithm", "hierarchical_mask", "joint")} == {
+        key: fields[key] for key in ("algorithm", "hierarchical_mask", "joint")
+    }
+    assert config.plan_clip == config.execution_clip == [0, 1]
+    is_growing = name.endswith(compare.TOKENS_FIRST)
+    assert (args.noisy_copies, args.resume_from_checkpoint) == (2 if is_growing else 1, "last")
+    assert args.block_size_schedule == ({0: 1, 0.5: 4} if is_growing else None)
+    assert data_args.num_train_examples == 100 * args.per_device_train_batch_size
+    assert args.max_steps == 100
 
 
 def test_runs_differ_in_nothing_but_what_is_compared():
@@ -61,17 +59,6 @@ def test_runs_differ_in_nothing_but_what_is_compared():
         added = [word for key, value in added.items() for word in (f"--{key}", str(value))]
         folder = str(make_run(name).folder)
         assert words == [folder if word == str(make_run().folder) else word for word in base] + added
-
-
-def test_blocks_of_a_token_come_first_where_the_name_says_so():
-    run = make_run(HIER_TOKENS_FIRST)
-    first, second = (parse_arguments(run.training(part)[1:]) for part in run.parts())
-    assert list(run.commands())[:2] == ["tokens/trainer_state.json", "trainer_state.json"]
-    assert (first[0].block_size, second[0].block_size) == (1, 4)
-    assert second[0].init_from == first[2].output_dir.rstrip("/")
-    assert first[2].seed != second[2].seed
-    assert second[2].learning_rate == first[2].learning_rate / 2
-    assert second[2].muon_learning_rate == first[2].muon_learning_rate / 2
 
 
 @pytest.mark.parametrize("name", ["hier", HIER_TOKENS_FIRST])
@@ -87,9 +74,8 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatc
         if file == fails:
             raise subprocess.CalledProcessError(1, command)
         written = {file: {"ppl": 1.5, "chosen": {"threshold": 0.9}}}
-        if file.endswith("trainer_state.json"):
-            part = file.removesuffix("trainer_state.json")
-            written = {file: history, f"{part}train_results.json": {"train_runtime": 2.0}}
+        if file == "trainer_state.json":
+            written = {file: history, "train_results.json": {"train_runtime": 2.0}}
         for name, content in written.items():
             path = run.folder / name
             path.parent.mkdir(exist_ok=True)
@@ -103,9 +89,8 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatc
     failed = files.index("eval/summary.json")
     assert called == [*files[: failed + 1], *files[failed:]]
     assert (row["PPL"], row["sampler"]) == (1.5, {"threshold": 0.9})
-    more = [(100, 2.0), (150, 1.0)] if name == HIER_TOKENS_FIRST else []
-    assert row["curve"] == [(50, 2.0), (100, 1.0), *more]
-    assert row["training s"] == 2.0 * len(run.parts())
+    assert row["curve"] == [(50, 2.0), (100, 1.0)]
+    assert row["training s"] == 2.0
 
 
 def test_a_sampler_is_chosen_before_any_answer_but_for_ar():
