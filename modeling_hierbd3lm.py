@@ -201,7 +201,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
                 Clean tokens of those positions. The output then holds the NLL of those at `logits_to_keep` and no
                 logits, which are computed in chunks and discarded.
         """
-        if "labels" in kwargs:
+        if kwargs.pop("labels", None) is not None:
             raise ValueError(
                 "`labels` must be left out of the batch, as `forward` has no loss: `HierBD3LMTrainer` trains on the "
                 "NELBO, and `evaluation.likelihood.measure_likelihood` measures it"
