@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.utils import logging
 
 from .denoising_hierbd3lm import Answer, BlockDenoiser, HierBD3LMGenerationOutput, never_written, stream
 from .masking_hierbd3lm import EXECUTION, PADDING, PLAN
-from .order_hierbd3lm import BlockOrder, CanvasSchedule, ends_part
+from .order_hierbd3lm import BlockOrder, CanvasSchedule, GivenTokens, ends_part
 from .samplers_hierbd3lm import Sampler, make_sampler
 from .settings_hierbd3lm import SAMPLERS_OF, SETTINGS, HierBD3LMGenerationConfig, read_foreign_names, resolve_settings
 
@@ -256,8 +257,20 @@ def read_inputs(
 
 
 def order_of(model: Any, settings: HierBD3LMGenerationConfig) -> BlockOrder:
-    """Return the order that these settings generate in: the model's, with their block size."""
-    return model.order if settings.block_size is None else model.order.with_block_size(settings.block_size)
+    """Return the order that these settings generate in: the model's, with their block size.
+
+    Raises:
+        ValueError: if a part is not a whole number of such blocks, or has only one possible block size.
+    """
+    order, block_size = model.order, settings.block_size
+    if block_size is None:
+        return order
+    lengths = [part.max_len for part in order.parts]
+    if order.is_autoregressive or order.is_joint:
+        raise ValueError(f"`block_size` must be None for autoregressive and joint models, but got {block_size}")
+    if any(length % block_size for length in lengths):
+        raise ValueError(f"`block_size` must divide the maximum lengths {lengths}, but got {block_size}")
+    return replace(order, parts=tuple(replace(part, block_size=block_size) for part in order.parts))
 
 
 def segment_limits(config: Any, order: BlockOrder, settings: HierBD3LMGenerationConfig) -> dict[int, int]:
@@ -320,11 +333,42 @@ def make_schedule(
     plan = (None, None)
     if plan_ids is not None:
         plan = lay_out_plan(config, order, plan_ids.to(device))
-    given = order.given_tokens(batch, device, *plan)
+    given = given_tokens(order, batch, device, *plan)
     question_lengths = attention_mask.bool().sum(dim=1)
     return CanvasSchedule(
         order, limits, written, given, question_lengths, settings.stage == "plan", settings.max_new_tokens
     )
+
+
+def given_tokens(
+    order: BlockOrder,
+    batch: int,
+    device: torch.device,
+    plan: torch.LongTensor | None = None,
+    plan_lengths: torch.LongTensor | None = None,
+) -> GivenTokens:
+    """Return the openers, and a plan where it is given.
+
+    Args:
+        plan (`torch.LongTensor` of shape `(batch, length)`, *optional*): with opener, `<|end|>` and filler.
+        plan_lengths (`torch.LongTensor` of shape `(batch,)`, *optional*): its tokens; the rest is padding.
+    """
+    length = 1 if plan is None else plan.shape[1] + 1
+    tokens = torch.full((batch, len(order.parts), length), order.mask_token_id, device=device)
+    lengths = torch.zeros(batch, len(order.parts), dtype=torch.long, device=device)
+    for number, part in enumerate(order.parts):
+        has_several = len(part.segments) > 1
+        if part.opener_token_id is not None:
+            tokens[:, number, 0] = part.opener_token_id
+        if plan is not None and PLAN in part.segments:
+            is_plan = torch.arange(length - 1, device=device) < plan_lengths[:, None]
+            tokens[:, number, :-1] = torch.where(is_plan, plan, order.mask_token_id)
+            lengths[:, number] = plan_lengths
+            if has_several:
+                tokens[:, number].scatter_(1, plan_lengths[:, None], order.execution_token_id)
+        if has_several:
+            lengths[:, number] += 1
+    return GivenTokens(tokens, lengths)
 
 
 def check_prompt(
@@ -347,9 +391,9 @@ def check_prompt(
     longest = int(attention_mask.sum(dim=1).amax()) if input_ids.numel() else 0
     if longest > config.question_len:
         raise ValueError(f"`input_ids` must have at most question_len={config.question_len} tokens, but got {longest}")
-    has_plan = PLAN in order.segments
-    if (settings.stage == "execution" and has_plan) != (plan_ids is not None):
-        model = "" if has_plan else " of a model without a plan (`plan_len=0`)"
+    plans = PLAN in order.segments
+    if (settings.stage == "execution" and plans) != (plan_ids is not None):
+        model = "" if plans else " of a model without a plan (`plan_len=0`)"
         raise ValueError(
             f"`plan_ids` must be given for stage='execution' of a model with a plan and for no other, but got "
             f"stage={settings.stage!r}{model} {'without' if plan_ids is None else 'with'} plan_ids"

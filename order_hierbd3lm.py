@@ -1,11 +1,10 @@
 """The order over blocks: which block a token belongs to, what a block may depend on and when it is denoised.
 
-A [`BlockOrder`] is made once from a configuration. Collator, mask, objective and denoiser read it; nothing else
-decides anything by the algorithm or by an ablation of the hierarchy. A [`CanvasSchedule`] follows the order through
-one call of `generate`.
+A [`BlockOrder`] is made once from a configuration. Collator, mask, objective and denoiser read it. A [`CanvasSchedule`]
+follows the order through one call of `generate`.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -92,19 +91,6 @@ class BlockOrder:
             is_autoregressive=config.algorithm == "ar",
         )
 
-    def with_block_size(self, block_size: int) -> "BlockOrder":
-        """Return this order with blocks of another size.
-
-        Raises:
-            ValueError: if a part is not a whole number of such blocks, or has only one possible block size.
-        """
-        lengths = [part.max_len for part in self.parts]
-        if self.is_autoregressive or self.is_joint:
-            raise ValueError(f"`block_size` must be None for autoregressive and joint models, but got {block_size}")
-        if any(length % block_size for length in lengths):
-            raise ValueError(f"`block_size` must divide the maximum lengths {lengths}, but got {block_size}")
-        return replace(self, parts=tuple(replace(part, block_size=block_size) for part in self.parts))
-
     @property
     def is_causal(self) -> bool:
         """True if every token depends on exactly the tokens before it: likelihood and loss need no noise."""
@@ -117,8 +103,6 @@ class BlockOrder:
     def segments(self) -> tuple[int, ...]:
         """Segments that an answer has."""
         return (PLAN, EXECUTION) if self.parts[0].opener_token_id == self.plan_token_id else (EXECUTION,)
-
-    # What depends on what
 
     @cached_property
     def dependencies(self) -> tuple[frozenset[int], ...]:
@@ -230,36 +214,6 @@ class BlockOrder:
 
     # Generation: what is denoised at the same time
 
-    def given_tokens(
-        self,
-        batch: int,
-        device: torch.device,
-        plan: torch.LongTensor | None = None,
-        plan_lengths: torch.LongTensor | None = None,
-    ) -> "GivenTokens":
-        """The openers, and a plan where it is given.
-
-        Args:
-            plan (`torch.LongTensor` of shape `(batch, length)`, *optional*): with opener, `<|end|>` and filler.
-            plan_lengths (`torch.LongTensor` of shape `(batch,)`, *optional*): its tokens; the rest is padding.
-        """
-        length = 1 if plan is None else plan.shape[1] + 1
-        tokens = torch.full((batch, len(self.parts), length), self.mask_token_id, device=device)
-        lengths = torch.zeros(batch, len(self.parts), dtype=torch.long, device=device)
-        for number, part in enumerate(self.parts):
-            has_several = len(part.segments) > 1
-            if part.opener_token_id is not None:
-                tokens[:, number, 0] = part.opener_token_id
-            if plan is not None and PLAN in part.segments:
-                is_plan = torch.arange(length - 1, device=device) < plan_lengths[:, None]
-                tokens[:, number, :-1] = torch.where(is_plan, plan, self.mask_token_id)
-                lengths[:, number] = plan_lengths
-                if has_several:
-                    tokens[:, number].scatter_(1, plan_lengths[:, None], self.execution_token_id)
-            if has_several:
-                lengths[:, number] += 1
-        return GivenTokens(tokens, lengths)
-
     @property
     def predicts_execution_opener(self) -> bool:
         """True if the model itself divides a part into plan and execution."""
@@ -332,12 +286,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class GivenTokens:
-    """What of the answer is known before the first block is denoised.
+    """The first `tokens`, `(batch, parts, length)`, of each part, as far as they are given (else the mask token).
 
-    Args:
-        tokens (`torch.LongTensor` of shape `(batch, parts, length)`): first tokens of each part; the mask token where
-            a token is not given.
-        lengths (`torch.LongTensor` of shape `(batch, parts)`): given tokens of each part, without an opener alone.
+    `lengths`, `(batch, parts)`, are their numbers, without an opener that is given alone.
     """
 
     tokens: torch.LongTensor
@@ -454,8 +405,8 @@ class CanvasSchedule:
             ends = ends & ends_part(tokens, inside, awaits_end, self.order.execution_token_id)
         if len(self.widths) == 1:
             return inside & (ends.cumsum(dim=1) > 0)
-        behind = [slot.cumsum(dim=1) > 0 for slot in ends.split(self.widths, dim=1)]
-        return inside & torch.cat(behind, dim=1)
+        after = [slot.cumsum(dim=1) > 0 for slot in ends.split(self.widths, dim=1)]
+        return inside & torch.cat(after, dim=1)
 
     def advance(
         self, done: torch.BoolTensor, tokens: torch.LongTensor, inside: torch.BoolTensor, after_end: torch.BoolTensor

@@ -179,7 +179,7 @@ def fold_modulation(weights: Weights, num_heads: int) -> dict[str, torch.Tensor]
 
 
 def add_openers(weights: Weights, bos_token_id: int) -> dict[str, torch.Tensor]:
-    """Adds two tokens behind the mask, which are read as the BOS token is and have probability 0."""
+    """Adds two tokens after the mask, which are read as the BOS token is and have probability 0."""
     embedding, head, bias = (weights[name] for name in ("gpt_neox.embed_in.weight", "lm_head.weight", "lm_head.bias"))
     return dict(weights) | {
         "gpt_neox.embed_in.weight": torch.cat([embedding, embedding[[bos_token_id] * 2]]),

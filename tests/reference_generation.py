@@ -106,7 +106,7 @@ class SlowDenoiser:
         return written
 
     def _denoise_block(self, block):
-        """A finished block: everything behind its first `<|end|>` is `<|end|>`."""
+        """A finished block: everything after its first `<|end|>` is `<|end|>`."""
         ranks = self._reveal_ranks(len(block))
         while self.config.mask_token_id in block:
             masked = [place for place, token in enumerate(block) if token == self.config.mask_token_id]

@@ -108,7 +108,7 @@ def test_blocks_of_bd3lm_may_cross_the_edge_of_a_segment():
 
 
 def reference_tokens(example, config):
-    """(id, segment, block, position, label) of the tokens behind the question, one after the other."""
+    """(id, segment, block, position, label) of the tokens after the question, one after the other."""
     tokens, count = [], len(example["question_ids"])
 
     def write(token, segment, label):

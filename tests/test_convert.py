@@ -28,7 +28,7 @@ from .tiny_tokenizer import make_config_for, make_tokenizer
 
 NUM_HEADS, HIDDEN, CONDITION, FREQUENCIES, NUM_BLOCKS = 4, 32, 12, 16, 2
 NUM_WORDS = 30
-TEXT_END, MASK = NUM_WORDS, NUM_WORDS + 1  # `<|endoftext|>`, BOS and EOS at once, and the mask behind the vocabulary
+TEXT_END, MASK = NUM_WORDS, NUM_WORDS + 1  # `<|endoftext|>`, BOS and EOS at once, and the mask after the vocabulary
 VOCAB_SIZE = NUM_WORDS + 2
 SHAPES = {
     "vocab_embed.embedding": (VOCAB_SIZE, HIDDEN),

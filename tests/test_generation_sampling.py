@@ -56,7 +56,7 @@ def exact_pair_distributions():
 
 
 def mixture(forward, backward, at_once):
-    """What comes out when the three happen with these probabilities; behind an `<|end|>` there is `<|end|>`."""
+    """What comes out when the three happen with these probabilities; after an `<|end|>` there is `<|end|>`."""
     exact = exact_pair_distributions()
     joint = forward * exact["forward"] + backward * exact["backward"] + at_once * exact["at_once"]
     joint[END], joint[END, END] = 0.0, joint[END].sum()

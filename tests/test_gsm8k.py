@@ -390,7 +390,7 @@ def plan_numbers(plan):
 
 
 def computed_numbers(solution):
-    """What a solution finds out: results of annotations, numbers behind a `=` and of equations without a result."""
+    """What a solution finds out: results of annotations, numbers after a `=` and of equations without a result."""
     body, _, answer = solution.partition("####")
     results = re.findall(r"=\s*-?([\d.]+)>>", body)
     results += re.findall(r"=\s*-?[$€£]?([\d,]*\.?\d+)", re.sub("<<.*?>>", "", body))

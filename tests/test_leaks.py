@@ -45,7 +45,7 @@ def block_of(column: int) -> int:
 
 
 def noise(x0, segment_ids, config, seed=1):
-    """About half of the tokens behind the question masked; the rest are other tokens than x0, to tell the streams."""
+    """About half of the tokens after the question masked; the rest are other tokens than x0, to tell the streams."""
     generator = torch.Generator().manual_seed(seed)
     xt = torch.randint(FIRST_CONTENT_ID, config.vocab_size, x0.shape, generator=generator)
     masked = torch.rand(x0.shape, generator=generator) < 0.5

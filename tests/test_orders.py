@@ -38,7 +38,7 @@ def speaker(name, **overrides):
 
 
 class SlowFlatDenoiser(SlowDenoiser):
-    """One run of blocks behind the question; it ends at the first <|end|> behind <|execution|>."""
+    """One run of blocks after the question; it ends at the first <|end|> after <|execution|>."""
 
     def run(self, question, plan):
         config, stage = self.config, self.settings["stage"]
@@ -210,7 +210,7 @@ def check_against_reference(model, question, plan, **settings):
 
 
 def check_against_sequential_reference(model, output, question, plan, settings):
-    """A given plan is context, whole, to an execution that is denoised behind it."""
+    """A given plan is context, whole, to an execution that is denoised after it."""
     slow = SlowDenoiser(model, settings).run(question, plan)
     assert output.sequences[0].tolist() == slow.sequence, settings
     assert tokens_of(output.execution[0]) == slow.execution, settings

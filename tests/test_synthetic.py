@@ -130,7 +130,7 @@ def needed(facts, name):
 
 
 def read_skeleton(facts, name):
-    """The expression behind `name`, written out to the given numbers, sums in any order."""
+    """The expression after `name`, written out to the given numbers, sums in any order."""
     symbol, others, number = facts[name]
     return f"({symbol} {number} {sorted(read_skeleton(facts, other) for other in others)})"
 
