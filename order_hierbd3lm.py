@@ -1,7 +1,7 @@
 """The order over blocks: which block a token belongs to, what a block may depend on and when it is denoised.
 
-A [`BlockOrder`] is made once from a configuration. Collator, mask, objective and denoiser read it. A [`CanvasSchedule`]
-follows the order through one call of `generate`.
+A [`BlockOrder`] is made once from a configuration. Collator, mask, objective and denoiser read it. [`CanvasSchedule`]
+follows it through one call of `generate`.
 """
 
 from dataclasses import dataclass, fields
