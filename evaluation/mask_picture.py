@@ -217,10 +217,10 @@ def parse_arguments(argv: Sequence[str] | None = None, prog: str | None = None) 
         prog=prog or "python -m hierbd3lm.evaluation.mask_picture",
         description="Draw the training mask of fixed lengths.",
     )
-    parser.add_argument("--question-len", type=int, default=16, help="tokens of the question (default: %(default)s)")
-    parser.add_argument("--plan-len", type=int, default=16, help="tokens of the plan (default: %(default)s)")
-    parser.add_argument("--execution-len", type=int, default=32, help="tokens of the execution (default: %(default)s)")
-    parser.add_argument("--block-size", type=int, default=4, help="tokens of a block (default: %(default)s)")
+    for name, default in (("question-len", 16), ("plan-len", 16), ("execution-len", 32), ("block-size", 4)):
+        what = f"tokens of the {name.removesuffix('-len')}" if name.endswith("-len") else "tokens of a block"
+        flags = f"--{name}", f"--{name.replace('-', '_')}"
+        parser.add_argument(*flags, type=int, default=default, help=f"{what} (default: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, help="image file to write; without it, text is printed")
     return parser.parse_args(argv)
 

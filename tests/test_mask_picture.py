@@ -14,6 +14,7 @@ from hierbd3lm.evaluation.mask_picture import (
     OWN_NOISY,
     draw_image,
     main,
+    parse_arguments,
     picture_mask,
     text_diagram,
 )
@@ -180,3 +181,9 @@ def test_command_says_what_is_wrong_in_one_line(arguments, message):
 def test_importing_the_picture_imports_no_matplotlib():
     code = "import sys, hierbd3lm.evaluation.mask_picture; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_flags_may_be_written_like_the_names_in_messages():
+    words = [f"--{word[2:].replace('-', '_')}" if word.startswith("--") else word for word in SMALL_ARGUMENTS]
+    assert words[0] == "--question_len"
+    assert parse_arguments(words) == parse_arguments(SMALL_ARGUMENTS)
