@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
 from ..data.collator import collate_questions, encode_example, has_special_token, over_long_segments
-from ..data.gsm8k.answers import INVALID, extract_strict, normalize, parse_number, reference_answer
+from ..data.gsm8k.answers import parse_number, reference_answer
 from ..data.tokenization import count_unknown
 
 logger = logging.get_logger(__name__)
@@ -127,9 +127,12 @@ def _reference_answer(row: Mapping[str, Any]) -> str:
 
 def _contradicts(execution: str | None, answer: str) -> bool:
     """Return True if an execution ends with another answer than the given one."""
-    written = extract_strict(execution or "")
+    try:
+        written = reference_answer(execution or "")
+    except ValueError:
+        return False
     values = parse_number(written), parse_number(answer)
-    return written != INVALID and normalize(written) != answer and (None in values or values[0] != values[1])
+    return written != answer and (None in values or values[0] != values[1])
 
 
 def encode_prompt(

@@ -124,7 +124,7 @@ def test_column_of_answers_is_the_reference(answer, expected):
 def test_answers_that_differ_from_the_execution_are_counted(monkeypatch):
     messages = []
     monkeypatch.setattr(prompts.logger, "warning", messages.append)
-    executions = ["#### 1", "#### 1.0", "a #### 2", "no answer", "", "#### 3"]
+    executions = ["#### 1", "#### 1.0", "a #### 1\n#### 2", "no answer", "", "#### one"]
     read([{"question": "a", "execution": execution, "answer": "1"} for execution in executions])
     assert [message[:84] for message in messages] == [
         "`answer` differs from the answer of `execution` in 2 of 6 rows, the first is row 2: "

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 
 
 def check_flags(argv: Sequence[str]) -> None:
-    """Raise a ValueError for a flag of chats with `--model hierbd3lm`, which is trained on bare questions."""
+    """Raise a ValueError for a flag of chats with `--model hierbd3lm`, which renders questions as in training."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", "-M")
     flags = {argument.partition("=")[0] for argument in argv} & set(CHAT_FLAGS)

@@ -37,7 +37,7 @@ LIKELIHOOD_PLANS = ("generated", "empty")
 OTHER_SETTINGS = ("stage", "temperature", "top_p", "seed")
 GENERATION_SETTINGS = tuple(name for name in SETTINGS if name not in OTHER_SETTINGS)
 UNANSWERED = ("num_too_long_questions", "num_questions_with_special_tokens")
-NO_CHAT = "`apply_chat_template` must be False for hierbd3lm, which is trained on bare questions, but got True"
+NO_CHAT = "`apply_chat_template` must be False for hierbd3lm, which renders questions as in training, but got True"
 GENERATION_KWARGS = ("until", "do_sample", "temperature", "top_p", "max_gen_toks")
 
 Question = tuple[int, ...]
