@@ -25,6 +25,7 @@ import yaml
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
+from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.data.arguments import check_at_least
 
 from .measure import RESULTS, as_flags, describe_machine, make_parser
@@ -143,7 +144,8 @@ class Run:
             settings |= {"num_train_examples": BATCH_SIZE * self.steps, "per_device_train_batch_size": BATCH_SIZE}
         settings |= ALGORITHMS.get(self.algorithm) or ABLATIONS.get(self.algorithm, {})
         if self.algorithm.endswith(TOKENS_FIRST):
-            block_size = yaml.safe_load(Path(self.recipe).read_text())["block_size"]
+            recipe = yaml.safe_load(Path(self.recipe).read_text())
+            block_size = recipe.get("block_size", HierBD3LMConfig().plan_block_size)
             settings |= {"block_size_schedule": f"{{0: 1, 0.5: {block_size}}}", "noisy_copies": 2}
         return [str(ROOT / "train.py"), self.recipe, *as_flags(settings)]
 
@@ -286,7 +288,7 @@ problems relative to `ar`, eager and with `compile_steps`; model and `ar` answer
 same time. `ar` generates with transformers and its default cache, not compiled. The others use the sampler
 `confidence` with the order and the confidence threshold that were best on the validation split
 (`python -m hierbd3lm.benchmarks.sampler`; the chosen settings are in the JSON file). "Tokens first" marks runs that
-take half of their steps in blocks of one token, and the rest with two noisy copies at half the learning rates.
+take half of their steps in blocks of one token, and the rest with two noisy copies.
 
 {table}
 

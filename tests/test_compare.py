@@ -51,6 +51,12 @@ def test_settings_of_every_run_are_those_of_training(name):
     assert args.max_steps == 100
 
 
+def test_blocks_grow_to_the_default_where_the_recipe_has_none(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("plan_len: 32\nexecution_len: 48\n")
+    run = compare.Run(HIER_TOKENS_FIRST, "base", 0, 100, "gsm8k", str(tmp_path / "recipe.yaml"))
+    assert parse_arguments(run.training()[1:])[2].block_size_schedule == {0: 1, 0.5: 16}
+
+
 def test_runs_differ_in_nothing_but_what_is_compared():
     settings = {name: make_run(name).training() for name in NAMES if not name.endswith(compare.TOKENS_FIRST)}
     base = settings["hier"]
