@@ -146,7 +146,7 @@ def test_blocks_of_one_token_need_no_noisy_copies(tmp_path, draws):
         make_trainer(tmp_path, make_model(block_size=1), noisy_copies=3)
 
 
-def test_clip_intervals_are_searched_anew_for_every_block_size(tmp_path, draws):
+def test_every_block_size_has_clip_intervals_of_its_own(tmp_path, draws):
     settings = {"clip_search": [0.5], "clip_search_levels": 4, "eval_strategy": "steps", "eval_steps": 2}
     trainer = make_trainer(tmp_path, num_examples=8, block_size_schedule=GROWTH, max_steps=7, **settings)
     clips = []

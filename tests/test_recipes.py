@@ -231,7 +231,7 @@ from torch.distributed.tensor import DTensor
 
 class Trainer(trainer.HierBD3LMTrainer):
     def __init__(self, *args, **kwargs):
-        # accelerate shards on GPUs alone: it is told that it has some, and goes on with the CPUs that it has
+        # accelerate shards on GPUs alone: it is told that there are some, and continues with the CPUs
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         super().__init__(*args, **kwargs)
         assert self.accelerator.is_fsdp2 and self.accelerator.num_processes == 2 and self.args.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""The command line of training: what it reads, what it leaves behind, and where it goes on."""
+"""The command line of training: settings, files that a run leaves, and resumption."""
 
 import json
 import logging
@@ -136,7 +136,7 @@ def test_a_run_leaves_a_checkpoint_that_says_what_it_was_trained_on(tmp_path, mo
     assert (out / "modeling_hierbd3lm.py").is_file()
 
 
-def test_a_new_run_does_not_mix_with_an_old_one_and_last_goes_on(tmp_path, monkeypatch):
+def test_a_new_run_does_not_mix_with_an_old_one_and_last_resumes_it(tmp_path, monkeypatch):
     whole = write_config(tmp_path, output_dir=str(tmp_path / "whole"))
     run(monkeypatch, whole)
     config = write_config(tmp_path)
@@ -168,7 +168,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_pa
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_an_autoregressive_checkpoint_is_converted_and_gone_on_with(tmp_path, monkeypatch):
+def test_an_autoregressive_checkpoint_is_converted_and_trained_further(tmp_path, monkeypatch):
     tokenizer = make_tokenizer()
     backbone = Qwen3Config(vocab_size=len(tokenizer), **TINY["backbone"])
     Qwen3ForCausalLM(backbone).save_pretrained(tmp_path / "ar")
