@@ -81,7 +81,7 @@ class HierBD3LMGenerationMixin:
         settings = resolve_settings(settings, {"stage": check_stage(order, settings.stage)})
         # 2. The prompt: the question, and the plan if it is given
         if attention_mask is None:
-            attention_mask = input_ids != self.config.pad_token_id
+            attention_mask = mask_of_padding(input_ids, self.config.pad_token_id)
         check_prompt(self.config, order, settings, input_ids, attention_mask, plan_ids, streamer)
         schedule = make_schedule(self.config, order, settings, attention_mask, plan_ids)
         # 3. Denoise until every row has ended
@@ -340,6 +340,18 @@ def make_schedule(
     )
 
 
+def mask_of_padding(input_ids: torch.LongTensor, pad_token_id: int) -> torch.BoolTensor:
+    """Return the mask of questions that come without one, `(batch, length)`, with a warning where it is a guess."""
+    is_real = input_ids != pad_token_id
+    started, ends = is_real.cumsum(dim=1) > 0, is_real.flip(1).cumsum(dim=1).flip(1) == 0
+    if (started & ~ends & ~is_real).any():
+        logger.warning_once(
+            f"`input_ids` has pad tokens ({pad_token_id}) inside a question, which are read as padding: pass the "
+            "tokenizer's `attention_mask`"
+        )
+    return is_real
+
+
 def given_tokens(
     order: BlockOrder,
     batch: int,
@@ -391,6 +403,10 @@ def check_prompt(
     longest = int(attention_mask.sum(dim=1).amax()) if input_ids.numel() else 0
     if longest > config.question_len:
         raise ValueError(f"`input_ids` must have at most question_len={config.question_len} tokens, but got {longest}")
+    for role in ("mask", "plan", "execution", "end"):
+        token_id = getattr(config, f"{role}_token_id")
+        if found := ((input_ids == token_id) & attention_mask.bool()).any(dim=1).nonzero().flatten().tolist():
+            raise ValueError(f"`input_ids` must not contain the {role} token ({token_id}), but row {found[0]} does")
     plans = PLAN in order.segments
     if (settings.stage == "execution" and plans) != (plan_ids is not None):
         model = "" if plans else " of a model without a plan (`plan_len=0`)"

@@ -48,3 +48,22 @@ def test_a_seed_that_torch_does_not_take_is_refused(model, seed):
     with pytest.raises(ValueError, match="`seed` must be an integer >= 0 or None, below 2"):
         model.generate(IDS, temperature=0.5, seed=seed)
     model.generate(IDS, temperature=0.5, seed=2**63 - 1)
+
+
+@pytest.mark.parametrize("role", ["mask", "plan", "execution", "end"])
+def test_a_question_that_holds_structure_is_refused(model, role):
+    token_id = getattr(model.config, f"{role}_token_id")
+    questions = torch.tensor([[5, 6, 7], [5, token_id, 7]])
+    with pytest.raises(ValueError, match=rf"must not contain the {role} token \({token_id}\), but row 1 does"):
+        model.generate(questions, attention_mask=torch.ones_like(questions))
+
+
+def test_a_pad_token_inside_a_question_is_a_guess_that_is_said(model, capture_warnings):
+    pad = model.config.pad_token_id
+    model.generate(torch.tensor([[pad, 5, 6, pad]]))
+    assert not capture_warnings
+    without_mask = model.generate(torch.tensor([[5, pad, 7]]))
+    assert ["pass the tokenizer's `attention_mask`" in line for line in capture_warnings] == [True]
+    question = torch.tensor([[5, pad, 7]])
+    as_padding = model.generate(question, attention_mask=torch.tensor([[1, 0, 1]]))
+    assert without_mask.sequences.tolist() == as_padding.sequences.tolist()
