@@ -1,4 +1,4 @@
-"""The backbones that the model can have: how they are loaded, and the checks that they obey mask and positions."""
+"""The backbones that are possible: loading, and checks that they obey the mask and the positions."""
 
 import inspect
 import os

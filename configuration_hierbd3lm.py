@@ -274,7 +274,7 @@ class HierBD3LMConfig(PreTrainedConfig):
         return value
 
     def _needed_block_size(self, name: str) -> int | None:
-        """The only block size that the algorithm can have, or None."""
+        """Return the only block size that the algorithm can have, or None."""
         if self.algorithm in ("mdlm", "sedd"):
             return self.plan_len + self.execution_len
         if self.algorithm == "ar":

@@ -10,7 +10,7 @@ PROG = "hierbd3lm"
 
 
 class Command(NamedTuple):
-    """A command line: where it is, as `module:function` of this package, and what it does."""
+    """A command line: its place in this package, as `module:function`, and its help text."""
 
     target: str
     help: str
@@ -30,7 +30,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Hands `COMMAND [argument ...]` over to the command's own `main`."""
+    """Run `COMMAND [argument ...]` by the command's own `main`."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(format_help())
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def format_help() -> str:
-    """The table of commands."""
+    """Return the table of commands."""
     rows = [f"  {name:<9}{command.help}" for name, command in COMMANDS.items()]
     usage = f"usage: {PROG} COMMAND [--setting value ...]"
     return "\n".join([usage, "", "commands:", *rows, "", f"`{PROG} COMMAND --help` lists a command's settings."])

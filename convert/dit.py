@@ -41,7 +41,7 @@ BLOCK_NAMES = (
     *(f"{layer}.weight" for layer in ("norm1", "attn_qkv", "attn_out", "norm2")),
     *(f"{layer}.{kind}" for layer in ("mlp.0", "mlp.2", "adaLN_modulation") for kind in ("weight", "bias")),
 )
-# What a checkpoint may store besides: frequencies, the training mask, and the bounds of the noise at training's end.
+# Other tensors of a checkpoint: frequencies, the training mask, and the bounds of the noise at the end of training.
 BUFFERS = {"rotary_emb.inv_freq", "block_diff_mask", "sampling_eps_min", "sampling_eps_max"}
 
 TEXT_TOKENS = [SPECIAL_TOKENS[role] for role in ("mask", "plan", "execution")]  # in the order of their ids
@@ -50,14 +50,14 @@ NEVER = -1e4  # a logit whose probability is 0 in every floating-point type, and
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """What is read of a published checkpoint.
+    """Weights and settings of a published checkpoint.
 
     Args:
         weights: by their published names, without `PREFIX`.
         num_heads: attention heads.
         block_size: tokens that are denoised together; `length` for MDLM.
         length: tokens of a text in training.
-        buffers: names of what the checkpoint stores besides and the converted model does not need.
+        buffers: names of stored tensors that the converted model does not need.
     """
 
     weights: Weights
@@ -68,7 +68,7 @@ class PublishedModel:
 
 
 def read_published(source: str | os.PathLike, **download: Any) -> PublishedModel:
-    """Reads a checkpoint without running the code that it brings.
+    """Read a checkpoint without running its code.
 
     Args:
         source: folder or Hub id, with `config.json` and `model.safetensors` or `pytorch_model.bin`.
@@ -95,7 +95,7 @@ def read_published(source: str | os.PathLike, **download: Any) -> PublishedModel
 
 
 def convert(published: PublishedModel, tokenizer: PreTrainedTokenizerBase) -> HierBD3LMForBlockDiffusion:
-    """A model of this package with the same distribution over texts, in evaluation mode.
+    """Return a model of this package with the same distribution over texts, in evaluation mode.
 
     Args:
         tokenizer: the checkpoint's, whose last id is that before the mask token's. It gets `<|mask|>`, `<|plan|>` and
@@ -128,7 +128,7 @@ def convert(published: PublishedModel, tokenizer: PreTrainedTokenizerBase) -> Hi
 def convert_checkpoint(
     source: str, output_dir: str, tokenizer: str = "gpt2", revision: str | None = None
 ) -> tuple[HierBD3LMForBlockDiffusion, PublishedModel]:
-    """Converts a checkpoint and saves it with its tokenizer.
+    """Convert a checkpoint and save it with its tokenizer.
 
     Args:
         source, tokenizer: folders or Hub ids.
@@ -143,7 +143,7 @@ def convert_checkpoint(
 
 
 def constant_condition(weights: Weights) -> torch.Tensor:
-    """What every modulation is a function of, at sigma = 0: `torch.DoubleTensor` of shape `(condition_size,)`.
+    """Return the condition of every modulation at sigma = 0: `torch.DoubleTensor` of shape `(condition_size,)`.
 
     The embedding of sigma is the cosines and then the sines of its multiples: ones, then zeros.
     """
@@ -157,7 +157,7 @@ def constant_condition(weights: Weights) -> torch.Tensor:
 
 
 def fold_modulation(weights: Weights, num_heads: int) -> dict[str, torch.Tensor]:
-    """The weights of a [`HierBD3LMDiTForCausalLM`] that computes what the published ones do at sigma = 0.
+    """Return the weights of a [`HierBD3LMDiTForCausalLM`] that computes what the published ones do at sigma = 0.
 
     In double precision until the end, where they are rounded to the published dtype.
     """
@@ -179,7 +179,7 @@ def fold_modulation(weights: Weights, num_heads: int) -> dict[str, torch.Tensor]
 
 
 def add_openers(weights: Weights, bos_token_id: int) -> dict[str, torch.Tensor]:
-    """Adds two tokens after the mask, which are read as the BOS token is and have probability 0."""
+    """Add two tokens after the mask, which are read as the BOS token is and have probability 0."""
     embedding, head, bias = (weights[name] for name in ("gpt_neox.embed_in.weight", "lm_head.weight", "lm_head.bias"))
     return dict(weights) | {
         "gpt_neox.embed_in.weight": torch.cat([embedding, embedding[[bos_token_id] * 2]]),
@@ -211,7 +211,7 @@ def _modulation(weights: Weights, prefix: str, condition: torch.Tensor) -> torch
 
 
 def _by_head(projection: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of queries, keys and values of all heads become those of the first head, the second, ..."""
+    """Reorder the rows: queries, keys and values of all heads become those of the first head, the second, ..."""
     return projection.unflatten(0, (3, num_heads, -1)).transpose(0, 1).flatten(0, 2)
 
 

@@ -9,7 +9,7 @@ from transformers import HfArgumentParser
 
 @dataclass
 class ConversionArguments:
-    """What is converted, and where to."""
+    """Source and target of a conversion."""
 
     source: str = field(
         metadata={"help": "Folder or Hub id, such as kuleshov-group/bd3lm-owt-block_size4 or kuleshov-group/mdlm-owt."}
@@ -20,7 +20,7 @@ class ConversionArguments:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parses, converts, saves, prints."""
+    """Parse the arguments, convert, save and report."""
     parser = HfArgumentParser(ConversionArguments, prog=prog)
     args = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)[0]
 
