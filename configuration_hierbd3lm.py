@@ -242,9 +242,9 @@ class HierBD3LMConfig(PreTrainedConfig):
             _check_integer(name, getattr(self, name), low, None, or_zero=name == "plan_len")
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"`algorithm` must be one of {', '.join(ALGORITHMS)}, but got {self.algorithm!r}")
-        for name, default in (("hierarchical_mask", True), ("joint", False)):
+        for name, default in (("hierarchical_mask", True), ("joint", False), ("chat_template", None)):
             value = getattr(self, name)
-            needs_default = self.is_flat or not self.has_plan
+            needs_default = default is not None and (self.is_flat or not self.has_plan)
             if not isinstance(value, bool) or (needs_default and value is not default):
                 setting = f"algorithm={self.algorithm!r}" if self.is_flat else "plan_len=0"
                 accepted = f"{default} for {setting}" if needs_default else "True or False"

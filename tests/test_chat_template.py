@@ -144,6 +144,15 @@ def test_model_from_scratch_has_no_template_unless_told_to(tokenizer):
         assert make_model(arguments, tokenizer).config.chat_template == expected
 
 
+@pytest.mark.parametrize("fields", [{}, {"algorithm": "ar"}, {"plan_len": 0}])
+def test_field_of_the_configuration_is_true_or_false(fields):
+    for value in (True, False):
+        assert HierBD3LMConfig(chat_template=value, **fields).chat_template is value
+    for value in ("false", None, 1):
+        with pytest.raises(ValueError, match=f"`chat_template` must be True or False, but got {value!r}"):
+            HierBD3LMConfig(chat_template=value, **fields)
+
+
 def test_other_choice_is_refused():
     with pytest.raises(ValueError, match="`chat_template` must be one of true, false, auto, but got 'yes'"):
         ModelArguments(chat_template="yes")
