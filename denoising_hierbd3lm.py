@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer, TextStreamer
 from transformers.utils import ModelOutput
 
 from .cache_hierbd3lm import BlockCache
-from .diffusion_hierbd3lm import SCHEDULES
+from .diffusion_hierbd3lm import SCHEDULES, widest_dtype
 from .masking_hierbd3lm import CLEAN, EXECUTION, NOISY, PADDING, PLAN, TokenLayout
 from .order_hierbd3lm import BlockOrder, CanvasSchedule
 from .samplers_hierbd3lm import Sampler, draw_tokens
@@ -326,11 +326,11 @@ class BlockDenoiser:
 
     def _quantiles(self) -> torch.DoubleTensor:
         """Where in [0, 1) each token's time lies among all times: evenly spaced from left to right if greedy."""
-        shape = len(self.rows.index), self.width
+        shape, dtype = (len(self.rows.index), self.width), widest_dtype(self.device)
         if self.settings.temperature > 0:
-            return torch.rand(shape, generator=self.generator, device=self.device, dtype=torch.float64)
+            return torch.rand(shape, generator=self.generator, device=self.device, dtype=dtype)
         columns = torch.arange(self.width, device=self.device)
-        return (1 - (columns + 0.5) / self.schedule.canvas_sizes[:, None]).double().expand(shape).clamp(min=0)
+        return (1 - (columns + 0.5) / self.schedule.canvas_sizes[:, None]).to(dtype).expand(shape).clamp(min=0)
 
     def _drop_padding(self) -> None:
         """Drop pending columns that no row uses, such as those of rows that have left."""

@@ -24,6 +24,12 @@ import torch.nn.functional as F
 
 ESTIMATORS = ("stratified", "bernoulli")
 MAX_EXACT_BLOCK_SIZE = 8
+WITHOUT_FLOAT64 = {"mps"}  # types of devices
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 for a device that has no float64, such as a Mac's."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 @dataclass(frozen=True)
@@ -199,14 +205,16 @@ def bernoulli_mask(
 
 def rank_in_block(blocks: Blocks, generator: torch.Generator | None = None) -> torch.Tensor:
     """A uniformly random order of each block's maskable tokens: `torch.LongTensor` of shape `(batch, length)`."""
-    scores = torch.rand(blocks.slot.shape, generator=generator, device=blocks.slot.device, dtype=torch.float64)
+    device = blocks.slot.device
+    scores = torch.rand(blocks.slot.shape, generator=generator, device=device, dtype=widest_dtype(device))
     return _rank_by(scores, blocks)
 
 
 def _rank_by(scores: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     """Rank of each maskable token among those of its block by `scores` in [0, 1); equal ones as they stand."""
-    keys = torch.where(blocks.maskable, blocks.slot + scores, float("inf")).flatten()
-    order = keys.argsort(stable=True)
+    slots = torch.where(blocks.maskable, blocks.slot, blocks.size.numel()).flatten()
+    order = scores.flatten().argsort(stable=True)
+    order = order[slots[order].argsort(stable=True)]
     before = blocks.size.cumsum(0) - blocks.size  # maskable tokens in the slots before
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
@@ -312,9 +320,9 @@ def exact_nelbo(
     largest = int(blocks.size.max())
     if largest > MAX_EXACT_BLOCK_SIZE:
         raise ValueError(f"`block_ids` must have blocks of at most {MAX_EXACT_BLOCK_SIZE} tokens, got {largest}")
-    size = blocks.size[blocks.slot].double()
+    size = blocks.size[blocks.slot].to(widest_dtype(block_ids.device))
     place = _place_in_block(blocks)
-    share = torch.zeros(block_ids.shape, dtype=torch.float64, device=block_ids.device)
+    share = torch.zeros_like(size)
     for pattern in _patterns(largest, block_ids.device):
         # A pattern that reaches past the end of a smaller block is not one of that block's masks.
         fits = size > pattern.nonzero().max()
@@ -323,7 +331,7 @@ def exact_nelbo(
             count = pattern.sum()
             log_masks = torch.lgamma(size + 1) - torch.lgamma(count + 1.0) - torch.lgamma(size - count + 1)
             weights = torch.exp(-log_masks) / count
-            share[masked] += weights[masked] * nll_of_mask(masked).double()
+            share[masked] += weights[masked] * nll_of_mask(masked).to(share.dtype)
     return share
 
 
@@ -335,4 +343,4 @@ def _patterns(length: int, device: torch.device) -> Iterator[torch.Tensor]:
 
 def _place_in_block(blocks: Blocks) -> torch.Tensor:
     """0, 1, ... for the maskable tokens of each block in the order in which they stand."""
-    return _rank_by(torch.zeros(blocks.slot.shape, dtype=torch.float64, device=blocks.slot.device), blocks)
+    return _rank_by(torch.zeros(blocks.slot.shape, device=blocks.slot.device), blocks)

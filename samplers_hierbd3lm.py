@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from .diffusion_hierbd3lm import NoiseSchedule
+from .diffusion_hierbd3lm import NoiseSchedule, widest_dtype
 
 
 @dataclass(frozen=True)
@@ -174,13 +174,13 @@ def draw_tokens(
 ) -> torch.LongTensor:
     """Draw one token for each row of `logits` of shape `(num_tokens, vocab_size)`; greedy at temperature 0.
 
-    By the Gumbel-max trick in float64: in float32 the noise is truncated, which lowers the temperature unnoticed
-    (Zheng et al. 2024, section 4).
+    By the Gumbel-max trick in float64, where the device has it: in float32 the noise is truncated, which lowers the
+    temperature unnoticed (Zheng et al. 2024, section 4).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    scores = TemperatureLogitsWarper(float(temperature))(None, logits.double())
+    scores = TemperatureLogitsWarper(float(temperature))(None, logits.to(widest_dtype(logits.device)))
     if top_p < 1:
         scores = TopPLogitsWarper(float(top_p))(None, scores)
-    uniform = torch.rand(scores.shape, generator=generator, device=scores.device, dtype=torch.float64)
+    uniform = torch.rand(scores.shape, generator=generator, device=scores.device, dtype=scores.dtype)
     return (scores - torch.log(-torch.log(uniform))).argmax(dim=-1)

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
 from ..data.collator import ID_KEYS, HierarchicalDataCollator, counted_tokens
+from ..diffusion_hierbd3lm import widest_dtype
 from ..masking_hierbd3lm import EXECUTION, SEGMENT_NAMES
 from ..training.objectives import Batch, Objective, make_objective
 
@@ -103,10 +104,11 @@ def measure_batch(
 
 
 def per_segment(values: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-    """Sum `values` of shape `(batch, length)` over plan and over execution: `(batch, 2)`, float64."""
+    """Sum `values` of shape `(batch, length)` over plan and over execution: `(batch, 2)`, float64 if there is any."""
+    dtype = widest_dtype(values.device)
     # `where` rather than a product, so that a NaN or infinite value only affects its own segment
     return torch.stack(
-        [torch.where(segment_ids == segment, values, 0).double().sum(dim=1) for segment in SEGMENT_NAMES], dim=1
+        [torch.where(segment_ids == segment, values, 0).to(dtype).sum(dim=1) for segment in SEGMENT_NAMES], dim=1
     )
 
 

@@ -186,7 +186,7 @@ def _nll_of_batch(scorer: torch.nn.Module, batch: Sequence[Sequence[int]]) -> li
     attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     logits = scorer(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].float()
     nll = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
-    return (nll * attention_mask[:, 1:]).double().sum(dim=1).tolist()
+    return (nll * attention_mask[:, 1:]).cpu().double().sum(dim=1).tolist()
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
-from ..diffusion_hierbd3lm import number_blocks
+from ..diffusion_hierbd3lm import number_blocks, widest_dtype
 from ..masking_hierbd3lm import SEGMENT_NAMES
 from ..order_hierbd3lm import BlockOrder
 from .objectives import Batch
@@ -105,10 +105,10 @@ def measure_costs(
     maskable, segment_ids = batch["maskable"], batch["segment_ids"]
     blocks = number_blocks(noise_blocks, maskable)
     slots, present = blocks.slot[maskable], blocks.size > 0
-    costs = torch.zeros(num_levels, len(blocks.size), dtype=torch.float64, device=slots.device)
+    costs = torch.zeros(num_levels, len(blocks.size), dtype=widest_dtype(slots.device), device=slots.device)
     for level in range(num_levels):
         clip = costs.new_tensor([level / num_levels, (level + 1) / num_levels]).expand(*maskable.shape, 2)
-        costs[level].scatter_add_(0, slots, token_nelbo(clip)[maskable].double())
+        costs[level].scatter_add_(0, slots, token_nelbo(clip)[maskable].to(costs.dtype))
     groups, num_tokens = [], []
     for ids in segments:
         inside = torch.isin(segment_ids, segment_ids.new_tensor(ids))
@@ -134,7 +134,7 @@ def draw_losses(
     grid = torch.rand(draws, noisy_copies * num_blocks, generator=generator, device=device).argsort(dim=1)
     offset = torch.rand(draws, 1, generator=generator, device=device)
     levels = ((grid + offset) / (noisy_copies * num_blocks)).view(draws, noisy_copies, num_blocks).clamp(max=1 - 1e-7)
-    weights = measured.groups.double() / measured.num_tokens.clamp(min=1)[:, None]  # (groups, blocks)
+    weights = measured.groups.to(costs.dtype) / measured.num_tokens.clamp(min=1)[:, None]  # (groups, blocks)
     losses = []
     for first, count in candidates.bins:
         bins = first + (levels * count).long()

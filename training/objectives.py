@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
-from ..diffusion_hierbd3lm import draw_mask, exact_nelbo, masked_nll
+from ..diffusion_hierbd3lm import draw_mask, exact_nelbo, masked_nll, widest_dtype
 from ..masking_hierbd3lm import PADDING
 from ..order_hierbd3lm import BlockOrder
 
@@ -122,7 +122,8 @@ class Autoregression:
         return nll.new_zeros(x0.shape).masked_scatter(predicted, nll)
 
     def exact(self, model: Any, batch: Batch) -> torch.Tensor:
-        return self.token_nelbo(model, batch).double()
+        nelbo = self.token_nelbo(model, batch)
+        return nelbo.to(widest_dtype(nelbo.device))
 
 
 def before(columns: torch.Tensor) -> torch.Tensor:

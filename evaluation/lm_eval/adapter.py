@@ -338,7 +338,7 @@ class HierBD3LMHarnessModel(LM):
         draw = draw_mask(block_ids.expand(shape), maskable.expand(shape), noise=self.config.noise, generator=generator)
         nats = 0.0
         for masked, weights in zip(*(x.split(self.batch_size) for x in (draw.masked, draw.weights)), strict=True):
-            nats += (weights[masked].double() * nll_of_masks(masked).double()).sum().item()
+            nats += (weights[masked].cpu().double() * nll_of_masks(masked).cpu().double()).sum().item()
         return nats / self.num_draws
 
 
