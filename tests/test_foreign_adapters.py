@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 
 from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
 from hierbd3lm.evaluation.checkpoints import load_model
@@ -208,4 +208,8 @@ def test_peft_loads_an_adapter_of_this_package(tied_base, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(HierBD3LMForBlockDiffusion.from_pretrained(tied_base), tmp_path / "adapter")
     torch.testing.assert_close(logits_of(loaded), logits_of(model))
+    allowed = {"import_allowlist": ["hierbd3lm.modeling_hierbd3lm"]}
+    torch.testing.assert_close(
+        logits_of(AutoPeftModel.from_pretrained(str(tmp_path / "adapter"), **allowed)), logits_of(model)
+    )
     assert Path(loaded.active_peft_config.base_model_name_or_path) == Path(tied_base)
