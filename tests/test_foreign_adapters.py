@@ -1,9 +1,11 @@
 """Adapters made with peft, moved, or put on modules that cannot be adapted: loaded as they are, or refused."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
 
+import peft.auto
 import pytest
 import torch
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
@@ -197,7 +199,9 @@ def test_an_autoregressive_checkpoint_is_not_evaluated(tmp_path):
 
 def test_a_conversion_needs_all_weights_in_memory(tmp_path):
     base = make_base(tmp_path / "ar", tie_word_embeddings=True)
-    offload = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "offload")}
+    in_memory = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    device_map = dict.fromkeys(in_memory, "cpu") | {"model.layers.1": "disk"}
+    offload = {"device_map": device_map, "offload_folder": str(tmp_path / "offload")}
     with pytest.raises(ValueError, match="`device_map` must keep all weights in memory"):
         HierBD3LMForBlockDiffusion.from_autoregressive(base, load_tokenizer(base), **offload)
 
@@ -209,6 +213,7 @@ def test_peft_loads_an_adapter_of_this_package(tied_base, tmp_path):
     loaded = PeftModel.from_pretrained(HierBD3LMForBlockDiffusion.from_pretrained(tied_base), tmp_path / "adapter")
     torch.testing.assert_close(logits_of(loaded), logits_of(model))
     allowed = {"import_allowlist": ["hierbd3lm.modeling_hierbd3lm"]}
+    allowed = allowed if "import_allowlist" in inspect.getsource(peft.auto) else {}  # earlier versions ask for nothing
     torch.testing.assert_close(
         logits_of(AutoPeftModel.from_pretrained(str(tmp_path / "adapter"), **allowed)), logits_of(model)
     )
