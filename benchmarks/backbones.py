@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig, special_token_ids
+from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig, special_token_ids
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
@@ -143,7 +143,8 @@ def widen(model: PreTrainedModel) -> None:
 def use(model: HierBD3LMForBlockDiffusion) -> None:
     """Train a step and write an answer."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (2, 12), generator=generator)
+    first_word = 1 + max(getattr(model.config, f"{role}_token_id") for role in (*SPECIAL_TOKENS, "pad"))
+    ids = torch.randint(first_word, model.config.vocab_size, (2, 12), generator=generator)
     segment_ids = torch.tensor([[0] * 4 + [1] * 4 + [2] * 4] * 2)
     model.train()
     model.masked_nll(segment_ids > 0, ids, segment_ids=segment_ids).mean().backward()
