@@ -10,11 +10,14 @@ demo: $(SETUP)
 	$(LAUNCH) train.py configs/quickstart.yaml --resume_from_checkpoint last
 	$(BIN)/python eval_gsm8k.py --model outputs/quickstart --sampler first_hitting --limit 600 --num_examples_to_print 3 --overwrite
 
+# One process a core, each with one thread; the tests of a file stay together, as they share models.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+
 test: $(SETUP)
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(SETUP)
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
