@@ -3,7 +3,6 @@
 torch stays as it is installed, as its wheels are large.
 """
 
-import argparse
 import configparser
 import os
 import re
@@ -11,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from .measure import make_parser
 
 ROOT = Path(__file__).parents[1]
 KEPT = ("torch",)
@@ -37,7 +38,7 @@ def install(bounds: dict[str, str], folder: str) -> None:
 
 def main() -> None:
     """Install, run the tests, and exit as they do."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    make_parser("lower_bounds", __doc__).parse_args()
     bounds = lower_bounds()
     with tempfile.TemporaryDirectory() as folder:
         install(bounds, folder)

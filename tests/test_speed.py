@@ -47,6 +47,6 @@ def test_the_result_is_written_to_the_folder_of_the_model(answered, tmp_path, mo
     speed.main()
     result = json.loads((tmp_path / "speed.json").read_text())
     assert (result["baseline"], result["eager_over_baseline"]) == ("ar", pytest.approx(2.0))
-    monkeypatch.setattr(speed.sys, "argv", ["speed", "--model", "eager", "--baseline", "ar", "--limit", "0"])
+    monkeypatch.setattr(speed.sys, "argv", ["speed", "--model", str(tmp_path), "--baseline", "ar", "--limit", "0"])
     with pytest.raises(ValueError, match="limit"):
         speed.main()
