@@ -100,6 +100,7 @@ def test_a_batch_is_laid_out_as_if_it_had_been_collated_for_the_smaller_blocks(f
     assert (config.plan_block_size, config.execution_block_size) == (4, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("workers", [{}, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}])
 def test_no_batch_has_the_block_size_of_another_step(tmp_path, draws, workers, is_stream):
@@ -112,6 +113,7 @@ def test_no_batch_has_the_block_size_of_another_step(tmp_path, draws, workers, i
     assert losses_of(trainer, "block_size")[:7] == SIZES
 
 
+@pytest.mark.slow
 def test_every_stage_trains_as_a_run_with_its_block_size(tmp_path, draws):
     settings = {"train_dataset": make_dataset(12, make_config()), "max_steps": 6, "lr_scheduler_type": "constant"}
     settings |= {"save_strategy": "steps", "save_steps": 1}

@@ -353,6 +353,7 @@ def test_rates_at_the_ends_of_the_scale_are_drawn(n, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_result(args, monkeypatch, tmp_path):
     whole = without_time(analyse_checkpoint(args(output_dir=str(tmp_path / "whole"))))
     generate, calls = HierBD3LMForBlockDiffusion.generate, []
