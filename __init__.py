@@ -63,8 +63,12 @@ class _RegisterWithAutoClasses:
         "transformers.models.auto.modeling_auto": "modeling_hierbd3lm",
     }
 
+    pending: set[str] = set()  # noqa: RUF012  (of `modules`; their classes are registered at the next import)
+
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        for late in [*cls.pending]:
+            cls.register(late)
         if name not in cls.modules:
             return None
         spec = PathFinder.find_spec(name, path, target)
@@ -81,7 +85,10 @@ class _RegisterWithAutoClasses:
     def register(cls, name: str) -> None:
         own = [module for key, module in list(sys.modules.items()) if key.startswith(f"{__name__}.")]
         # A module of the package that is being imported may be one that the import below needs.
-        if not any(getattr(module.__spec__, "_initializing", False) for module in own):
+        if any(getattr(module.__spec__, "_initializing", False) for module in own):
+            cls.pending.add(name)
+        else:
+            cls.pending.discard(name)
             importlib.import_module(f".{cls.modules[name]}", __name__)
 
 
