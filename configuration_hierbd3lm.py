@@ -16,6 +16,8 @@ require_version("transformers>=5.21", "The code of hierbd3lm needs it: run `pip 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase  # noqa: E402
 from transformers.modeling_rope_utils import RopeParameters  # noqa: E402
 
+from .settings_hierbd3lm import did_you_mean  # noqa: E402
+
 # role -> text of the token; the id of role `r` is `config.<r>_token_id`
 SPECIAL_TOKENS = {
     "mask": "<|mask|>",
@@ -404,7 +406,7 @@ def _check_model_type(model_type: str) -> str:
     if model_type not in CONFIG_MAPPING or model_type == HierBD3LMConfig.model_type:
         raise ValueError(
             f"`backbone_config` must have a `model_type` that transformers knows, but got {model_type!r}"
-            f"{_did_you_mean(str(model_type), CONFIG_MAPPING)}"
+            f"{did_you_mean(str(model_type), CONFIG_MAPPING)}"
         )
     return model_type
 
@@ -460,11 +462,7 @@ def _misspelt_fields(names: Iterable[str]) -> dict[str, str]:
 def _refuse_unknown(argument: str, owner: str, names: Iterable[str], known: Iterable[str]) -> None:
     for name in names:
         if name not in known:
-            raise ValueError(f"`{argument}` must have fields of {owner}, but got {name!r}{_did_you_mean(name, known)}")
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    return "".join(f"; did you mean `{match}`?" for match in get_close_matches(name, known, n=1))
+            raise ValueError(f"`{argument}` must have fields of {owner}, but got {name!r}{did_you_mean(name, known)}")
 
 
 def _is_number(value: object) -> bool:

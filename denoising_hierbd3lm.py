@@ -161,6 +161,9 @@ class BlockDenoiser:
         self.model, self.settings, self.sampler, self.streamer = model, settings, sampler, streamer
         self.answer, self.schedule, self.order = answer, answer.schedule, answer.order
         self.device, self.width = question.device, answer.schedule.width
+        self.starts = self.schedule.place_of == 0  # columns of the canvas in which a block starts
+        # A shifted order predicts the first token of a block before the block: blocks of one token predict nothing.
+        self.reads_canvas = not (self.order.is_shifted and self.width == len(self.schedule.widths))
         self.never_written = never_written(self.order, settings).to(self.device)
         self.generator = torch.Generator(device=self.device)
         if settings.temperature > 0:
@@ -224,11 +227,9 @@ class BlockDenoiser:
     def _states(self) -> torch.FloatTensor:
         """Run one forward pass and return the hidden states that predict the canvas, `(rows, width, hidden_size)`."""
         rows, num_pending = self.rows, self.rows.pending.shape[1]
-        first = self.schedule.place_of == 0
-        reads_canvas = not (self.order.is_shifted and first.all())  # blocks of one token are predicted before them
         tokens, block_ids, position_ids = rows.pending, rows.pending_block_ids, rows.pending_position_ids
         stream_ids = torch.full_like(block_ids, CLEAN)
-        if reads_canvas:
+        if self.reads_canvas:
             # Blocks that are denoised jointly are told apart by their ranks: the later one sees the earlier one.
             stream = CLEAN if self.order.is_joint else NOISY
             tokens = torch.cat([tokens, rows.canvas], dim=1)
@@ -245,16 +246,16 @@ class BlockDenoiser:
         if not self.order.is_shifted:
             return states[:, num_pending:]
         if rows.states_before is None:
-            rows.states_before = states.new_zeros(len(states), int(first.sum()), states.shape[-1])
+            rows.states_before = states.new_zeros(len(states), len(self.schedule.widths), states.shape[-1])
         if num_pending:
-            before = rows.canvas_position_ids[:, first, None] - 1 == rows.pending_position_ids[:, None]
+            before = rows.canvas_position_ids[:, self.starts, None] - 1 == rows.pending_position_ids[:, None]
             before = before & (rows.pending_block_ids != PADDING)[:, None]  # (rows, slots, pending)
             found = states[torch.arange(len(states), device=self.device)[:, None], before.long().argmax(dim=2)]
             rows.states_before = torch.where(before.any(dim=2, keepdim=True), found, rows.states_before)
-        if not reads_canvas:
+        if not self.reads_canvas:
             return rows.states_before
         shifted = states[:, num_pending:].roll(1, dims=1)
-        shifted[:, first] = rows.states_before
+        shifted[:, self.starts] = rows.states_before
         return shifted
 
     def _masked(self) -> torch.BoolTensor:

@@ -210,14 +210,15 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             raise ValueError("`logits_to_keep` must be given together with `target_ids`, but got None")
         if noisy_input_ids is None and target_ids is not None:
             kwargs["targets"] = target_ids[logits_to_keep]
-        if self.order.is_causal:
-            if noisy_input_ids is not None:
-                raise ValueError("`noisy_input_ids` must be None for a model without noise, token by token")
-            return self._run_causally(input_ids, attention_mask, segment_ids, position_ids, logits_to_keep, **kwargs)
-        clean = self._clean_layout(input_ids, attention_mask, segment_ids, block_ids, position_ids, example_ids)
         if noisy_input_ids is None:
             kept = None if logits_to_keep is None else logits_to_keep.flatten().nonzero()[:, 0]
-            return self._run_backbone(input_ids, clean, kept, **kwargs)
+            if self.order.is_causal:
+                return self._run_causally(input_ids, attention_mask, segment_ids, position_ids, kept, **kwargs)
+        elif self.order.is_causal:
+            raise ValueError("`noisy_input_ids` must be None for a model without noise, token by token")
+        clean = self._clean_layout(input_ids, attention_mask, segment_ids, block_ids, position_ids, example_ids)
+        if noisy_input_ids is None:
+            return self._logits_or_nll(kept, **self._backbone_inputs(input_ids, clean), **kwargs)
         if noisy_input_ids.ndim == 2:
             noisy_input_ids = noisy_input_ids[:, None]
         keep = torch.ones_like(noisy_input_ids, dtype=torch.bool) if logits_to_keep is None else logits_to_keep
@@ -228,7 +229,8 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         noisy = self._noisy_copies(clean.columns(first_noisy), noisy_input_ids.shape[1])
         kept = self._predicting(clean.block_ids, keep, num_clean, first_noisy)
         tokens = torch.cat([input_ids[:, :num_clean], noisy_input_ids[..., first_noisy:].flatten(1)], dim=1)
-        output = self._run_backbone(tokens, clean.columns(0, num_clean) + noisy, kept, **kwargs)
+        inputs = self._backbone_inputs(tokens, clean.columns(0, num_clean) + noisy)
+        output = self._logits_or_nll(kept, **inputs, **kwargs)
         if logits_to_keep is None:
             output.logits = output.logits.view(len(tokens), noisy.length, -1)
         return output
@@ -306,7 +308,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
 
     @staticmethod
     def _noisy_copies(clean: TokenLayout, copies: int) -> TokenLayout:
-        block_ids = clean.block_ids.masked_fill(clean.block_ids == QUESTION, PADDING)  # the question is given
+        block_ids = clean.block_ids.masked_fill(clean.block_ids <= QUESTION, PADDING)  # the question is given
         noisy = replace(clean, block_ids=block_ids)
         return functools.reduce(TokenLayout.__add__, (noisy.in_stream(NOISY + copy) for copy in range(copies)))
 
@@ -327,12 +329,6 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             opens = (column == 0) | (block_ids[row, before] != block_ids[row, column])
             place = torch.where(opens, before, place - 1)
         return row * (num_clean + keep.shape[1] * width) + place
-
-    def _run_backbone(
-        self, tokens: torch.Tensor, layout: TokenLayout, kept: torch.LongTensor | None, **kwargs: Any
-    ) -> HierBD3LMOutput:
-        """Run the backbone; `kept` are flat places as in [`_predicting`], all of them if None."""
-        return self._logits_or_nll(kept, **self._backbone_inputs(tokens, layout), **kwargs)
 
     def _backbone_inputs(
         self,
@@ -358,7 +354,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         attention_mask: torch.Tensor | None,
         segment_ids: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        logits_to_keep: torch.Tensor | None,
+        kept: torch.LongTensor | None,
         **kwargs: Any,
     ) -> HierBD3LMOutput:
         if attention_mask is None:
@@ -366,13 +362,15 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         if position_ids is None:
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        kept = None if logits_to_keep is None else logits_to_keep.flatten().nonzero()[:, 0]
         return self._logits_or_nll(kept, use_cache=False, **kwargs)
 
     def _logits_or_nll(
         self, kept: torch.LongTensor | None, targets: torch.LongTensor | None = None, **kwargs: Any
     ) -> HierBD3LMOutput:
-        """Run the backbone with `kwargs`; `targets` are the clean tokens that are predicted at `kept`."""
+        """Run the backbone with `kwargs`; `targets` are the clean tokens that are predicted at `kept`.
+
+        `kept` are flat places as in [`_predicting`], all of them if None.
+        """
         if kept is None:
             outputs = self.backbone(**kwargs)
             return HierBD3LMOutput(outputs.logits, None, outputs.hidden_states, outputs.attentions)

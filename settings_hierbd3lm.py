@@ -224,8 +224,13 @@ def check_names(names: Iterable[str]) -> None:
         if name in NOT_APPLICABLE:
             raise ValueError(f"`{name}` does not apply to block diffusion: {NOT_APPLICABLE[name]}")
         if name not in SETTINGS:
-            nearest = "".join(f"; did you mean `{match}`?" for match in get_close_matches(name, SETTINGS, n=1))
+            nearest = did_you_mean(name, SETTINGS)
             raise ValueError(f"`generation_config` has no setting {name}; it has {', '.join(SETTINGS)}{nearest}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error's text: the known name that is nearest to an unknown one, if any is near."""
+    return "".join(f"; did you mean `{match}`?" for match in get_close_matches(name, known, n=1))
 
 
 def resolve_settings(base: GenerationConfig, overrides: dict[str, Any]) -> HierBD3LMGenerationConfig:

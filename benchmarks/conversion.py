@@ -22,7 +22,7 @@ from hierbd3lm.data.splits import load_split
 from hierbd3lm.evaluation.checkpoints import load_model
 from hierbd3lm.evaluation.likelihood import measure_likelihood
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from hierbd3lm.order_hierbd3lm import BlockOrder
+from hierbd3lm.training.block_growth import resize_blocks
 from hierbd3lm.training.lora import load_tokenizer
 
 from .measure import as_flags, bar, make_parser, write_results
@@ -67,8 +67,7 @@ def nelbo_by_block_size(model: HierBD3LMForBlockDiffusion, problems: Dataset) ->
     """Measure the bound in nats per token at each of `BLOCK_SIZES`."""
     nelbos = {}
     for size in BLOCK_SIZES:
-        model.config.plan_block_size = model.config.execution_block_size = size
-        model.order = BlockOrder.from_config(model.config)
+        resize_blocks(model, size)
         nelbos[size] = measure_likelihood(model.eval(), problems, NUM_DRAWS, batch_size=8)["nll"]
     return nelbos
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
 from ..masking_hierbd3lm import EXECUTION, PADDING, PLAN, QUESTION
 from ..order_hierbd3lm import BlockOrder
-from .questions import encode_question
+from .questions import encode_question, encode_text
 
 SEGMENTS = ("question", "plan", "execution")  # in the order of a sequence
 ID_KEYS = tuple(f"{segment}_ids" for segment in SEGMENTS)
@@ -148,13 +148,13 @@ def encode_example(
         if segment == "question":
             encoded["question_ids"] = encode_question(text, tokenizer, chat_template)
         else:
-            encoded[f"{segment}_ids"] = _encode(text, tokenizer, add_special_tokens=False)
+            encoded[f"{segment}_ids"] = encode_text(text, tokenizer, add_special_tokens=False)
     return encoded
 
 
 def split_text(text: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Split a text into question (first quarter of its tokens), plan (second quarter) and execution (the rest)."""
-    ids = _encode(text, tokenizer, add_special_tokens=True)
+    ids = encode_text(text, tokenizer, add_special_tokens=True)
     quarter = len(ids) // 4
     parts = ids[:quarter], ids[quarter : 2 * quarter], ids[2 * quarter :]
     return dict(zip(ID_KEYS, parts, strict=True))
@@ -242,12 +242,6 @@ def has_special_token(example: ExampleIds, config: HierBD3LMConfig) -> bool:
     except ValueError:
         return True
     return False
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[int]:
-    return tokenizer(text, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
 
 
 def _lay_out_segments(example: ExampleIds, config: HierBD3LMConfig, order: BlockOrder) -> list[Columns]:

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .gsm8k.answers import cut_at_stops, match_strict, reference_answer
+from .questions import encode_text
 
 logger = logging.get_logger(__name__)
 
@@ -30,7 +31,7 @@ def count_lost_answers(executions: Iterable[str], tokenizer: PreTrainedTokenizer
         except ValueError:
             continue
         num_answers += 1
-        decoded = decode(tokenizer(execution, add_special_tokens=False, verbose=False)["input_ids"], tokenizer)
+        decoded = decode(encode_text(execution, tokenizer, add_special_tokens=False), tokenizer)
         if not match_strict(cut_at_stops(decoded), answer):
             lost.append(f"row {row}: {execution[-30:]!r} becomes {decoded[-30:]!r}")
     if lost:

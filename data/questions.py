@@ -1,4 +1,4 @@
-"""Encoding of questions, through the chat template of the tokenizer or as they are."""
+"""Encoding of texts; of questions through the chat template of the tokenizer or as they are."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +14,12 @@ def encode_question(question: str, tokenizer: PreTrainedTokenizerBase, chat_temp
             template alone adds special tokens; otherwise the tokenizer adds its own, such as BOS.
     """
     text = render_question(question, tokenizer) if chat_template else question
-    return tokenizer(text, add_special_tokens=not chat_template, return_attention_mask=False, verbose=False)[
+    return encode_text(text, tokenizer, add_special_tokens=not chat_template)
+
+
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[int]:
+    """Encode a text, of any length without a warning."""
+    return tokenizer(text, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
         "input_ids"
     ]
 

@@ -24,6 +24,7 @@ from ..data.arguments import check_at_least
 from ..data.collator import collate_questions, empty_question
 from ..data.decoding import decode
 from ..data.files import read_text_rows
+from ..data.questions import encode_text
 from ..generation_hierbd3lm import HierBD3LMGenerationOutput, order_of, segment_limits
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
@@ -77,8 +78,8 @@ def judge(
 
         A value is None if it averages over nothing.
     """
-    sequences = [_encode(tokenizer, text, add_special_tokens=True) for text in texts]
-    contents = [_encode(tokenizer, text, add_special_tokens=False) for text in texts]
+    sequences = [encode_text(text, tokenizer, add_special_tokens=True) for text in texts]
+    contents = [encode_text(text, tokenizer, add_special_tokens=False) for text in texts]
     total_nll = sum(nll_of_sequences(scorer, sequences, context, batch_size))
     num_scored = sum(max(len(ids) - 1, 0) for ids in sequences)
     nll = total_nll / num_scored if num_scored else None
@@ -168,10 +169,6 @@ def format_metrics(metrics: dict[str, Any]) -> str:
         elif name.startswith("num_"):
             lines.append((name.removeprefix("num_"), f"{value:,}"))
     return "\n".join(f"{name.replace('_', ' '):<26}{value:>12}" for name, value in lines)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
-    return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
 
 def _windows(ids: Sequence[int], context: int | None) -> Iterable[Sequence[int]]:

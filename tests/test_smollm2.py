@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hierbd3lm import HierarchicalDataCollator, HierBD3LMForBlockDiffusion
 from hierbd3lm.evaluation.likelihood import with_predicted_tokens
-from hierbd3lm.order_hierbd3lm import BlockOrder
+from hierbd3lm.training.block_growth import resize_blocks
 from hierbd3lm.training.objectives import make_objective
 
 FOLDER = os.environ.get("SMOLLM2_DIR", "")
@@ -84,8 +84,7 @@ def test_larger_blocks_are_trained_from_the_same_weights_with_a_finite_bound():
     model, tokenizer = converted()
     larger = copy.copy(model)  # the same weights
     larger.config = copy.deepcopy(model.config)
-    larger.config.plan_block_size = larger.config.execution_block_size = 4
-    larger.order = BlockOrder.from_config(larger.config)
+    resize_blocks(larger, 4)
     batch = with_predicted_tokens(larger, HierarchicalDataCollator(larger.config, tokenizer)([EXAMPLE]))
     nelbo = make_objective(larger.config).token_nelbo(larger, batch, torch.Generator().manual_seed(0))
     assert 2 < float(nelbo.sum() / batch["maskable"].sum()) < 12
