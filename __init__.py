@@ -67,8 +67,10 @@ class _RegisterWithAutoClasses:
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        for late in [*cls.pending]:
-            cls.register(late)
+        if not name.endswith("_hierbd3lm"):  # a registration may import such a module, which is imported once only
+            late, cls.pending = cls.pending, set()
+            for other in late:
+                cls.register(other)
         if name not in cls.modules:
             return None
         spec = PathFinder.find_spec(name, path, target)
@@ -88,7 +90,6 @@ class _RegisterWithAutoClasses:
         if any(getattr(module.__spec__, "_initializing", False) for module in own):
             cls.pending.add(name)
         else:
-            cls.pending.discard(name)
             importlib.import_module(f".{cls.modules[name]}", __name__)
 
 
