@@ -1,6 +1,5 @@
 """Configuration of a hierarchical block diffusion model: backbone, segments, blocks, noise and special tokens."""
 
-import copy
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields
@@ -13,7 +12,7 @@ from transformers.utils.versions import require_version
 
 require_version("transformers>=5.21", "The code of hierbd3lm needs it: run `pip install -U transformers`.")
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase  # noqa: E402
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # noqa: E402
 from transformers.modeling_rope_utils import RopeParameters  # noqa: E402
 
 from .settings_hierbd3lm import did_you_mean  # noqa: E402
@@ -318,70 +317,6 @@ class HierBD3LMConfig(PreTrainedConfig):
 def has_one_block_size(fields: Mapping[str, Any]) -> bool:
     """Return True if these fields of a configuration determine the block sizes."""
     return fields.get("algorithm") in SIZED_BY_ALGORITHM or bool(fields.get("joint"))
-
-
-def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Prepare a tokenizer in place for this model, and return the number of tokens that were added.
-
-    It gets those of `SPECIAL_TOKENS` that it lacks, left padding, and `<|end|>` as its pad token if it has none or
-    pads with its unknown token.
-
-    Raises:
-        ValueError: if a new token would take the id of another one. The tokenizer is then unchanged.
-    """
-    tokens = list(SPECIAL_TOKENS.values())
-    if vocabulary_size(tokenizer) > len(tokenizer):
-        _add_tokens(copy.deepcopy(tokenizer), tokens)
-    num_added = _add_tokens(tokenizer, tokens)
-    if tokenizer.pad_token_id in (None, tokenizer.unk_token_id):
-        if tokenizer.pad_token_id is not None:
-            logger.warning(
-                f"The tokenizer pads with {tokenizer.pad_token}, its unknown token, so that unknown words would count "
-                f"as padding. It pads with {SPECIAL_TOKENS['end']} from now on."
-            )
-        tokenizer.pad_token = SPECIAL_TOKENS["end"]
-    pad_on_the_left(tokenizer)
-    return num_added
-
-
-def pad_on_the_left(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a tokenizer pad on the left and return what `generate` reads, also after it is saved and loaded."""
-    for name, value in (("padding_side", "left"), ("model_input_names", ["input_ids", "attention_mask"])):
-        setattr(tokenizer, name, value)
-        tokenizer.init_kwargs[name] = value  # the attributes that `save_pretrained` writes
-
-
-def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the `..._token_id` fields of [`HierBD3LMConfig`] for a tokenizer; without a pad token, pad is `<|end|>`.
-
-    Raises:
-        ValueError: if the tokenizer lacks one of `SPECIAL_TOKENS`.
-    """
-    vocabulary = tokenizer.get_vocab()
-    missing = [text for text in SPECIAL_TOKENS.values() if text not in vocabulary]
-    if missing:
-        raise ValueError(f"`tokenizer` must have the special tokens {', '.join(missing)}: see `add_special_tokens`")
-    ids = {f"{role}_token_id": vocabulary[text] for role, text in SPECIAL_TOKENS.items()}
-    pad = tokenizer.pad_token_id
-    return ids | {"pad_token_id": ids["end_token_id"] if pad in (None, tokenizer.unk_token_id) else pad}
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of embedding rows that a tokenizer needs; its ids may leave some out."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> int:
-    num_added = tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
-    vocabulary = tokenizer.get_vocab()
-    new_ids = {vocabulary[text]: text for text in tokens}
-    for text, token_id in vocabulary.items():
-        if text != new_ids.get(token_id, text):
-            raise ValueError(
-                f"`tokenizer` must leave ids for new tokens, but {new_ids[token_id]} would take the id {token_id} of "
-                f"{text!r}, as not all ids below {vocabulary_size(tokenizer)} are in use: add tokens for these first"
-            )
-    return num_added
 
 
 def _resolve_backbone_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:

@@ -11,8 +11,9 @@ from transformers.utils import ModelOutput
 from .cache_hierbd3lm import BlockCache
 from .diffusion_hierbd3lm import SCHEDULES, widest_dtype
 from .masking_hierbd3lm import CLEAN, EXECUTION, NOISY, PADDING, PLAN, TokenLayout
-from .order_hierbd3lm import BlockOrder, CanvasSchedule
+from .order_hierbd3lm import BlockOrder
 from .samplers_hierbd3lm import Sampler, draw_tokens
+from .schedule_hierbd3lm import CanvasSchedule
 from .settings_hierbd3lm import HierBD3LMGenerationConfig
 
 

@@ -12,8 +12,9 @@ from transformers.utils import logging
 
 from .denoising_hierbd3lm import Answer, BlockDenoiser, HierBD3LMGenerationOutput, never_written, stream
 from .masking_hierbd3lm import EXECUTION, PADDING, PLAN
-from .order_hierbd3lm import BlockOrder, CanvasSchedule, GivenTokens, ends_part
+from .order_hierbd3lm import BlockOrder
 from .samplers_hierbd3lm import Sampler, make_sampler
+from .schedule_hierbd3lm import CanvasSchedule, GivenTokens, ends_part
 from .settings_hierbd3lm import SAMPLERS_OF, SETTINGS, HierBD3LMGenerationConfig, read_foreign_names, resolve_settings
 
 logger = logging.get_logger(__name__)

@@ -12,23 +12,19 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTr
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .backbones_hierbd3lm import (
+    add_special_tokens,
     check_backbone,
     check_backbone_config,
     check_backbone_signature,
     check_positions,
     check_tied_as_loaded,
     load_autoregressive,
-    take_text_part,
-)
-from .cache_hierbd3lm import BlockCache
-from .configuration_hierbd3lm import (
-    HierBD3LMConfig,
-    add_special_tokens,
-    config_fields,
-    refuse_misspelt_fields,
     special_token_ids,
+    take_text_part,
     vocabulary_size,
 )
+from .cache_hierbd3lm import BlockCache
+from .configuration_hierbd3lm import HierBD3LMConfig, config_fields, refuse_misspelt_fields
 from .diffusion_hierbd3lm import TOKEN_LOSSES, masked_nll
 from .generation_hierbd3lm import HierBD3LMGenerationMixin
 from .masking_hierbd3lm import (

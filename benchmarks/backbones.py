@@ -17,7 +17,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig, special_token_ids
+from hierbd3lm.backbones_hierbd3lm import special_token_ids
+from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 

@@ -1,7 +1,7 @@
 """Comparison of the algorithms with the same backbone, data, tokenizer, optimiser steps and evaluation.
 
 `python -m hierbd3lm.benchmarks.compare [--quick] [--data gsm8k] [--only ar hier]`, or `make compare`. A run is a
-sequence of commands in its own folder: train.py, eval_ppl.py, eval_gsm8k.py, and for the hierarchy
+sequence of commands in its own folder: train.py, hierbd3lm ppl, eval_gsm8k.py, and for the hierarchy
 evaluation/plan_dependence.py. An interrupted comparison resumes after the last finished command. Writes
 docs/comparison.md, docs/comparison.png and results/compare.json, with the suffix `_gsm8k` for GSM8K or `--page`.
 """
@@ -115,7 +115,7 @@ class Run:
         limit = ["--limit", str(NUM_ANSWERS)] if self.data == "synthetic" else []
         commands = {
             "trainer_state.json": self.training(),
-            "likelihood.json": [str(ROOT / "eval_ppl.py"), "--model", folder, "--num_draws", "4", *limit],
+            "likelihood.json": ["-m", "hierbd3lm.evaluation.ppl", "--model", folder, "--num_draws", "4", *limit],
         }
         if self.algorithm != "ar":
             commands[SAMPLER_FILE] = ["-m", "hierbd3lm.benchmarks.sampler", "--model", folder]

@@ -5,7 +5,8 @@ import os
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig, special_token_ids
+from hierbd3lm.backbones_hierbd3lm import special_token_ids
+from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.data.collator import HierarchicalDataCollator, encode_example, example_length
 from hierbd3lm.data.tokenization import train_tokenizer
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion

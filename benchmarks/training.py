@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from hierbd3lm.configuration_hierbd3lm import special_token_ids
+from hierbd3lm.backbones_hierbd3lm import special_token_ids
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.diffusion_hierbd3lm import draw_mask
 from hierbd3lm.evaluation.likelihood import with_predicted_tokens

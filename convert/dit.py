@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig, pad_on_the_left
+from ..backbones_hierbd3lm import pad_on_the_left
+from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
 from ..dit_hierbd3lm import HierBD3LMDiTConfig
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig

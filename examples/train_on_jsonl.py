@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase, set_seed
 
 import hierbd3lm
-from hierbd3lm.configuration_hierbd3lm import special_token_ids
+from hierbd3lm.backbones_hierbd3lm import special_token_ids
 from hierbd3lm.data.tokenization import train_tokenizer
 
 FOLDER = Path("outputs/apples")

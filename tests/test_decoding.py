@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer, Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from hierbd3lm import train
-from hierbd3lm.configuration_hierbd3lm import add_special_tokens
+from hierbd3lm.backbones_hierbd3lm import add_special_tokens
 from hierbd3lm.data.decoding import count_lost_answers
 from hierbd3lm.data.gsm8k.answers import answer_is_cut
 from hierbd3lm.evaluation.runner import evaluate

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config
 
-from hierbd3lm.configuration_hierbd3lm import special_token_ids
+from hierbd3lm.backbones_hierbd3lm import special_token_ids
 from hierbd3lm.data.arguments import DataArguments
 from hierbd3lm.data.gsm8k.answers import wilson_interval
 from hierbd3lm.data.splits import load_split

@@ -16,7 +16,8 @@ from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 from hierbd3lm import eval_gsm8k, train, trainer
-from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig, add_special_tokens, special_token_ids
+from hierbd3lm.backbones_hierbd3lm import add_special_tokens, special_token_ids
+from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
 from hierbd3lm.data.arguments import DataArguments
 from hierbd3lm.data.loading import load_reasoning_dataset, prepare_dataset
 from hierbd3lm.data.synthetic.config import SyntheticConfig

@@ -6,13 +6,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
-from hierbd3lm.configuration_hierbd3lm import (
-    SPECIAL_TOKENS,
-    HierBD3LMConfig,
-    add_special_tokens,
-    special_token_ids,
-    vocabulary_size,
-)
+from hierbd3lm.backbones_hierbd3lm import add_special_tokens, special_token_ids, vocabulary_size
+from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
 from hierbd3lm.data.synthetic.config import SPLITS, SyntheticConfig
 from hierbd3lm.data.synthetic.problems import generate_problems
 from hierbd3lm.data.synthetic.wording import vocabulary_texts

@@ -6,7 +6,7 @@ import torch
 from lm_eval.api.instance import Instance
 from transformers import Qwen3Config
 
-from hierbd3lm.configuration_hierbd3lm import special_token_ids
+from hierbd3lm.backbones_hierbd3lm import special_token_ids
 from hierbd3lm.data.tokenization import train_tokenizer
 
 from .tiny import make_model

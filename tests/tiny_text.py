@@ -7,7 +7,7 @@ import sys
 import torch
 from datasets import Dataset
 
-from hierbd3lm import eval_ppl
+from hierbd3lm.evaluation import ppl
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .tiny_tokenizer import make_config_for
@@ -67,9 +67,9 @@ def write_lines(path, texts):
 
 def measure(monkeypatch, folder, **arguments):
     argv = [
-        "eval_ppl.py",
+        "ppl",
         *(f"--{name}={value}" for name, value in ({"model": folder, "device": "cpu"} | arguments).items()),
     ]
     monkeypatch.setattr(sys, "argv", argv)
-    eval_ppl.main()
+    ppl.main()
     return json.loads((folder / "likelihood.json").read_text())

@@ -16,14 +16,8 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..configuration_hierbd3lm import (
-    BLOCK_SIZES,
-    HierBD3LMConfig,
-    add_special_tokens,
-    has_one_block_size,
-    special_token_ids,
-    vocabulary_size,
-)
+from ..backbones_hierbd3lm import add_special_tokens, special_token_ids, vocabulary_size
+from ..configuration_hierbd3lm import BLOCK_SIZES, HierBD3LMConfig, has_one_block_size
 from ..data.arguments import SYNTHETIC, DataArguments
 from ..data.collator import SEGMENTS
 from ..data.decoding import count_lost_answers

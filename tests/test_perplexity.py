@@ -8,10 +8,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hierbd3lm import eval_ppl
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.data.loading import prepare_dataset
 from hierbd3lm.diffusion_hierbd3lm import exact_nelbo
+from hierbd3lm.evaluation import ppl
 from hierbd3lm.evaluation.arguments import LikelihoodArguments
 from hierbd3lm.evaluation.likelihood import check_counts, format_likelihood, measure_likelihood
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
@@ -42,9 +42,9 @@ def make_checkpoint(folder, **fields):
 
 
 def run(folder, monkeypatch, *arguments):
-    argv = ["eval_ppl.py", "--model", str(folder / "model"), "--dataset", str(folder / "rows.jsonl"), *arguments]
+    argv = ["ppl", "--model", str(folder / "model"), "--dataset", str(folder / "rows.jsonl"), *arguments]
     monkeypatch.setattr(sys, "argv", argv)
-    eval_ppl.main()
+    ppl.main()
     return json.loads((folder / "model" / "likelihood.json").read_text())
 
 

@@ -1,4 +1,4 @@
-"""The command line of likelihood: `python eval_ppl.py --model outputs/quickstart [--setting value ...]`.
+"""The command line of likelihood: `hierbd3lm ppl --model outputs/quickstart [--setting value ...]`.
 
 Reports nats per token, bits per token and perplexity of plan, execution and both, given the question. They are exact
 for `ar` and for blocks of one token, and upper bounds otherwise, over the same tokens. Plain text counts as execution:
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from transformers import HfArgumentParser
 
-from hierbd3lm.evaluation.arguments import LikelihoodArguments
+from .arguments import LikelihoodArguments
 
 
 def parse_arguments(argv: Sequence[str], prog: str | None = None) -> LikelihoodArguments:
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Measure the likelihood of a dataset and print it."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv, prog)
 
-    from hierbd3lm.evaluation.perplexity import format_result, measure_checkpoint
+    from .perplexity import format_result, measure_checkpoint
 
     result = measure_checkpoint(args)
     print(f"{args.model} ({result['algorithm']}) on {result['dataset']}, {result['split']} ({args.output})")

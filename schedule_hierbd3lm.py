@@ -1,0 +1,250 @@
+"""The schedule of one call of `generate`: which blocks of each row are denoised next, in the order over the blocks."""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from .masking_hierbd3lm import PADDING
+from .order_hierbd3lm import BlockOrder
+
+
+@dataclass
+class Progress:
+    """Where each row stands in its order. The first dimension of every tensor is the row.
+
+    Args:
+        part: `(rows, slots)`, number of the part at work in each slot.
+        number, num_given: `(rows, parts)`, finished blocks of each part, and how many of them were given.
+        start, first_rank: `(rows, parts)`, position of the part's first token, and rank of its first block.
+        started, ended: `(rows, parts)`, bool; a part that is not to be denoised has ended.
+        awaits_end: `(rows, parts)`, bool, true where the next `<|end|>` ends the part.
+        closed: `(rows, parts)`, bool, true where an `<|end|>` has ended the part.
+    """
+
+    part: torch.Tensor
+    number: torch.Tensor
+    num_given: torch.Tensor
+    start: torch.Tensor
+    first_rank: torch.Tensor
+    started: torch.Tensor
+    ended: torch.Tensor
+    awaits_end: torch.Tensor
+    closed: torch.Tensor
+
+    def select(self, rows: torch.LongTensor) -> "Progress":
+        return Progress(**{item.name: getattr(self, item.name)[rows] for item in fields(self)})
+
+
+@dataclass(frozen=True)
+class GivenTokens:
+    """The first `tokens`, `(batch, parts, length)`, of each part, as far as they are given (else the mask token).
+
+    `lengths`, `(batch, parts)`, are their numbers, without an opener that is given alone.
+    """
+
+    tokens: torch.LongTensor
+    lengths: torch.LongTensor
+
+
+class CanvasSchedule:
+    """What the rows of one `generate` call denoise, canvas by canvas.
+
+    A canvas holds one block of every part that is at work, each in its slot. Its blocks are finished together.
+
+    Args:
+        limits: greatest number of tokens of each part.
+        written: for each part, whether it is to be denoised; the other parts are given.
+        given: see [`GivenTokens`].
+        question_lengths (`torch.LongTensor` of shape `(batch,)`).
+        ends_with_plan: the first `<|end|>` ends a part of plan and execution.
+        max_new_tokens: greatest number of tokens of all parts that are denoised, if any.
+
+    Raises:
+        ValueError: if `max_new_tokens` is less than the tokens of a canvas.
+    """
+
+    def __init__(
+        self,
+        order: BlockOrder,
+        limits: list[int],
+        written: list[bool],
+        given: GivenTokens,
+        question_lengths: torch.LongTensor,
+        ends_with_plan: bool = False,
+        max_new_tokens: int | None = None,
+    ):
+        self.order, self.given, self.device = order, given, question_lengths.device
+        self.question_lengths = question_lengths
+        self.block_sizes, self.limits, self.written = (
+            torch.tensor(values, device=self.device)
+            for values in ([part.block_size for part in order.parts], limits, written)
+        )
+        # slots in which nothing is denoised have no columns
+        used = sorted({slot for slot, its in zip(order.slots, written, strict=True) if its or order.is_aligned})
+        self.slots = [used.index(slot) if slot in used else None for slot in order.slots]  # of each part
+        sizes = [(slot, part.block_size) for slot, part in zip(order.slots, order.parts, strict=True)]
+        self.widths = [max(size for its, size in sizes if its == slot) for slot in used]
+        self.width = sum(self.widths)
+        if max_new_tokens is not None and max_new_tokens < self.width:
+            raise ValueError(f"`max_new_tokens` must be at least {self.width}, one block, but got {max_new_tokens}")
+        self.max_new_tokens = max_new_tokens
+        columns = [(slot, place) for slot, width in enumerate(self.widths) for place in range(width)]
+        self.slot_of, self.place_of = torch.tensor(columns, device=self.device).T
+        finished = torch.zeros_like(given.lengths) if order.is_aligned else given.lengths // self.block_sizes
+        self.context_lengths = finished * self.block_sizes  # of each part: tokens of blocks that are wholly given
+        self.opens_finished = min(part.block_size for part in order.parts) == 1 or bool(
+            (given.lengths > self.context_lengths).any()
+        )
+        self.progress = self._begin(finished, question_lengths, ends_with_plan)
+        self.context = self._context()
+
+    def _context(self) -> tuple[torch.LongTensor, ...]:
+        """The blocks that are wholly given, part after part.
+
+        Returns:
+            tokens, block ids, position ids, part ids: `torch.LongTensor` of shape `(batch, length)`; block and part
+            ids are -1 on padding.
+        """
+        tokens, state = self.given.tokens, self.progress
+        place = torch.arange(tokens.shape[2], device=self.device)
+        inside = place < self.context_lengths[:, :, None]
+        block_ids = torch.where(inside, state.first_rank[:, :, None] + place // self.block_sizes[:, None], PADDING)
+        position_ids = torch.where(inside, state.start[:, :, None] + place, 0)
+        part_ids = torch.arange(len(self.block_sizes), device=self.device)[:, None]
+        part_ids = torch.where(inside, part_ids, PADDING)
+        tokens = torch.where(inside, tokens, self.order.pad_token_id)
+        used = inside.flatten(1).any(dim=0)
+        return tuple(ids.flatten(1)[:, used] for ids in (tokens, block_ids, position_ids, part_ids))
+
+    def fresh_canvas(self, rows: torch.LongTensor) -> tuple[torch.LongTensor, ...]:
+        """The next canvas of each row: given tokens and openers where it holds any, else masks.
+
+        Args:
+            rows (`torch.LongTensor` of shape `(rows,)`): places of the rows in the batch.
+
+        Returns:
+            tokens, block ids (-1 on unused columns), position ids: `torch.LongTensor` of shape `(rows, width)`.
+        """
+        state, part = self.progress, self.part_ids
+        inside = self._active()[:, self.slot_of] & (self.place_of < self.block_sizes[part])
+        number = state.number.gather(1, part)
+        place = number * self.block_sizes[part] + self.place_of
+        length = self.given.tokens.shape[2]
+        given = self.given.tokens[rows].flatten(1).gather(1, part * length + place.clamp(max=length - 1))
+        tokens = torch.where(place < length, given, self.order.mask_token_id)
+        return (
+            torch.where(inside, tokens, self.order.pad_token_id),
+            torch.where(inside, state.first_rank.gather(1, part) + number, PADDING),
+            torch.where(inside, state.start.gather(1, part) + place, 0),
+        )
+
+    @property
+    def part_ids(self) -> torch.LongTensor:
+        """Number of the part that each column of the canvas is of, `(rows, width)`."""
+        return self.progress.part[:, self.slot_of]
+
+    @property
+    def canvas_sizes(self) -> torch.LongTensor:
+        """Tokens of each row's canvas, `(rows,)`, those of parts that have ended included."""
+        return self.block_sizes[self.progress.part].sum(dim=1)
+
+    def after_end(self, tokens: torch.LongTensor, inside: torch.BoolTensor) -> torch.BoolTensor:
+        """Tokens of the canvas from the `<|end|>` on that ends their part: `(rows, width)`."""
+        ends = inside & (tokens == self.order.end_token_id)
+        if self.order.predicts_execution_opener:
+            awaits_end = self.progress.awaits_end.gather(1, self.part_ids)
+            ends = ends & ends_part(tokens, inside, awaits_end, self.order.execution_token_id)
+        if len(self.widths) == 1:
+            return inside & (ends.cumsum(dim=1) > 0)
+        after = [slot.cumsum(dim=1) > 0 for slot in ends.split(self.widths, dim=1)]
+        return inside & torch.cat(after, dim=1)
+
+    def advance(
+        self, done: torch.BoolTensor, tokens: torch.LongTensor, inside: torch.BoolTensor, after_end: torch.BoolTensor
+    ) -> torch.BoolTensor:
+        """Move the rows whose canvas is finished to their next one.
+
+        Args:
+            done (`torch.BoolTensor` of shape `(rows,)`): rows whose canvas is finished.
+            tokens, inside, after_end (of shape `(rows, width)`): the canvas; see [`after_end`].
+
+        Returns:
+            `torch.BoolTensor` of shape `(rows,)`: rows all of whose parts have ended.
+        """
+        state, part = self.progress, self.progress.part
+        closing = done[:, None] & self._active()
+        by_end = closing & torch.stack([slot.any(dim=1) for slot in after_end.split(self.widths, dim=1)], dim=1)
+        length = (state.number.gather(1, part) + 1) * self.block_sizes[part]
+        ending = by_end | (closing & (length >= self.limits[part]))
+        opened = inside & done[:, None] & (tokens == self.order.execution_token_id)
+        opened = torch.stack([slot.any(dim=1) for slot in opened.split(self.widths, dim=1)], dim=1)
+        state.number = state.number.scatter_add(1, part, closing.long())
+        for name, which in (("ended", ending), ("closed", by_end), ("awaits_end", opened)):
+            setattr(state, name, getattr(state, name) | torch.zeros_like(state.ended).scatter(1, part, which))
+        if self.max_new_tokens is not None:
+            num_new = ((state.number - state.num_given) * self.block_sizes * self.written).sum(dim=1)
+            state.ended |= (num_new + self.width > self.max_new_tokens)[:, None]
+        self._start_parts()
+        return state.ended.all(dim=1)
+
+    def closed(self) -> torch.BoolTensor:
+        """Rows of which every part that was denoised is closed by an `<|end|>`: `(rows,)`."""
+        return (self.progress.closed | ~self.written).all(dim=1)
+
+    def _begin(self, finished: torch.LongTensor, question_lengths: torch.LongTensor, ends_with_plan: bool) -> Progress:
+        """The state before the first canvas; `finished` are the blocks of each part that are wholly given."""
+        order, tokens = self.order, self.given.tokens
+        nothing = torch.zeros(finished.shape, dtype=torch.bool, device=self.device)
+        in_context = torch.arange(tokens.shape[2], device=self.device) < self.context_lengths[:, :, None]
+        has_opener = (in_context & (tokens == order.execution_token_id)).any(dim=2)
+        has_one_segment = torch.tensor([len(part.segments) == 1 for part in order.parts], device=self.device)
+        first_parts = [self.slots.index(slot) for slot in range(len(self.widths))]
+        self.progress = Progress(
+            part=torch.tensor(first_parts, device=self.device).repeat(len(finished), 1),
+            number=finished,
+            num_given=finished,
+            start=question_lengths[:, None] + torch.tensor(order.fixed_starts, device=self.device),
+            first_rank=torch.tensor(order.fixed_ranks, device=self.device).repeat(len(finished), 1),
+            started=nothing.clone(),
+            ended=nothing | (~self.written & (not order.is_aligned)),  # a given part may be a part of every canvas
+            awaits_end=has_one_segment | ends_with_plan | has_opener,
+            closed=nothing.clone(),
+        )
+        self._start_parts()
+        return self.progress
+
+    def _active(self) -> torch.BoolTensor:
+        """Slots in which a part is at work, `(rows, slots)`."""
+        state = self.progress
+        return (state.started & ~state.ended).gather(1, state.part)
+
+    def _start_parts(self) -> None:
+        """Start the parts whose turn it is."""
+        state, order = self.progress, self.order
+        at_once = order.is_joint or order.is_aligned
+        for number, part in enumerate(order.parts):
+            ready = ~state.started[:, number]
+            if not at_once:
+                ready = ready & state.ended[:, list(part.after)].all(dim=1)
+            if number and order.is_chain:
+                num_blocks, before = state.number[:, number - 1], number - 1
+                start = state.start[:, before] + num_blocks * order.parts[before].block_size
+                state.start[:, number] = torch.where(ready, start, state.start[:, number])
+                rank = state.first_rank[:, before] + num_blocks
+                state.first_rank[:, number] = torch.where(ready, rank, state.first_rank[:, number])
+            state.started[:, number] |= ready
+            if (slot := self.slots[number]) is not None:
+                runs = ready & ~state.ended[:, number]
+                state.part[:, slot] = torch.where(runs, number, state.part[:, slot])
+
+
+def ends_part(
+    tokens: torch.LongTensor, inside: torch.BoolTensor, awaits_end: torch.BoolTensor, execution_token_id: int
+) -> torch.BoolTensor:
+    """Columns in which an `<|end|>` ends a run of plan and execution: those after `<|execution|>`.
+
+    Args:
+        tokens, inside (of shape `(rows, length)`): next tokens of each run, and which of them there are.
+        awaits_end (`torch.BoolTensor` of shape `(rows, length)` or `(rows, 1)`): rows in which any `<|end|>` does.
+    """
+    return awaits_end | ((inside & (tokens == execution_token_id)).cumsum(dim=1) > 0)
