@@ -9,6 +9,7 @@ from ..data.arguments import check_at_least, optional_fields, parse_json
 from ..data.text.sets import TEXT_SETS
 from ..settings_hierbd3lm import SETTINGS, GenerationSettings
 
+DTYPES = ("float32", "bfloat16", "float16")
 NUM_SYNTHETIC = 300  # default number of problems
 REFERENCE_PLANS = "reference"
 LIKELIHOOD_FILE = "likelihood.json"
@@ -51,11 +52,16 @@ class CheckpointArguments:
     device: str | None = field(
         default=None, metadata={"help": "Device such as `cpu` or `cuda:0`; defaults to a GPU if there is one."}
     )
+    dtype: str | None = field(
+        default=None, metadata={"help": f"Precision of the weights: {', '.join(DTYPES)}; as saved if omitted."}
+    )
 
     def __post_init__(self):
         check_one_process()
         for name in ("limit", "batch_size"):
             check_at_least(name, getattr(self, name), 1)
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)} or None, but got {self.dtype!r}")
         if self.device is None:
             self.device = default_device()
 

@@ -22,14 +22,19 @@ from .arguments import NUM_SYNTHETIC, CheckpointArguments
 logger = logging.get_logger(__name__)
 
 
-def load_model(path: str, device: str) -> tuple[HierBD3LMForBlockDiffusion, PreTrainedTokenizerBase]:
+def load_model(
+    path: str, device: str, dtype: str | None = None
+) -> tuple[HierBD3LMForBlockDiffusion, PreTrainedTokenizerBase]:
     """Load a checkpoint, or an adapter merged into its base, onto the device, with its tokenizer.
+
+    `dtype` is the precision of the weights, such as `bfloat16`; as saved if omitted.
 
     Raises:
         ValueError: if the configuration at `path` is missing, or that of another model, such as an autoregressive one.
     """
+    kwargs = {} if dtype is None else {"dtype": dtype}
     if is_adapter(path):
-        return load_adapter(path, device)
+        return load_adapter(path, device, **kwargs)
     if not is_own_checkpoint(path):
         found = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
         got = "without config.json" if found is None else f"of type {found}"
@@ -37,7 +42,7 @@ def load_model(path: str, device: str) -> tuple[HierBD3LMForBlockDiffusion, PreT
             f"`model` must be a checkpoint of hierbd3lm, or an adapter that it saved, but got {path!r} {got}: "
             f"`hierbd3lm train --init_from` trains an autoregressive checkpoint as one"
         )
-    return HierBD3LMForBlockDiffusion.from_pretrained(path).to(device).eval(), load_tokenizer(path)
+    return HierBD3LMForBlockDiffusion.from_pretrained(path, **kwargs).to(device).eval(), load_tokenizer(path)
 
 
 def load_examples(args: CheckpointArguments, text_column: str | None = None) -> tuple[DataArguments, Dataset]:

@@ -13,7 +13,7 @@ from .likelihood import format_likelihood, measure_likelihood
 
 def measure_checkpoint(args: LikelihoodArguments) -> dict[str, Any]:
     """Measure the likelihood, write it to `args.output`, and return the result."""
-    model, tokenizer = load_model(args.model, args.device)
+    model, tokenizer = load_model(args.model, args.device, args.dtype)
     data_args, examples = load_examples(args, args.text_column)
     dataset, report = encode_split(examples, replace(data_args, over_long="drop"), tokenizer, model.config)
     if len(dataset) == 0:

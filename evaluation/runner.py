@@ -44,7 +44,7 @@ class Written:
 
 def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Evaluate a checkpoint, or resume the evaluation; returns the predictions and the summary."""
-    model, tokenizer = load_model(args.model, args.device)
+    model, tokenizer = load_model(args.model, args.device, args.dtype)
     settings = resolve_settings(model.generation_config, args.generation_settings())
     segment_limits(model.config, order_of(model, settings), settings)
     check_samples(args.num_samples, settings)

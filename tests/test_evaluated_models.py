@@ -135,3 +135,15 @@ def test_a_command_that_does_not_share_its_work_refuses_several_processes(argume
         arguments(model="a", **others)
     monkeypatch.setenv("WORLD_SIZE", "1")
     arguments(model="a", **others)
+
+
+def test_a_model_is_evaluated_in_the_precision_that_is_asked_for(checkpoint, tmp_path):
+    settings = {"model": checkpoint, "output": str(tmp_path / "ppl.json"), "exact": True, **SETTINGS}
+    saved, single, half = (
+        measure_checkpoint(LikelihoodArguments(dtype=dtype, **settings))["nll"]
+        for dtype in (None, "float32", "bfloat16")
+    )
+    assert saved == single != half
+    assert half == pytest.approx(single, rel=0.02)
+    with pytest.raises(ValueError, match="`dtype` must be one of float32, bfloat16, float16 or None, but got 'int8'"):
+        EvaluationArguments(model=checkpoint, dtype="int8")

@@ -114,10 +114,13 @@ def load_checkpoint(
     return HierBD3LMForBlockDiffusion.from_autoregressive(path, tokenizer, **fields, **kwargs)
 
 
-def load_adapter(path: str, device: str) -> tuple[HierBD3LMForBlockDiffusion, PreTrainedTokenizerBase]:
-    """Load an adapter merged into its base, on a device and in evaluation mode, with its tokenizer."""
+def load_adapter(path: str, device: str, **kwargs: Any) -> tuple[HierBD3LMForBlockDiffusion, PreTrainedTokenizerBase]:
+    """Load an adapter merged into its base, on a device and in evaluation mode, with its tokenizer.
+
+    `kwargs` are passed to `from_pretrained`, such as `dtype`.
+    """
     tokenizer = load_tokenizer(path)
-    return load_checkpoint(path, tokenizer, {}).to(device).eval(), tokenizer
+    return load_checkpoint(path, tokenizer, {}, **kwargs).to(device).eval(), tokenizer
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
