@@ -379,7 +379,7 @@ def given_tokens(
             lengths[:, number] = plan_lengths
             if has_several:
                 tokens[:, number].scatter_(1, plan_lengths[:, None], order.execution_token_id)
-        if has_several:
+        if has_several or (order.is_causal and len(order.parts) == 1):  # the latter is written after its opener
             lengths[:, number] += 1
     return GivenTokens(tokens, lengths)
 

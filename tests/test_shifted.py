@@ -109,6 +109,16 @@ def test_greedy_generation_in_blocks_of_one_token_is_that_of_the_checkpoint(back
     assert num_ended
 
 
+@pytest.mark.parametrize("length", [0, 5])
+def test_an_execution_without_a_plan_follows_its_opener_in_blocks_of_one_token(length):
+    model, question = speaker(block_size=1, plan_len=0), [*range(7, 7 + length)]
+    output = model.generate(torch.tensor([question], dtype=torch.long))
+    expected = denoise(model, question)
+    assert output.sequences[0].tolist() == expected.sequence and expected.sequence[length] == EXECUTION
+    assert [token for token in output.execution[0].tolist() if token != PAD] == expected.execution
+    assert int(output.num_forward_passes) == expected.num_forward_passes
+
+
 def test_a_pass_over_one_token_blocks_encodes_one_token():
     """A step costs what a step of the autoregressive model costs: nothing is encoded that predicts nothing."""
     model, lengths = speaker(block_size=1), []
