@@ -16,8 +16,8 @@ from ..diffusion_hierbd3lm import NoiseSchedule
 from ..generation_hierbd3lm import check_stage, make_schedule, order_of
 from ..masking_hierbd3lm import EXECUTION, PADDING
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from ..order_hierbd3lm import CanvasSchedule
 from ..samplers_hierbd3lm import Sampler, make_sampler, spread
+from ..schedule_hierbd3lm import CanvasSchedule
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
 
 
