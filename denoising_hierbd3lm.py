@@ -202,6 +202,10 @@ class BlockDenoiser:
         while len(self.rows.index):
             self._step()
             self._advance()
+            if hasattr(self.streamer, "put_rows"):
+                stopped = self.streamer.put_rows(self.answer, self.rows.index.tolist())
+                if stopped:
+                    self._leave_out(torch.isin(self.rows.index, torch.tensor(stopped, device=self.device)))
 
     def _prompt(
         self, question: torch.LongTensor, attention_mask: torch.Tensor
@@ -291,13 +295,17 @@ class BlockDenoiser:
             ended = self._close_canvases(done)
             if ended.any():
                 self.answer.finished[self.rows.index[ended]] = self.schedule.closed()[ended]
-                order = self.cache.keep_rows(~ended)
-                self.rows, done = self.rows.select(order), done[order]
-                self.schedule.progress = self.schedule.progress.select(order)
+                done = done[self._leave_out(ended)]
             self._open_canvases(done)
             if not self.schedule.opens_finished:
                 return
             self._drop_padding()
+
+    def _leave_out(self, which: torch.BoolTensor) -> torch.LongTensor:
+        """Take rows out of the batch; returns the old index of every row that is left."""
+        order = self.cache.keep_rows(~which)
+        self.rows, self.schedule.progress = self.rows.select(order), self.schedule.progress.select(order)
+        return order
 
     def _close_canvases(self, done: torch.BoolTensor) -> torch.BoolTensor:
         """Write the finished canvases down and queue them for the cache; return the rows that have ended."""

@@ -57,6 +57,9 @@ class HierBD3LMGenerationMixin:
                 Settings; those of the checkpoint if omitted.
             streamer (`BaseStreamer`, *optional*):
                 Receives the question, drafts (`put_draft`, if it has that method) and finished blocks; one row only.
+                One with the method `put_rows(answer, active)` follows several rows: it is called after each forward
+                pass with the [`~denoising_hierbd3lm.Answer`] so far and the rows that are not finished, and returns
+                rows to stop.
             sampler (`str` or [`~samplers_hierbd3lm.Sampler`], *optional*):
                 The setting of that name, or a sampler of your own.
             kwargs: settings that override `generation_config`; see [`~settings_hierbd3lm.GenerationSettings`].
@@ -152,7 +155,7 @@ def write_causally(
             prompt,
             attention_mask=prompt_mask,
             max_new_tokens=int(num_left.amax()),
-            stopping_criteria=[LastEnd(awaits_end, order)],
+            stopping_criteria=[LastEnd(awaits_end, order), StoppedRows(answer, streamer)],
             streamer=None if streamer is None else StreamerAfterPrompt(streamer, order),
             # what a checkpoint's own settings may say otherwise
             num_beams=1,
@@ -174,6 +177,8 @@ def write_causally(
     answer.write(index, within, tokens, positions, torch.zeros_like(tokens))
     answer.finished = ((ended > 0) & within).any(dim=1)
     answer.num_forward_passes += within.sum(dim=1)
+    if hasattr(streamer, "put_rows"):
+        streamer.put_rows(answer, [])
 
 
 class LastEnd(StoppingCriteria):
@@ -192,6 +197,19 @@ class LastEnd(StoppingCriteria):
         self.ended = self.ended | (self.awaits_end & (last == self.order.end_token_id))
         self.awaits_end = self.awaits_end | (last == self.order.execution_token_id)
         return self.ended
+
+
+class StoppedRows(StoppingCriteria):
+    """Stops the rows that a streamer with `put_rows` returns."""
+
+    def __init__(self, answer: Answer, streamer: BaseStreamer | None):
+        self.answer, self.streamer = answer, streamer
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        stopped = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        if hasattr(self.streamer, "put_rows"):
+            stopped[list(self.streamer.put_rows(self.answer, list(range(len(input_ids)))))] = True
+        return stopped
 
 
 class StreamerAfterPrompt(BaseStreamer):
@@ -419,7 +437,7 @@ def check_prompt(
         raise ValueError(
             f"`plan_ids` must be (batch, length) with batch {len(input_ids)}, got {tuple(plan_ids.shape)}"
         )
-    if streamer is not None and len(input_ids) != 1:
+    if streamer is not None and len(input_ids) != 1 and not hasattr(streamer, "put_rows"):
         raise ValueError(f"`streamer` must be None for more than one row, but got {len(input_ids)} rows")
 
 

@@ -57,13 +57,17 @@ class CheckpointArguments:
     )
 
     def __post_init__(self):
-        check_one_process()
+        self.check_processes()
         for name in ("limit", "batch_size"):
             check_at_least(name, getattr(self, name), 1)
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)} or None, but got {self.dtype!r}")
         if self.device is None:
             self.device = default_device()
+
+    def check_processes(self) -> None:
+        """Refuse several processes."""
+        check_one_process()
 
 
 # the stage follows from `given_plan`, and the seed has a default of its own
@@ -210,12 +214,12 @@ def results_folder(model: str) -> Path:
     return Path(model) if Path(model).is_dir() else Path("outputs", str(model).replace("/", "--"))
 
 
-def check_one_process() -> None:
+def check_one_process(where: str = "") -> None:
     """Raise a ValueError if `torchrun` has started several processes, each of which would do all of the work."""
     if (num_processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ValueError(
-            f"`WORLD_SIZE` must be 1, as this command runs in one process, but got {num_processes}: only "
-            f"`hierbd3lm lm-eval` shares its work among processes"
+            f"`WORLD_SIZE` must be 1, as this command runs in one process{where}, but got {num_processes}: only "
+            f"`hierbd3lm lm-eval` and `hierbd3lm generate --output_dir` share their work among processes"
         )
 
 

@@ -16,9 +16,11 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from ..data import run_folder
 from ..data.decoding import count_lost_answers, decode
+from ..denoising_hierbd3lm import HierBD3LMGenerationOutput
 from ..generation_hierbd3lm import order_of, segment_limits
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings, settings_of
@@ -169,12 +171,19 @@ def answer_batch(
 
 
 def generate_batch(
-    model: HierBD3LMForBlockDiffusion, prompts: Sequence[Prompt], settings: HierBD3LMGenerationConfig
+    model: HierBD3LMForBlockDiffusion,
+    prompts: Sequence[Prompt],
+    settings: HierBD3LMGenerationConfig,
+    streamer: BaseStreamer | None = None,
 ) -> list[Written]:
     """Generate the answer to each prompt."""
     pad = model.config.pad_token_id
     prompt = {name: ids.to(model.device) for name, ids in collate_prompts(prompts, pad).items()}
-    output = model.generate(**prompt, generation_config=settings)
+    return read_output(model.generate(**prompt, generation_config=settings, streamer=streamer), pad)
+
+
+def read_output(output: HierBD3LMGenerationOutput, pad: int) -> list[Written]:
+    """Return the answer of each row of an output."""
     plans, executions, *others = (  # copied to the CPU, which waits for the device, so that timings are right
         getattr(output, name).tolist()
         for name in ("plan", "execution", "finished", "num_forward_passes", "tokens_per_forward")

@@ -22,6 +22,7 @@ from hierbd3lm.evaluation.arguments import (
     SampleArguments,
 )
 from hierbd3lm.evaluation.lm_eval.__main__ import TASKS, with_include_path
+from hierbd3lm.serving.arguments import GenerateArguments
 from hierbd3lm.training.recipes import find_recipe, recipe_names
 from hierbd3lm.training.settings import ModelArguments, ObjectiveArguments
 
@@ -29,6 +30,7 @@ ROOT = Path(hierbd3lm.__file__).parent
 SETTINGS = {
     "train": (ModelArguments, DataArguments, ObjectiveArguments),
     "eval": (EvaluationArguments,),
+    "generate": (GenerateArguments,),
     "ppl": (LikelihoodArguments,),
     "plans": (WritePlansArguments,),
     "analyze": (AnalysisArguments,),

@@ -22,6 +22,7 @@ KNOWN = {
     "data": {"configuration_hierbd3lm", "masking_hierbd3lm", "order_hierbd3lm"},
     "training": TRAVELLING | {"data"},
     "evaluation": TRAVELLING | {"data", "training"},
+    "serving": TRAVELLING | {"data", "training", "evaluation"},
     "convert": TRAVELLING,
     "trainer": TRAVELLING | {"data", "training", "evaluation"},
 }

@@ -5,14 +5,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers.generation.streamers import TextDiffusionStreamer, TextIteratorStreamer, TextStreamer
+from transformers.generation.streamers import BaseStreamer, TextDiffusionStreamer, TextIteratorStreamer, TextStreamer
 
 from hierbd3lm.configuration_hierbd3lm import SPECIAL_TOKENS
 from hierbd3lm.denoising_hierbd3lm import stream
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .tiny import make_model
-from .tiny_generation import END, EXECUTION, MASK, PLAN, QUESTION, SAMPLERS, generate_one, speaker, tokens_of
+from .tiny_generation import (
+    END,
+    EXECUTION,
+    MASK,
+    PLAN,
+    QUESTION,
+    RAGGED_QUESTIONS,
+    SAMPLERS,
+    generate_one,
+    left_pad,
+    speaker,
+    tokens_of,
+)
 from .tiny_tokenizer import make_config_for, make_tokenizer
 
 
@@ -124,3 +136,65 @@ def test_there_is_one_line_break_between_plan_and_execution(plan, is_one_block):
         stream(streamer, torch.tensor(block), order)
     streamer.end()
     assert "".join(pieces) == "3 + 4\nis 7"
+
+
+# Several rows
+
+
+class RowStreamer(BaseStreamer):
+    """Records what each row has written after each pass, and stops a row after so many passes."""
+
+    def __init__(self, stops=()):
+        self.stops, self.tokens, self.active = dict(stops), [], []
+
+    def put(self, value):
+        """Finished blocks of all rows, mixed: not what this one is for."""
+
+    def put_rows(self, answer, active):
+        self.tokens.append([tokens_of(row) for row in answer.tokens])
+        self.active.append(active)
+        return [row for row, passes in self.stops.items() if len(self.active) == passes]
+
+    def end(self):
+        self.active.append("end")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("algorithm", ["hier", "ar"])
+def test_several_rows_are_followed_to_their_ends(sampler, algorithm):
+    sizes = (4, 6) if algorithm == "hier" else (None, None)
+    model = speaker(*sizes, algorithm=algorithm)
+    question, streamer = left_pad(RAGGED_QUESTIONS), RowStreamer()
+    settings = {"sampler": sampler, **SAMPLERS[sampler]}
+    output = model.generate(question, streamer=streamer, **settings)
+    assert streamer.active[-2:] == [[], "end"]
+    for earlier, later in itertools.pairwise(streamer.tokens):
+        assert all(new[: len(old)] == old for old, new in zip(earlier, later, strict=True))
+    assert streamer.tokens[-1] == [tokens_of(row) for row in output.sequences[:, question.shape[1] :]]
+    if algorithm == "hier":
+        ends = [sum(row in active for active in streamer.active[:-1]) + 1 for row in range(len(question))]
+        assert ends == output.num_forward_passes.tolist() and len(set(ends)) > 1
+
+
+@pytest.mark.parametrize("algorithm", ["hier", "ar"])
+def test_rows_that_are_stopped_cost_nothing_more_and_change_no_other_row(algorithm):
+    sizes = (4, 6) if algorithm == "hier" else (None, None)
+    model, question = speaker(*sizes, end_bias=-9.0, algorithm=algorithm), left_pad(RAGGED_QUESTIONS)
+    whole = model.generate(question)
+    output = model.generate(question, streamer=RowStreamer({0: 2, 3: 4}))
+    others = [1, 2, 4, 5, 6]
+    assert torch.equal(output.sequences[others], whole.sequences[others])
+    assert torch.equal(output.num_forward_passes[others], whole.num_forward_passes[others])
+    assert output.finished.tolist() == whole.finished.tolist()
+    if algorithm == "hier":
+        assert output.num_forward_passes[[0, 3]].tolist() == [2, 4]
+        assert len(tokens_of(output.sequences[0])) < len(tokens_of(whole.sequences[0]))
+
+
+@pytest.mark.parametrize("algorithm", ["hier", "ar"])
+def test_a_call_ends_when_all_rows_are_stopped(algorithm):
+    sizes = (4, 6) if algorithm == "hier" else (None, None)
+    model, question = speaker(*sizes, end_bias=-9.0, algorithm=algorithm), left_pad(RAGGED_QUESTIONS)
+    streamer = RowStreamer(dict.fromkeys(range(len(question)), 3))
+    model.generate(question, streamer=streamer)
+    assert len(streamer.active) <= 5 and streamer.active[-1] == "end"

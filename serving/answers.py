@@ -1,0 +1,58 @@
+"""Answers as texts and counts, and the questions that get none."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..configuration_hierbd3lm import HierBD3LMConfig
+from ..evaluation.prompts import Prompt
+from ..evaluation.runner import Written
+
+REFUSALS = ("too_long", "has_special_token")
+
+
+def check_prompt(prompt: Prompt, config: HierBD3LMConfig) -> None:
+    """Raise a ValueError for a prompt that the model does not accept."""
+    if prompt.has_special_token:
+        raise ValueError(
+            "`question` and `plan` must not spell out a special token of the layout, such as <|plan|> or <|end|>, but "
+            "one does"
+        )
+    for segment in prompt.too_long:
+        number = {"question": len(prompt.question_ids), "plan": len(prompt.plan_ids or ())}[segment]
+        most = getattr(config, f"{segment}_len") - (segment == "plan")
+        raise ValueError(f"`{segment}` must have at most {most} tokens, but got {number}")
+
+
+def read_answer(prompt: Prompt, written: Written, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the texts of an answer and what they cost; special tokens of the backbone are left out."""
+    return {
+        "plan": decode_text(written.plan_ids, tokenizer),
+        "execution": decode_text(written.execution_ids, tokenizer),
+        "finished": written.finished,
+        "num_forward_passes": written.num_forward_passes,
+        "tokens_per_forward": round(written.tokens_per_forward, 3),
+        "num_question_tokens": len(prompt.question_ids),
+        "num_plan_tokens": len(written.plan_ids),
+        "num_execution_tokens": len(written.execution_ids),
+    }
+
+
+def decode_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Decode a segment for a reader."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def format_answer(answer: dict[str, Any]) -> str:
+    """Format an answer for a terminal; a model without a plan has none."""
+    plan = [f"--- Plan\n{answer['plan']}"] if answer["plan"] else []
+    return "\n".join([*plan, f"--- Execution\n{answer['execution']}"])
+
+
+def format_costs(answer: dict[str, Any], seconds: float) -> str:
+    """Format what an answer cost."""
+    unfinished = "" if answer["finished"] else ", cut off at its limit"
+    return (
+        f"({answer['num_forward_passes']} forward passes, {answer['tokens_per_forward']:.3g} tokens per forward pass, "
+        f"{seconds:.2f} s{unfinished})"
+    )
