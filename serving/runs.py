@@ -85,7 +85,7 @@ class Run:
             tqdm(total=sum(len(batch) for batch, _ in own), desc="Generating", unit="question") as progress,
         ):
             for batch, seed in own:
-                # An incomplete batch is answered again as a whole, so that a resumed run draws the same random numbers.
+                # An incomplete batch is answered again as a whole, so that a resumed run draws the same numbers.
                 if any(prompt.index not in answered for prompt in batch):
                     log.append(*(line for line in self._answer(batch, seed) if line["index"] not in answered))
                 progress.update(len(batch))

@@ -262,7 +262,7 @@ def test_an_interrupted_run_goes_on_to_the_same_answers(command, tmp_path, monke
 
 def test_another_run_in_the_folder_is_refused_unless_it_is_overwritten(command, tmp_path):
     run(*command("run"))
-    with pytest.raises(ValueError, match="top_p: 1.0 stored, 0.5 now"):
+    with pytest.raises(ValueError, match=r"top_p: 1\.0 stored, 0\.5 now"):
         run(*command("run", "--top_p", "0.5"))
     before = answers_in(tmp_path / "run")
     run(*command("run", "--top_p", "0.5", "--overwrite"))
