@@ -67,6 +67,54 @@ class TokenLayout:
         return self.block_ids, self.stream_ids, self.position_ids, self.example_ids
 
 
+@dataclass(frozen=True)
+class PackedRows:
+    """Places of some tokens of a batch in rows without gaps; a row holds the tokens of one or several examples.
+
+    Args:
+        chosen (`torch.BoolTensor` of shape `(batch, length)`): tokens that have a place.
+        places (`torch.LongTensor` of shape `(batch, length)`): their places in the flattened rows; 0 for the others.
+        shape: number and length of the rows.
+        row_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): row of each example; one example per row if None.
+    """
+
+    chosen: torch.BoolTensor
+    places: torch.LongTensor
+    shape: tuple[int, int]
+    row_ids: torch.LongTensor | None = None
+
+    @classmethod
+    def of(cls, chosen: torch.BoolTensor, row_ids: torch.LongTensor | None = None) -> "PackedRows":
+        """Pack the chosen tokens. Examples of one row stand in the order of the batch."""
+        examples = torch.arange(len(chosen), device=chosen.device)
+        rows = examples if row_ids is None else row_ids
+        counts = chosen.sum(dim=1)
+        is_before = (rows[:, None] == rows) & (examples[:, None] > examples)  # in the same row
+        starts = (is_before * counts).sum(dim=1)
+        num_rows, width = torch.stack([rows.max() + 1, (starts + counts).max()]).tolist()
+        places = (rows * width + starts)[:, None] + chosen.cumsum(dim=1) - 1
+        return cls(chosen, places.masked_fill(~chosen, 0), (num_rows, width), row_ids)
+
+    def pack(self, values: torch.Tensor, fill: int) -> torch.Tensor:
+        """Move values of shape `(batch, length)` to their rows, with `fill` on padding."""
+        packed = values.new_full((self.shape[0] * self.shape[1],), fill)
+        packed[self.places[self.chosen]] = values[self.chosen]
+        return packed.view(self.shape)
+
+    def pack_layout(self, layout: TokenLayout) -> TokenLayout:
+        """The layout of the rows. The examples of a row are told apart if there may be several."""
+        example_ids = layout.example_ids
+        if self.row_ids is not None:
+            examples = torch.arange(len(self.chosen), device=self.chosen.device)
+            example_ids = examples[:, None].expand_as(layout.block_ids)
+        return TokenLayout(
+            self.pack(layout.block_ids, PADDING),
+            self.pack(layout.stream_ids, CLEAN),
+            self.pack(layout.position_ids, 0),
+            None if example_ids is None else self.pack(example_ids, PADDING),
+        )
+
+
 def attends(
     q_block: torch.Tensor,
     q_stream: torch.Tensor,
@@ -130,6 +178,16 @@ def block_mask(
 
     batch, device = queries.block_ids.shape[0], queries.block_ids.device
     return create_block_mask(mask_mod, B=batch, H=None, Q_LEN=queries.length, KV_LEN=keys.length, device=device)
+
+
+def needed_tokens(layout: TokenLayout) -> torch.BoolTensor:
+    """Return the tokens that a training pass needs: all noisy ones, and the clean ones that some token attends to.
+
+    None attends to the clean copy of a row's last block. The result has the shape of `layout.block_ids`.
+    """
+    block_ids = layout.block_ids
+    is_read = block_ids < block_ids.amax(dim=1, keepdim=True)
+    return (block_ids != PADDING) & (is_read | (layout.stream_ids != CLEAN))
 
 
 def render_mask(

@@ -34,7 +34,9 @@ from .masking_hierbd3lm import (
     PADDING,
     PLAN,
     QUESTION,
+    PackedRows,
     TokenLayout,
+    needed_tokens,
     render_mask,
 )
 from .order_hierbd3lm import BlockOrder
@@ -168,6 +170,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         block_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         example_ids: torch.LongTensor | None = None,
+        row_ids: torch.LongTensor | None = None,
         logits_to_keep: torch.BoolTensor | None = None,
         target_ids: torch.LongTensor | None = None,
         **kwargs: Any,
@@ -190,6 +193,9 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
                 Rank of each token's block (-1 on padding) and its position; derived from the segments if omitted.
             example_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Example of each token, in packed rows; these need `block_ids` and `position_ids`.
+            row_ids (`torch.LongTensor` of shape `(batch,)`, *optional*):
+                Packs the examples of the batch, one per row of `input_ids`, into fewer rows for the pass: those with
+                the same number share a row, without padding between them. Needs `logits_to_keep`.
             logits_to_keep (`torch.BoolTensor` of the shape of `noisy_input_ids`, *optional*):
                 Noisy tokens whose logits are computed. If there is no noisy stream, positions of `input_ids` whose
                 hidden states are projected: with `prediction="shifted"` those before the predicted tokens.
@@ -204,31 +210,46 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             )
         if target_ids is not None and logits_to_keep is None:
             raise ValueError("`logits_to_keep` must be given together with `target_ids`, but got None")
-        if noisy_input_ids is None and target_ids is not None:
-            kwargs["targets"] = target_ids[logits_to_keep]
+        if row_ids is not None and (logits_to_keep is None or example_ids is not None):
+            raise ValueError("`row_ids` must be given with `logits_to_keep` and without `example_ids`")
         if noisy_input_ids is None:
             kept = None if logits_to_keep is None else logits_to_keep.flatten().nonzero()[:, 0]
+            if target_ids is not None:
+                kwargs["targets"] = target_ids[logits_to_keep]
             if self.order.is_causal:
-                return self._run_causally(input_ids, attention_mask, segment_ids, position_ids, kept, **kwargs)
-        elif self.order.is_causal:
+                layout = self._causal_layout(input_ids, attention_mask, segment_ids, position_ids)
+            else:
+                layout = self._clean_layout(
+                    input_ids, attention_mask, segment_ids, block_ids, position_ids, example_ids
+                )
+            if row_ids is not None:
+                rows = PackedRows.of(layout.block_ids != PADDING, row_ids)
+                kept = rows.places.flatten()[kept]
+                input_ids, layout = rows.pack(input_ids, self.config.pad_token_id), rows.pack_layout(layout)
+            elif self.order.is_causal:
+                inputs = {"input_ids": input_ids, "position_ids": layout.position_ids, "use_cache": False}
+                return self._logits_or_nll(
+                    kept, attention_mask=(layout.block_ids != PADDING).long(), **inputs, **kwargs
+                )
+            return self._logits_or_nll(kept, **self._backbone_inputs(input_ids, layout), **kwargs)
+        if self.order.is_causal:
             raise ValueError("`noisy_input_ids` must be None for a model without noise, token by token")
         clean = self._clean_layout(input_ids, attention_mask, segment_ids, block_ids, position_ids, example_ids)
-        if noisy_input_ids is None:
-            return self._logits_or_nll(kept, **self._backbone_inputs(input_ids, clean), **kwargs)
         if noisy_input_ids.ndim == 2:
             noisy_input_ids = noisy_input_ids[:, None]
         keep = torch.ones_like(noisy_input_ids, dtype=torch.bool) if logits_to_keep is None else logits_to_keep
         keep = keep.view(noisy_input_ids.shape)
         if target_ids is not None:
             kwargs["targets"] = target_ids.view(keep.shape)[keep]
-        num_clean, first_noisy = (clean.length, 0) if logits_to_keep is None else needed_columns(clean.block_ids)
-        noisy = self._noisy_copies(clean.columns(first_noisy), noisy_input_ids.shape[1])
-        kept = self._predicting(clean.block_ids, keep, num_clean, first_noisy)
-        tokens = torch.cat([input_ids[:, :num_clean], noisy_input_ids[..., first_noisy:].flatten(1)], dim=1)
-        inputs = self._backbone_inputs(tokens, clean.columns(0, num_clean) + noisy)
-        output = self._logits_or_nll(kept, **inputs, **kwargs)
+        tokens = torch.cat([input_ids, noisy_input_ids.flatten(1)], dim=1)
+        layout = clean + self._noisy_copies(clean, noisy_input_ids.shape[1])
+        chosen = torch.ones_like(tokens, dtype=torch.bool) if logits_to_keep is None else needed_tokens(layout)
+        rows = PackedRows.of(chosen, row_ids)
+        kept = rows.places.flatten()[self._predicting(clean.block_ids, keep)]
+        tokens, layout = rows.pack(tokens, self.config.pad_token_id), rows.pack_layout(layout)
+        output = self._logits_or_nll(kept, **self._backbone_inputs(tokens, layout), **kwargs)
         if logits_to_keep is None:
-            output.logits = output.logits.view(len(tokens), noisy.length, -1)
+            output.logits = output.logits.view(len(tokens), -1, output.logits.shape[-1])
         return output
 
     def encode(
@@ -308,23 +329,20 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         noisy = replace(clean, block_ids=block_ids)
         return functools.reduce(TokenLayout.__add__, (noisy.in_stream(NOISY + copy) for copy in range(copies)))
 
-    def _predicting(
-        self, block_ids: torch.LongTensor, keep: torch.BoolTensor, num_clean: int, first_noisy: int
-    ) -> torch.LongTensor:
-        """Places in the flattened `[clean | noisy]` input whose hidden states predict the noisy tokens in `keep`.
+    def _predicting(self, block_ids: torch.LongTensor, keep: torch.BoolTensor) -> torch.LongTensor:
+        """Places in the flattened `[clean | noisy]` tokens whose hidden states predict the noisy tokens in `keep`.
 
         Args:
             block_ids (`(batch, length)`), keep (`(batch, copies, length)`).
-            num_clean, first_noisy: clean columns in the input, and the first column of the noisy copies in it.
         """
         row, copy, column = keep.nonzero(as_tuple=True)
-        width = keep.shape[2] - first_noisy
-        place = num_clean + copy * width + column - first_noisy
+        length = keep.shape[2]
+        place = (copy + 1) * length + column
         if self.order.is_shifted:
             before = (column - 1).clamp(min=0)  # the first column of a row has none before it
             opens = (column == 0) | (block_ids[row, before] != block_ids[row, column])
             place = torch.where(opens, before, place - 1)
-        return row * (num_clean + keep.shape[1] * width) + place
+        return row * (keep.shape[1] + 1) * length + place
 
     def _backbone_inputs(
         self,
@@ -344,21 +362,20 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             "use_cache": cache is not None,  # explicit, as the backbone builds a cache by default
         }
 
-    def _run_causally(
-        self,
+    @staticmethod
+    def _causal_layout(
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         segment_ids: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        kept: torch.LongTensor | None,
-        **kwargs: Any,
-    ) -> HierBD3LMOutput:
+    ) -> TokenLayout:
+        """The layout of clean tokens each of which is a block: its mask is causal."""
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids) if segment_ids is None else (segment_ids != PADDING).long()
-        if position_ids is None:
-            position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        return self._logits_or_nll(kept, use_cache=False, **kwargs)
+            attention_mask = torch.ones_like(input_ids) if segment_ids is None else segment_ids != PADDING
+        block_ids = (attention_mask != 0).cumsum(dim=1)
+        position_ids = (block_ids - 1).clamp(min=0) if position_ids is None else position_ids
+        block_ids = block_ids.masked_fill(attention_mask == 0, PADDING)
+        return TokenLayout(block_ids, torch.full_like(block_ids, CLEAN), position_ids)
 
     def _logits_or_nll(
         self, kept: torch.LongTensor | None, targets: torch.LongTensor | None = None, **kwargs: Any
@@ -406,22 +423,6 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
     @functools.cached_property
     def _compiled_body(self) -> Callable[..., Any]:
         return torch.compile(self.backbone.base_model)
-
-
-def needed_columns(block_ids: torch.Tensor) -> tuple[int, int]:
-    """Return the columns of `block_ids` of shape `(batch, length)` that a training pass needs.
-
-    Returns:
-        Number of leading columns with a clean token that some token attends to (none attends to the clean copy of a
-        row's last block), and the first column with a token of plan or execution.
-    """
-    last_block = block_ids.amax(dim=1, keepdim=True)
-    read = ((block_ids != PADDING) & (block_ids < last_block)).any(dim=0)
-    answer = (block_ids > QUESTION).any(dim=0)
-    columns = torch.arange(block_ids.shape[1], device=block_ids.device)
-    num_clean = torch.where(read, columns + 1, 0).amax()
-    first_noisy = torch.where(answer, columns, block_ids.shape[1]).amin()
-    return tuple(torch.stack([num_clean, first_noisy]).tolist())
 
 
 def add_token_rows(backbone: PreTrainedModel, first_new: int, tokenizer: PreTrainedTokenizerBase) -> None:

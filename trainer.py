@@ -30,6 +30,7 @@ from .training.length_sampler import EpochLengthSampler
 from .training.liger import apply_liger_kernel_to_backbone
 from .training.muon import MuonAdamW, split_parameters
 from .training.objectives import make_objective
+from .training.packing import assign_rows
 from .training.progress import TrainingProgress, without_warning
 from .training.resuming import ExampleOrder, check_complete, check_same_model
 from .training.seeding import seeded_generator
@@ -182,7 +183,12 @@ class HierBD3LMTrainer(Trainer):
         model = self._unwrapped()
         if self.block_growth is not None:
             inputs = lay_out_blocks(inputs, model.order, keep_columns=self.data_collator.fixed_length)
-        return with_predicted_tokens(model, inputs)
+        batch = with_predicted_tokens(model, inputs)
+        if self.args.packing:
+            copies = self.args.noisy_copies if self.objective.has_noise else 1
+            lengths = self.objective.pass_lengths(batch, copies)
+            batch["row_ids"] = lengths.new_tensor(assign_rows(lengths.tolist()))
+        return batch
 
     def _count_progress(self, batch: dict[str, torch.Tensor], nelbo: torch.Tensor) -> None:
         segment_ids, counted = batch["segment_ids"], batch["labels"] != -100

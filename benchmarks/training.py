@@ -17,7 +17,7 @@ from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.diffusion_hierbd3lm import draw_mask
 from hierbd3lm.evaluation.likelihood import with_predicted_tokens
 from hierbd3lm.masking_hierbd3lm import dense_mask, fixed_length_layout
-from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion, needed_columns
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.training.objectives import make_objective
 
 from .measure import Measured, added_memory, bar, interleaved_medians, measure_parts
@@ -102,8 +102,7 @@ def measure_problems(repeats: int) -> Measured:
     fixed_collate = HierarchicalDataCollator(fixed.config, fixed_length=True)
     cases, hier_tokens, ar_tokens = {}, 0, 0
     for i, (batch, group) in enumerate(zip(batches, groups, strict=True)):
-        num_clean, first_noisy = needed_columns(batch["block_ids"])
-        hier_tokens += 16 * (num_clean + batch["input_ids"].shape[1] - first_noisy)
+        hier_tokens += 16 * int(make_objective(hier.config).pass_lengths(batch).max())
         rows = [example["question_ids"] + example["plan_ids"] + example["execution_ids"] for example in group]
         longest = max(map(len, rows))
         input_ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])

@@ -10,7 +10,8 @@ from transformers import CohereConfig, GraniteConfig, MistralConfig, Qwen3ForCau
 
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.diffusion_hierbd3lm import draw_mask, exact_nelbo, token_nll
-from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion, needed_columns
+from hierbd3lm.masking_hierbd3lm import TokenLayout, needed_tokens
+from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
 from .tiny import layout_from_segments, make_batch, make_dataset, make_model
 from .tiny_backbones import (
@@ -299,30 +300,23 @@ def test_columns_that_are_left_out_change_neither_loss_nor_gradients(backbone):
         assert_close(actual[name], gradient, atol=1e-4)
 
 
-def test_left_out_columns_are_those_of_the_longest_last_block_and_the_shared_question():
+def test_left_out_tokens_are_padding_the_last_clean_blocks_and_the_noisy_questions():
     model = model_with("qwen3")
     lengths = []
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: lengths.append(args[0].shape[1]))
-    batch, masked = noisy_batch(model.config, [(5, 2, 3), (5, 1, 2)])
+    batch, masked = noisy_batch(model.config, [(5, 2, 3), (9, 1, 2)])
     model(**batch, logits_to_keep=masked)
-    total = 5 + 5 * 4
-    assert lengths == [(total - 4) + (total - 5)]
+    assert lengths == [max((5 + 4 * 4) + 5 * 4, (9 + 2 * 4) + 3 * 4)]
 
 
-@pytest.mark.parametrize(
-    ("block_ids", "expected"),
-    [
-        ([[0, 0, 1, 1, 2, 2]], (4, 2)),
-        ([[-1, 0, 1, 1, 2, 2], [0, 0, 1, 1, -1, -1]], (4, 2)),
-        ([[-1, -1, 0, 1], [0, 1, 1, 2]], (3, 1)),  # the second row's question ends where the first has not begun
-        ([[1, 1, 2, 2]], (2, 0)),
-        ([[1, 1]], (0, 0)),
-        ([[0, 0]], (0, 2)),
-        ([[-1, -1]], (0, 2)),
-    ],
-)
-def test_needed_columns(block_ids, expected):
-    assert needed_columns(torch.tensor(block_ids)) == expected
+def test_needed_tokens():
+    clean = torch.tensor([[-1, 0, 1, 1, 2, 2], [0, 0, 1, 1, -1, -1], [-3, -2, 1, 1, 2, 2]])
+    noisy = torch.tensor([[1, 1, 2, 2], [1, 1, -1, -1], [1, 1, 2, 2]])
+    block_ids = torch.cat([clean, noisy], dim=1)
+    stream_ids = torch.tensor([0] * 6 + [1] * 4).expand_as(block_ids)
+    expected = ["0111001111", "1100001100", "1111001111"]
+    actual = needed_tokens(TokenLayout(block_ids, stream_ids, torch.zeros_like(block_ids)))
+    assert ["".join(map(str, row)) for row in actual.long().tolist()] == expected
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ def check_trainer(trainer: Trainer) -> None:
     check_parallelism(trainer)
     check_optimizer(trainer)
     check_noise(trainer)
+    check_packing(trainer)
     check_datasets(trainer)
 
 
@@ -85,6 +86,12 @@ def check_noise(trainer: Any) -> None:
         raise ValueError(f"`noisy_copies` must be 1 for an objective without noise, but got {args.noisy_copies}")
     if args.clip_search is not None:
         raise ValueError(f"`clip_search` must be None for an objective without noise, but got {args.clip_search}")
+
+
+def check_packing(trainer: Trainer) -> None:
+    """Refuse packing of segments that are padded to fixed lengths."""
+    if trainer.args.packing and getattr(trainer.data_collator, "fixed_length", False):
+        raise ValueError("`packing` must be False with `fixed_length`, whose padding it would remove, but got True")
 
 
 def check_datasets(trainer: Trainer) -> None:

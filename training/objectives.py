@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
 from ..diffusion_hierbd3lm import draw_mask, exact_nelbo, masked_nll, widest_dtype
-from ..masking_hierbd3lm import PADDING
+from ..masking_hierbd3lm import CLEAN, PADDING, QUESTION, TokenLayout, needed_tokens
 from ..order_hierbd3lm import BlockOrder
 
 Batch = dict[str, torch.Tensor]
@@ -80,6 +80,14 @@ class BlockDiffusion:
         """Return block ids such that tokens with the same id share a noise level: `(batch, length)`."""
         return self.order.noise_blocks(batch["block_ids"])
 
+    def pass_lengths(self, batch: Batch, noisy_copies: int = 1) -> torch.Tensor:
+        """Return the number of tokens of each example in a pass of `token_nelbo`: `(batch,)`."""
+        block_ids = batch["block_ids"]
+        if self.order.is_joint:
+            return noisy_copies * (block_ids != PADDING).sum(dim=1)
+        layout = TokenLayout(block_ids, torch.full_like(block_ids, CLEAN), block_ids)
+        return needed_tokens(layout).sum(dim=1) + noisy_copies * (block_ids > QUESTION).sum(dim=1)
+
     def token_losses(self, model: Any, batch: Batch, masked: torch.Tensor) -> torch.Tensor:
         """Return the loss of each masked token in nats.
 
@@ -89,7 +97,7 @@ class BlockDiffusion:
         Returns:
             `torch.FloatTensor` of shape `(num_masked,)`.
         """
-        layout = {name: batch[name] for name in ("block_ids", "position_ids")}
+        layout = {name: batch[name] for name in ("block_ids", "position_ids", "row_ids") if name in batch}
         if not self.order.is_joint:
             return masked_nll(model, masked, batch["input_ids"], self.config.mask_token_id, **layout)
         # One stream, as only the question is clean: a block attends to earlier noisy blocks.
@@ -116,10 +124,15 @@ class Autoregression:
             input_ids=x0,
             attention_mask=(batch["segment_ids"] != PADDING).long(),
             position_ids=batch["position_ids"],
+            row_ids=batch.get("row_ids"),
             logits_to_keep=before(predicted),
             target_ids=before(x0),
         ).nll
         return nll.new_zeros(x0.shape).masked_scatter(predicted, nll)
+
+    def pass_lengths(self, batch: Batch, noisy_copies: int = 1) -> torch.Tensor:
+        """Return the number of tokens of each example in a pass of `token_nelbo`: `(batch,)`."""
+        return (batch["segment_ids"] != PADDING).sum(dim=1)
 
     def exact(self, model: Any, batch: Batch) -> torch.Tensor:
         nelbo = self.token_nelbo(model, batch)

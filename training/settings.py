@@ -185,6 +185,13 @@ class ObjectiveArguments:
             "One copy is used where a block size of 1 leaves no noise."
         },
     )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Pack the examples of a batch into fewer, longer rows with hardly any padding. Loss and gradient "
+            "are those of the same batch without packing."
+        },
+    )
     filler_weight: float = field(
         default=1.0,
         metadata={"help": "Weight in the training loss of the <|end|> tokens after the first of a segment, >= 0."},
