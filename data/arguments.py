@@ -70,6 +70,17 @@ class DataArguments:
     num_synthetic_examples: int = field(
         default=0, metadata={"help": "Number of synthetic problems added to the training examples of another dataset."}
     )
+    counterfactual_plans: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability that the plan of a training example is changed and its execution recomputed; the "
+            "loss counts for the execution alone. For synthetic problems and GSM8K."
+        },
+    )
+    plan_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Probability that a training example has no plan; the loss counts for the execution alone."},
+    )
     dataset_train_split: str | None = field(default="train", metadata={"help": "Name of the training split."})
     dataset_validation_split: str | None = field(
         default=None,
@@ -137,10 +148,28 @@ class DataArguments:
         check_at_least("num_train_examples", self.num_train_examples, 1)
         for name in ("num_validation_examples", "num_synthetic_examples", "shuffle_buffer"):
             check_at_least(name, getattr(self, name), 0)
+        self._check_given_plans()
         if self.dataset == SYNTHETIC and self.num_synthetic_examples:
             raise ValueError(
                 f"`num_synthetic_examples` must be 0 for `dataset: synthetic`, but got {self.num_synthetic_examples}"
             )
+
+    def _check_given_plans(self) -> None:
+        """Check the probabilities of plans that are given in training."""
+        for name in ("counterfactual_plans", "plan_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be in [0, 1], but got {getattr(self, name)}")
+            if self.text_column is not None or self.auto_split:
+                self._check_default(name, 0, "for data without plans")
+        if self.counterfactual_plans + self.plan_dropout > 1:
+            raise ValueError(
+                f"`counterfactual_plans + plan_dropout` must be at most 1, but got {self.counterfactual_plans} + "
+                f"{self.plan_dropout}"
+            )
+        has_synthetic = self.dataset == SYNTHETIC or self.num_synthetic_examples > 0
+        has_solutions = self.dataset in GSM8K_IDS and self.dataset_name in (None, "main") and not self.parse_example
+        if not has_synthetic and not has_solutions:
+            self._check_default("counterfactual_plans", 0, "for other data than synthetic problems and GSM8K's `main`")
 
     def _check_default(self, name: str, default: Any, where: str) -> None:
         if getattr(self, name) != default:

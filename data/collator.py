@@ -15,6 +15,7 @@ from .questions import encode_question, encode_text
 SEGMENTS = ("question", "plan", "execution")  # in the order of a sequence
 ID_KEYS = tuple(f"{segment}_ids" for segment in SEGMENTS)
 IGNORED_LABEL = -100
+GIVEN_LABEL = -101  # until the batch is made: a token that is not predicted
 
 ExampleIds = Mapping[str, Any]  # `question_ids`, `plan_ids`, `execution_ids`, optionally `continues`
 
@@ -33,7 +34,8 @@ class HierarchicalDataCollator:
     An example is a dict with `question_ids`, `plan_ids`, `execution_ids` (content only: no openers, no `<|end|>`; see
     [`encode_example`]), or with the texts `question`, `plan`, `execution`, or with `text` alone. If an example with
     ids also has `continues=True`, its execution is a piece of a longer text that continues in another row: it gets no
-    closing `<|end|>` and no filler, and an `<|end|>` among its tokens closes a document.
+    closing `<|end|>` and no filler, and an `<|end|>` among its tokens closes a document. With
+    `plan_is_given=True` the plan of an example is not predicted.
 
     Args:
         config: lengths, block sizes and special token ids.
@@ -54,6 +56,7 @@ class HierarchicalDataCollator:
         - `position_ids`: 0 at the first real token, 0 on padding.
         - `labels`: the token itself where the likelihood counts it (content and first `<|end|>` of plan and execution;
           all tokens but the opener if the execution continues), else -100.
+        - `is_given`: a `torch.BoolTensor`, true for the tokens of given plans; only if there are any.
 
     Raises (when called):
         ValueError: if an example lacks a key, exceeds the configured lengths, or contains a special token.
@@ -79,18 +82,20 @@ class HierarchicalDataCollator:
         rows = self._pad_rows([_lay_out_segments(example, self.config, self.order) for example in examples])
         input_ids, segment_ids, labels = (torch.tensor(column, dtype=torch.long) for column in zip(*rows, strict=True))
         block_ids, position_ids = self.order.layout(segment_ids)
-        return {
+        is_given = labels == GIVEN_LABEL
+        batch = {
             "input_ids": input_ids,
             "segment_ids": segment_ids,
             "block_ids": block_ids,
             "position_ids": position_ids,
-            "labels": labels,
+            "labels": labels.masked_fill(is_given, IGNORED_LABEL),
         }
+        return batch | {"is_given": is_given} if is_given.any() else batch
 
     def _read_ids(self, feature: dict[str, Any]) -> ExampleIds:
         if all(key in feature for key in ID_KEYS):
             ids = {key: [int(token) for token in feature[key]] for key in ID_KEYS}
-            return ids | {"continues": bool(feature.get("continues"))}
+            return ids | {name: bool(feature.get(name)) for name in ("continues", "plan_is_given")}
         if self.tokenizer is None:
             raise ValueError(
                 f"an example must have the keys {', '.join(ID_KEYS)} if the collator has no `tokenizer`, "
@@ -193,8 +198,10 @@ def segment_lengths(example: ExampleIds, config: HierBD3LMConfig) -> dict[str, i
 
 
 def counted_tokens(example: ExampleIds, config: HierBD3LMConfig) -> dict[str, int]:
-    """Return the number of plan and execution tokens that the likelihood counts: all but the openers."""
+    """Return the number of plan and execution tokens that the likelihood counts: all but openers and given plans."""
     lengths = segment_lengths(example, config)
+    if example.get("plan_is_given"):
+        lengths["plan"] = 0
     return {segment: max(lengths[segment] - 1, 0) for segment in ("plan", "execution")}
 
 
@@ -251,11 +258,15 @@ def _lay_out_segments(example: ExampleIds, config: HierBD3LMConfig, order: Block
     fillers = order.fillers({PLAN: lengths["plan"], EXECUTION: lengths["execution"]})
     plan_filler, execution_filler = end * fillers[PLAN], end * fillers[EXECUTION] * (not continues)
     no_plan = Columns([], [], [])
-    return [
+    columns = [
         Columns(question, [QUESTION] * len(question), [IGNORED_LABEL] * len(question)),
         _lay_out_segment(config.plan_token_id, plan + end, plan_filler, PLAN) if lengths["plan"] else no_plan,
         _lay_out_segment(config.execution_token_id, execution + end * (not continues), execution_filler, EXECUTION),
     ]
+    if example.get("plan_is_given"):
+        columns[1].labels[:] = [GIVEN_LABEL] * len(columns[1].labels)
+        columns[2].labels[0] = GIVEN_LABEL  # the opener, which some orders predict
+    return columns
 
 
 def _lay_out_segment(opener: int, counted: list[int], filler: list[int], segment: int) -> Columns:

@@ -167,7 +167,7 @@ def prepare_dataset(
     """Encode a dataset for training and evaluation.
 
     Args:
-        dataset: has `question`, `plan`, `execution`, or `text` if `auto_split` is set.
+        dataset: has `question`, `plan`, `execution`, or `text` if `auto_split` is set; `plan_is_given` is kept.
         over_long: `drop` or `raise`, for an example with a segment that exceeds its configured length.
         special_tokens: `drop` or `raise`, for an example with a text that spells out a special token of the layout,
             such as `<|plan|>`.
@@ -189,7 +189,7 @@ def prepare_dataset(
             raise ValueError(f"`{name}` must be one of {', '.join(UNFIT)}, but got {choice!r}")
     if len(dataset) == 0:
         raise ValueError("`dataset` must have at least one example, but has none")
-    wanted = {"answer", *((*SEGMENTS, "text") if keep_text else ())}
+    wanted = {"answer", "plan_is_given", *((*SEGMENTS, "text") if keep_text else ())}
     kept_features = {column: feature for column, feature in dataset.features.items() if column in wanted}
     checks = (check_content,) if special_tokens == "raise" else ()
     checks += (check_lengths,) if over_long == "raise" else ()

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
 from .arguments import GSM8K_IDS, SYNTHETIC, DataArguments
+from .counterfactuals import change_synthetic, give_plans
 from .formats import find_parser
 from .gsm8k.near_duplicates import NEAR_DUPLICATE, highest_similarities
 from .gsm8k.problems import load_gsm8k_rows
@@ -65,6 +66,22 @@ def load_counted_split(
     if args.tested_on is not None and split != "test":
         dataset, counts = _without_near_test(dataset, args.tested_on)
     return dataset if num_examples is None else dataset.select(range(min(num_examples, len(dataset)))), counts
+
+
+def load_training_split(args: DataArguments, split: str) -> tuple[Dataset | IterableDataset, dict[str, int]]:
+    """Load the examples of a split as [`load_counted_split`] does; those that are trained on with given plans.
+
+    See [`give_plans`]: the same rows in every process and every epoch, so that resuming changes nothing.
+    """
+    dataset, counts = load_counted_split(args, split)
+    if split not in training_splits(args):
+        return dataset, counts
+    is_synthetic = SYNTHETIC in (args.dataset, split)
+    config = SyntheticConfig(**args.synthetic)
+    change = change_synthetic(config) if is_synthetic else None
+    rates = args.counterfactual_plans if change else 0.0, args.plan_dropout
+    dataset, of_plans = give_plans(dataset, change, *rates, seed=f"{split} {config.seed}")
+    return dataset, counts | of_plans
 
 
 def encode_split(

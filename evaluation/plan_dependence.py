@@ -24,6 +24,7 @@ from ..data.steps import split_steps
 from ..data.synthetic.checks import FOLLOWED, check_execution
 from ..data.synthetic.config import SyntheticConfig
 from ..data.synthetic.plan_swaps import ChangedPlan, change_plan, exchange_plans
+from ..data.synthetic.vocabulary import NAMES
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..settings_hierbd3lm import resolve_settings, settings_of
 from .arguments import AnalysisArguments
@@ -71,8 +72,8 @@ def analyse_checkpoint(args: AnalysisArguments) -> dict[str, Any]:
     ]
     folder = Path(args.output_dir)
     run_folder.start_run(folder, settings, SETTINGS_FILE, files, args.overwrite)
-    max_value = SyntheticConfig(**data_args.synthetic).max_value
-    metrics = analyse(model, tokenizer, dataset, folder, max_value, args.batch_size, args.num_draws, args.seed)
+    problems = SyntheticConfig(**data_args.synthetic)
+    metrics = analyse(model, tokenizer, dataset, folder, problems, args.batch_size, args.num_draws, args.seed)
     result = metrics | {"model": args.model, "dataset": data_args.dataset, "split": args.split, **settings}
     result |= describe_model(model)
     run_folder.write_json(folder / ANALYSIS_FILE, result)
@@ -86,7 +87,7 @@ def analyse(
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     folder: str | os.PathLike,
-    max_value: int = SyntheticConfig.max_value,
+    problems: SyntheticConfig | None = None,
     batch_size: int = 32,
     num_draws: int = 8,
     seed: int = 0,
@@ -99,7 +100,7 @@ def analyse(
     Args:
         dataset: dataset with the columns `question`, `plan` and `execution`, which ends with `#### <answer>`.
         folder: output folder. Executions that it already holds are not generated again.
-        max_value: maximum value in changed plans; see `SyntheticConfig`.
+        problems: maximum value and names in changed plans; the defaults of `SyntheticConfig` if omitted.
         num_draws: see [`~evaluation.likelihood.measure_likelihood`].
         seed: random seed of exchanged and changed plans, generation and noise.
 
@@ -127,7 +128,7 @@ def analyse(
         logger.warning(
             "The plans do not have the format of the synthetic problems: they are neither changed nor checked"
         )
-    changes = draw_changes(dataset, max_value, seed) if has_steps else []
+    changes = draw_changes(dataset, problems or SyntheticConfig(), seed) if has_steps else []
     given = {ORACLE: plans, OTHER: [plans[other] for other in exchange_plans(plans, seed)], EMPTY: [""] * len(plans)}
     predictions = generate_executions(model, tokenizer, dataset, given, changes, folder, batch_size, seed)
     swaps = judge_swaps(predictions, changes)
@@ -180,10 +181,11 @@ def agrees(verdicts: Sequence[str], execution: str) -> bool:
     return set(verdicts) == {FOLLOWED} and match_strict(execution, split_steps(execution)[-1].split()[-1])
 
 
-def draw_changes(dataset: Dataset, max_value: int, seed: int) -> list[ChangedPlan | None]:
+def draw_changes(dataset: Dataset, problems: SyntheticConfig, seed: int) -> list[ChangedPlan | None]:
     """Draw a changed plan for each problem; see [`change_plan`]."""
     rows = enumerate(zip(dataset["question"], dataset["plan"], strict=True))
-    return [change_plan(random.Random(f"{seed} {row}"), *texts, max_value) for row, texts in rows]
+    names = NAMES[: problems.num_names]
+    return [change_plan(random.Random(f"{seed} {row}"), *texts, problems.max_value, names) for row, texts in rows]
 
 
 def generate_executions(
@@ -270,12 +272,22 @@ def judge_swaps(
             | asdict(change)
             | {
                 "is_right_under_reference": predictions[ORACLE][row]["exact_match_strict"],
-                "follows_step": verdicts[change.step] == FOLLOWED,
+                "follows_step": follows_change(change, verdicts),
                 "reaches_answer": match_strict(execution, str(change.answer)),
                 "ignores_change": prediction["exact_match_strict"],
             }
         )
     return swaps
+
+
+def follows_change(change: ChangedPlan, verdicts: Sequence[str]) -> bool:
+    """Return whether an execution carries out the changed steps, and no step where the last one was removed.
+
+    Args:
+        verdicts: result of [`check_execution`] for the changed plan.
+    """
+    num_steps = len(split_steps(change.plan))
+    return all(verdicts[step] == FOLLOWED if step < num_steps else len(verdicts) == num_steps for step in change.steps)
 
 
 def measure_swaps(swaps: Sequence[dict[str, Any]]) -> dict[str, Any]:

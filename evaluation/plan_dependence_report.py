@@ -12,7 +12,7 @@ SOURCES = {
     ORACLE: "the reference plan",
     OTHER: "another problem's plan",
     EMPTY: "a plan of no steps",
-    CHANGED: "the reference plan, one step changed",
+    CHANGED: "the reference plan, changed",
 }
 SWAP_OUTCOMES = {
     "swap_follows_step": "carries out the changed step",

@@ -260,7 +260,7 @@ def test_plans_of_another_format_are_neither_changed_nor_checked(args, tmp_path)
     assert "changed_n" not in result and "swap_n" not in result and "own_agreement" not in result
     for source in ("own", "oracle", "other", "empty"):
         assert f"{source}_exact_match" in result
-    assert "step changed" not in format_tables(result)
+    assert "plan, changed" not in format_tables(result)
 
 
 @pytest.mark.parametrize(

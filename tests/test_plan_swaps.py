@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 
 from hierbd3lm.data.synthetic.config import SyntheticConfig
-from hierbd3lm.data.synthetic.plan_swaps import change_plan, exchange_plans
+from hierbd3lm.data.synthetic.plan_swaps import KINDS, ONE_PART, UNSEEN_KINDS, change_plan, exchange_plans
 from hierbd3lm.data.synthetic.problems import generate_dataset
 from hierbd3lm.data.synthetic.quantities import MAX_FACTOR
+from hierbd3lm.data.synthetic.vocabulary import NAMES
 
 CONFIGS = [
     SyntheticConfig(),
@@ -29,10 +30,10 @@ def evaluate_by_python(question, plan):
     return values
 
 
-def draw_changes(config, num_examples=200, seed=0):
+def draw_changes(config, num_examples=200, seed=0, kinds=(*KINDS, *UNSEEN_KINDS)):
     rows = generate_dataset("test", num_examples, config)
-    rng = random.Random(seed)
-    return [(row, change_plan(rng, row["question"], row["plan"], config.max_value)) for row in rows]
+    rng, names = random.Random(seed), NAMES[: config.num_names]
+    return [(row, change_plan(rng, row["question"], row["plan"], config.max_value, names, kinds)) for row in rows]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -49,13 +50,13 @@ def test_a_changed_plan_has_the_answer_that_it_says_and_stays_in_range(config):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_exactly_the_named_step_differs_in_exactly_one_thing_of_the_named_kind(config):
     kinds = Counter()
-    for row, change in draw_changes(config):
+    for row, change in draw_changes(config, kinds=ONE_PART):
         if change is None:
             continue
         lines, new_lines = row["plan"].split("\n"), change.plan.split("\n")
         assert len(lines) == len(new_lines)
-        assert [place for place in range(len(lines)) if lines[place] != new_lines[place]] == [change.step]
-        words, new_words = lines[change.step].split(), new_lines[change.step].split()
+        assert [place for place in range(len(lines)) if lines[place] != new_lines[place]] == [*change.steps]
+        words, new_words = (texts[change.steps[0]].split() for texts in (lines, new_lines))
         [(old, new)] = [pair for pair in zip(words, new_words, strict=True) if pair[0] != pair[1]]
         assert new not in words
         expected = {
@@ -71,6 +72,51 @@ def test_exactly_the_named_step_differs_in_exactly_one_thing_of_the_named_kind(c
     assert kinds.keys() == {"operation", "number", "operand", "addend"}
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_changes_of_several_steps_are_what_their_kind_says(config):
+    kinds = Counter()
+    for kind in ("inserted", "removed", "exchanged", *UNSEEN_KINDS):
+        for row, change in draw_changes(config, 60, kinds=[kind]):
+            if change is None:
+                continue
+            kinds[kind] += 1
+            old, new, places = row["plan"].split("\n"), change.plan.split("\n"), change.steps
+            assert change.kind == kind and change.answer == evaluate_by_python(row["question"], change.plan)[-1]
+            assert [line for place, line in enumerate(new) if place not in places] == [
+                line for line in old if line in new and new.index(line) not in places
+            ]
+            name = new[min(places[0], len(new) - 1)].split()[0]
+            if kind == "inserted":
+                assert len(new) == len(old) + 1 and name not in f"{row['question']} {row['plan']}".split()
+                assert places == (len(old),) or name in new[places[1]].split()
+            elif kind == "removed":
+                assert len(new) == len(old) - 1
+                assert {line.split()[0] for line in new} < {line.split()[0] for line in old}
+            else:
+                assert len(new) == len(old)
+                assert [place for place in range(len(old)) if old[place] != new[place]] == [*places]
+            if kind == "exchanged":
+                ends = [sorted(tuple(lines[place].split()[-2:]) for place in places) for lines in (old, new)]
+                assert len(places) == 2 and ends[0] == ends[1]
+            elif kind == "constant":
+                assert re.fullmatch(r"\w+ = \d+ [-+*] \d+", new[places[0]]) and len(places) == 1
+            elif kind == "two steps":
+                assert len(places) == 2
+    assert min(kinds.values()) >= 1 and len(kinds) == 5
+
+
+def test_steps_that_do_not_need_each_other_exchange_their_places():
+    """With another order alone the answer stays, so that only changes of any answer have it."""
+    question, plan = "Tom has 5 apples. Ann has 4 apples.", "Mia = Tom + 3\nLeo = Ann - 3\nZoe = Mia + Leo"
+    drawn = {
+        change_plan(random.Random(seed), question, plan, 20, (), ["exchanged"], has_other_answer=False).plan
+        for seed in range(40)
+    }
+    swapped = "Leo = Ann - 3\nMia = Tom + 3\nZoe = Mia + Leo"
+    assert drawn == {swapped, "Mia = Tom - 3\nLeo = Ann + 3\nZoe = Mia + Leo"}
+    assert change_plan(random.Random(0), question, plan, 20, (), ["exchanged"]) is None
+
+
 def test_a_change_is_drawn_by_its_generator_alone():
     assert draw_changes(CONFIGS[0], 40, seed=1) == draw_changes(CONFIGS[0], 40, seed=1)
     assert draw_changes(CONFIGS[0], 40, seed=1) != draw_changes(CONFIGS[0], 40, seed=2)
@@ -79,9 +125,9 @@ def test_a_change_is_drawn_by_its_generator_alone():
 def test_a_plan_without_a_change_in_range_has_none():
     """Tom + n is in [1, 2] for one n alone, and neither 1 * 2 (the same answer) nor 1 - 1 is another way."""
     question = "Tom has 1 apple. Mia has 1 more apple than Tom."
-    assert change_plan(random.Random(0), question, "Mia = Tom + 1", max_value=2) is None
-    changed = change_plan(random.Random(0), question, "Mia = Tom + 1", max_value=3)
-    assert (changed.kind, changed.answer, changed.step) == ("number", 3, 0)
+    assert change_plan(random.Random(0), question, "Mia = Tom + 1", 2, kinds=ONE_PART) is None
+    changed = change_plan(random.Random(0), question, "Mia = Tom + 1", 3, kinds=ONE_PART)
+    assert (changed.kind, changed.answer, changed.steps) == ("number", 3, (0,))
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -145,7 +145,9 @@ def lay_out_blocks(batch: Batch, order: BlockOrder, keep_columns: bool = False) 
         the batch that the collator returns for the block sizes of `order`.
     """
     input_ids, segment_ids = batch["input_ids"], batch["segment_ids"]
-    is_filler = (batch["labels"] == IGNORED_LABEL) & (input_ids == order.end_token_id)
+    is_end = input_ids == order.end_token_id
+    # the first `<|end|>` of a plan that is given has no label either, but it is no filler
+    is_filler = (batch["labels"] == IGNORED_LABEL) & is_end & is_end.roll(1, dims=1)
     removed = torch.zeros_like(is_filler)
     for part in order.parts:
         inside = torch.isin(segment_ids, segment_ids.new_tensor(part.segments))
@@ -156,6 +158,8 @@ def lay_out_blocks(batch: Batch, order: BlockOrder, keep_columns: bool = False) 
         "input_ids": input_ids.masked_fill(removed, order.pad_token_id),
         "segment_ids": segment_ids.masked_fill(removed, PADDING),
     }
+    if "is_given" in batch:
+        batch["is_given"] = batch["is_given"] & ~removed
     if not keep_columns:
         batch = _pad_on_the_right(batch)
     batch["block_ids"], batch["position_ids"] = order.layout(batch["segment_ids"])

@@ -21,7 +21,7 @@ from ..configuration_hierbd3lm import BLOCK_SIZES, HierBD3LMConfig, has_one_bloc
 from ..data.arguments import SYNTHETIC, DataArguments
 from ..data.collator import SEGMENTS
 from ..data.decoding import count_lost_answers
-from ..data.splits import encode_split, load_counted_split, training_splits
+from ..data.splits import encode_split, load_training_split, training_splits
 from ..data.synthetic.config import SyntheticConfig
 from ..data.synthetic.wording import vocabulary_texts
 from ..data.tokenization import train_tokenizer
@@ -41,7 +41,7 @@ def load_examples(data_args: DataArguments, args: TrainScriptArguments) -> Examp
     """Load the examples of the training splits and of the validation split, if there is one."""
     splits = training_splits(data_args) + (["validation"] if data_args.num_validation_examples else [])
     with args.main_process_first(desc="examples"):
-        return {split: load_counted_split(data_args, split) for split in splits}
+        return {split: load_training_split(data_args, split) for split in splits}
 
 
 def make_tokenizer(

@@ -7,8 +7,8 @@ A plan step is one operation on quantities and numbers, an execution step is the
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import zip_longest
 from operator import add, mul, sub
@@ -106,6 +106,26 @@ def carry_out(steps: Iterable[Step], given: Mapping[str, int]) -> list[int]:
         values[step.name] = reduce(OPERATIONS[step.symbol], operands)
         results.append(values[step.name])
     return results
+
+
+def write_execution(steps: Sequence[Step], given: Mapping[str, int]) -> list[str]:
+    """Write the execution step of each plan step; raises as [`carry_out`] does."""
+    values, lines = dict(given), []
+    for step, result in zip(steps, carry_out(steps, given), strict=True):
+        operands = [str(value) for value in operand_values(step, values) or ()]
+        lines.append(f"{replace(step, operands=tuple(operands))} = {result}")
+        values[step.name] = result
+    return lines
+
+
+def depends_on(steps: Sequence[Step]) -> list[list[int]]:
+    """Return for each step the indices of the earlier steps whose results it uses."""
+    computed: dict[str, int] = {}
+    needed = []
+    for index, step in enumerate(steps):
+        needed.append(sorted({computed[operand] for operand in step.operands if operand in computed}))
+        computed[step.name] = index
+    return needed
 
 
 def operand_values(step: Step, values: Mapping[str, int]) -> list[int] | None:
