@@ -55,6 +55,7 @@ def test_only_missing_files_are_made_and_the_row_is_read_from_them(tmp_path, mon
                 summary |= {f"exact_match_{kind}": 0.5, f"exact_match_{kind}_interval": [0.1, 0.9]}
             (folder / "summary.json").write_text(json.dumps(summary))
 
+    monkeypatch.setattr(open_checkpoint, "describe_machine", dict)
     monkeypatch.setattr(open_checkpoint.subprocess, "run", run)
     made = open_checkpoint.Run("checkpoint", tmp_path, 100, 2)
     for _ in range(2):
