@@ -20,6 +20,7 @@ COMMANDS = {
     "train": Command("train:main", "train a model from a recipe, from scratch or from an open checkpoint"),
     "eval": Command("eval_gsm8k:main", "have a checkpoint answer problems, and score the answers"),
     "generate": Command("serving.generate:main", "answer a question, a file of questions or a dataset; chat"),
+    "serve": Command("serving.serve:main", "serve a model: an OpenAI-compatible API over HTTP"),
     "ppl": Command("evaluation.ppl:main", "measure the likelihood of a dataset: nats, bits and perplexity per token"),
     "plans": Command("data.plans.write_plans:main", "have a language model write plans for solved problems"),
     "analyze": Command("evaluation.analyze:main", "measure how much executions depend on their plans"),

@@ -18,14 +18,27 @@ def encode_question(question: str, tokenizer: PreTrainedTokenizerBase, chat_temp
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[int]:
-    """Encode a text, of any length without a warning."""
+    """Encode a text, of any length without a warning.
+
+    Raises:
+        ValueError: for a text with a lone surrogate, which is no Unicode.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a text must be Unicode, but has the lone surrogate {text[error.start]!r}") from error
     return tokenizer(text, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
         "input_ids"
     ]
 
 
 def render_question(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Render a question through the chat template of a tokenizer: one user turn and the generation prompt.
+    """Render a question through the chat template of a tokenizer, as in [`render_messages`]: one user turn."""
+    return render_messages([{"role": "user", "content": question}], tokenizer)
+
+
+def render_messages(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Render messages and the generation prompt through the chat template of a tokenizer.
 
     Templates that state the current date get a fixed one, so that training and evaluation render the same.
 
@@ -36,7 +49,7 @@ def render_question(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
         raise ValueError("`chat_template` must be False for a tokenizer without a chat template, but got True")
     template = tokenizer.get_chat_template()
     return tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}],
+        messages,
         chat_template=FIXED_DATE + template if "strftime_now" in template else template,
         tokenize=False,
         add_generation_prompt=True,

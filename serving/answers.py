@@ -5,23 +5,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
+from ..data.collator import check_content, check_lengths
 from ..evaluation.prompts import Prompt
 from ..evaluation.runner import Written
-
-REFUSALS = ("too_long", "has_special_token")
 
 
 def check_prompt(prompt: Prompt, config: HierBD3LMConfig) -> None:
     """Raise a ValueError for a prompt that the model does not accept."""
-    if prompt.has_special_token:
-        raise ValueError(
-            "`question` and `plan` must not spell out a special token of the layout, such as <|plan|> or <|end|>, but "
-            "one does"
-        )
-    for segment in prompt.too_long:
-        number = {"question": len(prompt.question_ids), "plan": len(prompt.plan_ids or ())}[segment]
-        most = getattr(config, f"{segment}_len") - (segment == "plan")
-        raise ValueError(f"`{segment}` must have at most {most} tokens, but got {number}")
+    example = {"question_ids": prompt.question_ids, "plan_ids": prompt.plan_ids or [], "execution_ids": []}
+    check_content(example, config)
+    check_lengths(example, config)
 
 
 def read_answer(prompt: Prompt, written: Written, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
