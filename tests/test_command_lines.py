@@ -22,7 +22,7 @@ from hierbd3lm.evaluation.arguments import (
     SampleArguments,
 )
 from hierbd3lm.evaluation.lm_eval.__main__ import TASKS, with_include_path
-from hierbd3lm.serving.arguments import GenerateArguments
+from hierbd3lm.serving.arguments import GenerateArguments, ServeArguments
 from hierbd3lm.training.recipes import find_recipe, recipe_names
 from hierbd3lm.training.settings import ModelArguments, ObjectiveArguments
 
@@ -31,6 +31,7 @@ SETTINGS = {
     "train": (ModelArguments, DataArguments, ObjectiveArguments),
     "eval": (EvaluationArguments,),
     "generate": (GenerateArguments,),
+    "serve": (ServeArguments,),
     "ppl": (LikelihoodArguments,),
     "plans": (WritePlansArguments,),
     "analyze": (AnalysisArguments,),
