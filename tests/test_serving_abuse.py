@@ -124,20 +124,24 @@ def test_an_answer_may_take_longer_than_a_head(server, monkeypatch):
 def test_the_row_of_a_client_that_hangs_up_leaves_the_batch(checkpoint, expected, stream):
     body, answer = json.dumps({"messages": USER, "stream": stream}).encode(), expected(QUESTIONS[0])
     num_passes = expected("1")["num_forward_passes"]
-    with serving(checkpoint) as server, ThreadPoolExecutor(2) as pool, connect(server) as client:
-        with held(server.model) as passes:
-            first = pool.submit(server.ask, "1")
-            wait_until(lambda: server.engine.running)
-            client.sendall(head(len(body)) + body)
-            wait_until(lambda: server.engine.num_waiting == 1)
-            other = pool.submit(server.ask, QUESTIONS[0])
-            wait_until(lambda: server.engine.num_waiting == 2)
-            passes.allow(num_passes + 1)
-            wait_until(lambda: len(passes) == num_passes + 2)
-            client.close()
-            wait_until(lambda: server.metric("cancelled_total") == 1)
-            passes.allow_all()
-            assert first.result().choices and read_chat(other.result()) == answer
+    with (
+        serving(checkpoint) as server,
+        ThreadPoolExecutor(2) as pool,
+        connect(server) as client,
+        held(server.model) as passes,
+    ):
+        first = pool.submit(server.ask, "1")
+        wait_until(lambda: server.engine.running)
+        client.sendall(head(len(body)) + body)
+        wait_until(lambda: server.engine.num_waiting == 1)
+        other = pool.submit(server.ask, QUESTIONS[0])
+        wait_until(lambda: server.engine.num_waiting == 2)
+        passes.allow(num_passes + 1)
+        wait_until(lambda: len(passes) == num_passes + 2)
+        client.close()
+        wait_until(lambda: server.metric("cancelled_total") == 1)
+        passes.allow_all()
+        assert first.result().choices and read_chat(other.result()) == answer
     # the pass that was held when the client left is the last one with its row
     assert passes == [1] * num_passes + [2] * 2 + [1] * (answer["num_forward_passes"] - 2)
 
