@@ -99,6 +99,11 @@ class BlockOrder:
         return is_token_by_token and self.is_shifted and self.has_causal_question
 
     @property
+    def has_noisy_stream(self) -> bool:
+        """True if a training pass holds clean and noisy tokens; else it has one stream."""
+        return not self.is_causal and not self.is_joint
+
+    @property
     def segments(self) -> tuple[int, ...]:
         """Segments that an answer has."""
         return (PLAN, EXECUTION) if self.parts[0].opener_token_id == self.plan_token_id else (EXECUTION,)

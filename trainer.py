@@ -122,6 +122,7 @@ class HierBD3LMTrainer(Trainer):
             len(dataset) if hasattr(dataset, "__len__") else None,
             self._order_seed(),
             args.train_sampling_strategy,
+            args.packing,
         )
 
     def _order_seed(self) -> int:
@@ -187,7 +188,8 @@ class HierBD3LMTrainer(Trainer):
         if self.args.packing:
             copies = self.args.noisy_copies if self.objective.has_noise else 1
             lengths = self.objective.pass_lengths(batch, copies)
-            batch["row_ids"] = lengths.new_tensor(assign_rows(lengths.tolist()))
+            rows = assign_rows(lengths.tolist(), model.backbone.config.hidden_size)
+            batch["row_ids"] = lengths.new_tensor(rows)
         return batch
 
     def _count_progress(self, batch: dict[str, torch.Tensor], nelbo: torch.Tensor) -> None:
@@ -348,6 +350,9 @@ class HierBD3LMTrainer(Trainer):
         args = self.args
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size  # of an update
         lengths = self._lengths(dataset)
+        if args.packing and getattr(self.data_collator, "order", self.model.order).has_noisy_stream:
+            # a pass holds plan and execution twice
+            lengths = [2 * length - len(ids) for length, ids in zip(lengths, dataset["question_ids"], strict=True)]
         return EpochLengthSampler(batch_size, lengths, self._order_seed(), lambda: int(self.state.epoch or 0))
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:

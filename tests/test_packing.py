@@ -4,7 +4,9 @@ import os
 
 import pytest
 import torch
+from datasets import Dataset
 
+from hierbd3lm.backbones_hierbd3lm import special_token_ids
 from hierbd3lm.data.arguments import DataArguments
 from hierbd3lm.data.collator import HierarchicalDataCollator, encode_example, example_length
 from hierbd3lm.data.splits import load_split
@@ -14,10 +16,10 @@ from hierbd3lm.masking_hierbd3lm import PADDING, PackedRows
 from hierbd3lm.training.arguments import HierBD3LMTrainingArguments
 from hierbd3lm.training.length_sampler import EpochLengthSampler
 from hierbd3lm.training.objectives import make_objective
-from hierbd3lm.training.packing import assign_rows, padding_share
+from hierbd3lm.training.packing import assign_rows, row_lengths
 
 from .test_resuming import RUN, final_state
-from .tiny import make_config, make_dataset, make_model
+from .tiny import make_dataset, make_model
 from .tiny_algorithms import ALL, OWN_SIZE
 from .tiny_backbones import BACKBONES, make_backbone_config
 from .tiny_trainer import SGD, assert_bit_equal, losses_of, make_trainer, seeded_model, weights_of
@@ -150,30 +152,37 @@ def test_rows_without_what_they_need_are_refused():
 # Rows
 
 
+def pass_share(lengths, rows):
+    """Share of a pass's tokens that are no padding."""
+    totals = [sum(n for n, its in zip(lengths, rows, strict=True) if its == row) for row in range(max(rows) + 1)]
+    return sum(lengths) / (len(totals) * max(totals))
+
+
 @pytest.mark.parametrize(
     ("lengths", "expected"),
     [
         ([100, 99, 98, 100], [0, 1, 2, 3]),  # as many rows as examples
         ([100, 50, 50, 100], [0, 1, 1, 2]),
         ([10, 90, 30, 70, 50, 50], [0, 0, 1, 1, 2, 2]),
-        ([100, 40, 40], [0, 0, 0]),  # two rows would be a tenth padding
+        ([100, 60, 20], [0, 1, 1]),
+        ([100, 30, 30, 5], [0, 1, 1, 1]),
+        ([100, 10], [0, 0]),
+        ([1000, 100, 100, 100], [0, 0, 0, 0]),
         ([7], [0]),
     ],
 )
-def test_rows_are_many_and_of_about_equal_lengths(lengths, expected):
-    rows = assign_rows(lengths)
+def test_rows_are_of_about_equal_lengths(lengths, expected):
+    rows = assign_rows(lengths, hidden_size=64)
     names = {row: number for number, row in enumerate(dict.fromkeys(rows))}
     assert [names[row] for row in rows] == expected
 
 
-def test_rows_have_hardly_any_padding():
-    generator = torch.Generator().manual_seed(0)
-    for size in (1, 2, 3, 5, 8, 16, 64):
-        lengths = torch.randint(1, 700, (size,), generator=generator).tolist()
-        rows = assign_rows(lengths)
-        totals = [sum(n for n, its in zip(lengths, rows, strict=True) if its == row) for row in range(max(rows) + 1)]
-        assert all(totals) and len(totals) * max(totals) - sum(lengths) <= 0.04 * len(totals) * max(totals)
-        assert padding_share(lengths, rows) == pytest.approx(1 - sum(lengths) / (len(totals) * max(totals)))
+def test_wide_models_have_longer_rows_with_less_padding():
+    lengths = [300, 200, 210, 150, 260, 120, 90, 310]
+    rows = [assign_rows(lengths, hidden_size) for hidden_size in (1, 576, 100_000)]
+    assert [max(row) + 1 for row in rows] == [6, 4, 1]
+    assert pass_share(lengths, rows[0]) < pass_share(lengths, rows[1]) < pass_share(lengths, rows[2]) == 1
+    assert row_lengths(lengths, rows[2]) == [sum(lengths)]
 
 
 # Training
@@ -188,13 +197,13 @@ def test_rows_have_hardly_any_padding():
         {"filler_weight": 0.3, "estimator": "bernoulli"},
         {"clip_search": [0.5], "clip_search_levels": 4, "eval_strategy": "steps", "eval_steps": 2},
         {"block_size_schedule": {0: 1, 2: 2, 3: 4}},
-        {"train_sampling_strategy": "random"},
+        {"optim": "adamw_torch", "ema_decay": 0.9},
     ],
     ids=lambda settings: ", ".join(settings) or "default",
 )
 @pytest.mark.parametrize("name", ["hier", "shifted"])
 def test_a_run_with_packing_learns_what_one_without_does(tmp_path, name, settings):
-    settings = SGD | {"max_steps": 5, "num_examples": 10} | settings
+    settings = SGD | {"max_steps": 5, "num_examples": 10, "train_sampling_strategy": "random"} | settings
     plain, packed = (
         make_trainer(tmp_path, seeded_model(**MODELS[name]), packing=packing, **settings) for packing in (False, True)
     )
@@ -232,30 +241,57 @@ def test_fixed_lengths_are_refused(tmp_path):
         type(trainer)(trainer.model, arguments, train_dataset=trainer.train_dataset, data_collator=collator)
 
 
+@pytest.mark.parametrize("name", ["hier", "shifted, blocks of one token", "joint, with the mask"])
+def test_batches_are_grouped_by_the_lengths_of_a_pass(tmp_path, name):
+    trainer = make_trainer(tmp_path, seeded_model(**MODELS[name]), num_examples=40, packing=True)
+    collate = trainer.data_collator
+    lengths = [
+        int(trainer.objective.pass_lengths(with_predicted_tokens(trainer.model, collate([example]))))
+        for example in trainer.train_dataset
+    ]
+    expected = EpochLengthSampler(4, lengths, trainer.args.seed, lambda: 0)
+    in_batches = [[lengths[row] for row in order] for order in (trainer._get_train_sampler(), expected)]
+    assert in_batches[0] == in_batches[1]
+
+
+def test_a_growing_model_is_grouped_by_the_pass_of_its_largest_blocks(tmp_path):
+    """The order of an epoch must not depend on the block size at the step where the run resumes."""
+    model = seeded_model(**SHIFTED)
+    settings = {"num_examples": 40, "packing": True, "max_steps": 9}
+    growing = make_trainer(tmp_path, seeded_model(**SHIFTED), block_size_schedule={0: 1, 3: 4}, **settings)
+    largest = make_trainer(tmp_path, model, **settings)
+    assert list(growing._get_train_sampler()) == list(largest._get_train_sampler())
+
+
+def test_a_run_is_not_resumed_in_another_order(tmp_path):
+    make_trainer(tmp_path, **RUN).train()
+    packed = make_trainer(tmp_path / "resumed", packing=True, **RUN)
+    with pytest.raises(ValueError, match="packing: False stored, True now"):
+        packed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 # GSM8K
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("GSM8K_DIR" not in os.environ, reason="GSM8K_DIR must name a folder with GSM8K's train.jsonl")
-def test_nearly_all_tokens_of_a_pass_over_gsm8k_are_real():
-    """Batches of 8 and of 16 training problems."""
-    dataset = load_split(DataArguments(dataset="openai/gsm8k"), "train").select(range(1600))
-    texts = (text for name in ("question", "plan", "execution") for text in dataset[name])
+def test_nearly_all_tokens_of_a_pass_over_gsm8k_are_real(tmp_path):
+    """Batches of 8 and of 16 training problems, with the hidden size of SmolLM2-135M."""
+    rows = load_split(DataArguments(dataset="openai/gsm8k"), "train").select(range(1600))
+    texts = (text for name in ("question", "plan", "execution") for text in rows[name])
     tokenizer = train_tokenizer(texts, 4096)
-    examples = [encode_example(row, tokenizer) for row in dataset]
-    backbone = make_backbone_config("llama", max_position_embeddings=2048)
+    backbone = make_backbone_config("llama", hidden_size=576, max_position_embeddings=2048, vocab_size=5000)
     limits = {"question_len": 512, "plan_len": 512, "execution_len": 1024, "backbone_config": backbone}
     for block_size in (1, 4):
-        config = make_config(block_size=block_size, **SHIFTED, **limits)
-        lengths = [example_length(example, config) for example in examples]
-        collate, objective = HierarchicalDataCollator(config), make_objective(config)
+        model = make_model(block_size=block_size, **SHIFTED, **limits, **special_token_ids(tokenizer))
+        examples = [encode_example(row, tokenizer) for row in rows]
+        dataset = Dataset.from_list([row | {"length": example_length(row, model.config)} for row in examples])
         for size in (8, 16):
-            orders = [list(EpochLengthSampler(size, lengths, 0, lambda: 0)), list(range(len(examples)))]
-            for order in orders:
-                real, total = 0, 0
-                for start in range(0, len(order), size):
-                    batch = collate([examples[number] for number in order[start : start + size]])
-                    of_pass = objective.pass_lengths(batch).tolist()
-                    real += sum(of_pass)
-                    total += sum(of_pass) / (1 - padding_share(of_pass, assign_rows(of_pass)))
-                assert real / total >= 0.95, (block_size, size, real / total)
+            settings = {"train_dataset": dataset, "packing": True, "per_device_train_batch_size": size}
+            trainer, real, total = make_trainer(tmp_path, model, **settings), 0, 0
+            for inputs in trainer.get_train_dataloader():
+                batch = trainer._read_batch(inputs)
+                lengths = trainer.objective.pass_lengths(batch).tolist()
+                real += sum(lengths)
+                total += sum(lengths) / pass_share(lengths, batch["row_ids"].tolist())
+            assert real / total >= 0.95, (block_size, size, real / total)

@@ -84,14 +84,18 @@ class ExampleOrder(TrainerCallback, ExportableState):
         num_examples: number of examples per epoch; None for a stream.
         seed: random seed of the sampler.
         strategy: `train_sampling_strategy`.
+        packing: batches are grouped by the lengths of a pass.
     """
 
-    def __init__(self, total_train_batch_size: int, num_examples: int | None, seed: int, strategy: str):
+    def __init__(
+        self, total_train_batch_size: int, num_examples: int | None, seed: int, strategy: str, packing: bool = False
+    ):
         self.settings = {
             "total_train_batch_size": total_train_batch_size,
             "num_examples": num_examples,
             "seed": seed,
             "strategy": strategy,
+            "packing": packing,
         }
 
     def state(self) -> dict[str, Any]:
@@ -106,6 +110,7 @@ class ExampleOrder(TrainerCallback, ExportableState):
             ValueError: if a setting differs: some examples would be missed and others repeated.
         """
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["args"]
+        saved.setdefault("packing", False)  # of checkpoints from before this setting
         different = [
             f"{name}: {saved[name]} stored, {value} now"
             for name, value in self.settings.items()
