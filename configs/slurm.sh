@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on the nodes of a Slurm job; a requeued job resumes from its last checkpoint:
-#   sbatch --nodes 2 configs/slurm.sh configs/gsm8k_qwen.yaml [--setting value ...]
+#   sbatch --nodes 2 configs/slurm.sh configs/gsm8k_qwen3.yaml [--setting value ...]
 #SBATCH --job-name=hierbd3lm
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8

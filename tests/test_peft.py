@@ -267,7 +267,7 @@ def test_an_adapter_is_evaluated_like_its_merged_checkpoint(tied_base, run, tmp_
     out = run("out", tied_base)
     text = Path(train.__file__).with_name("docs").joinpath("training.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_adapter" in block)
-    exec(code.replace("outputs/gsm8k_qwen_lora", out).replace("outputs/merged", str(tmp_path / "merged")), {})
+    exec(code.replace("outputs/gsm8k_qwen3_lora", out).replace("outputs/merged", str(tmp_path / "merged")), {})
     options = ["--dataset", "synthetic", "--limit", "3", "--max_plan_len", "16", "--max_execution_len", "16"]
     answers = []
     for model in (out, str(tmp_path / "merged")):

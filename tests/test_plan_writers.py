@@ -203,7 +203,7 @@ def test_odd_replies_are_read(content, finish_reason, text, is_cut_off):
     assert (reply.text, reply.is_cut_off, reply.refusal) == (text, is_cut_off, None)
 
 
-# vllm, whose classes are stood in for: it needs a GPU
+# vllm, whose classes are stood in for: it needs an environment of its own
 
 
 class FakeSamplingParams:
@@ -212,7 +212,7 @@ class FakeSamplingParams:
 
 
 class FakeLLM:
-    def __init__(self, model, *, max_model_len, tensor_parallel_size):
+    def __init__(self, model, *, max_model_len, tensor_parallel_size, **settings):
         self.__dict__.update(locals())
         self.batches = []
 
@@ -229,11 +229,15 @@ class FakeLLM:
 
 @pytest.fixture
 def fake_vllm(monkeypatch):
-    vllm, sampling_params = ModuleType("vllm"), ModuleType("vllm.sampling_params")
+    """Stand in for vllm's modules; returns the platform, a GPU by default."""
+    vllm, sampling_params, platforms = map(ModuleType, ("vllm", "vllm.sampling_params", "vllm.platforms"))
+    platforms.current_platform = SimpleNamespace(is_cpu=lambda: False)
     vllm.LLM, vllm.SamplingParams = FakeLLM, FakeSamplingParams
     sampling_params.StructuredOutputsParams = lambda json: ("schema", json)
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", sampling_params)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    return platforms.current_platform
 
 
 def test_vllm_gets_requests_in_batches_and_each_has_its_own_seed_and_schema(fake_vllm):
@@ -254,9 +258,15 @@ def test_vllm_is_free_to_write_anything_without_structured_output(fake_vllm):
     assert [params.structured_outputs for params in writer.llm.batches[0]] == [None, None]
 
 
+def test_vllm_reads_prompts_at_once_on_a_cpu(fake_vllm):
+    assert VllmWriter("some-model", SAMPLING).llm.settings == {}
+    fake_vllm.is_cpu = lambda: True
+    assert VllmWriter("some-model", SAMPLING).llm.settings == {"enable_chunked_prefill": False}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
-def test_missing_vllm_is_named_with_the_extra_that_has_it():
-    with pytest.raises(ImportError, match=r'pip install -e "\.\[plans\]".*--base_url'):
+def test_without_vllm_a_server_is_named():
+    with pytest.raises(ImportError, match=r"vllm serve MODEL.*--base_url"):
         VllmWriter("some-model", SAMPLING)
 
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 LAUNCHES = sorted(path.stem for path in (ROOT / "configs" / "accelerate").glob("*.yaml"))
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-OPEN_CHECKPOINTS = {"Qwen/Qwen3-0.6B-Base": Qwen3Config, "Qwen/Qwen2.5-0.5B": Qwen2Config, SMOLLM2: LlamaConfig}
+OPEN_CHECKPOINTS = {"Qwen/Qwen3-0.6B": Qwen3Config, "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config, SMOLLM2: LlamaConfig}
 TINY_BACKBONE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY_BACKBONE |= {"num_key_value_heads": 1, "head_dim": 8}
 QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -199,7 +199,7 @@ def test_the_slurm_script_starts_one_launcher_per_node(tmp_path):
     fake(tmp_path / "accelerate", f'printf "%s\\n" "$*" >>{tmp_path}/calls')
     job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
     environment = os.environ | job | {"SLURM_JOB_ID": "123456", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = ["bash", "configs/slurm.sh", "configs/gsm8k_qwen.yaml", "--learning_rate", "1e-5"]
+    command = ["bash", "configs/slurm.sh", "configs/gsm8k_qwen3.yaml", "--learning_rate", "1e-5"]
     subprocess.run(command, check=True, env=environment, cwd=ROOT)
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 2

@@ -104,11 +104,15 @@ class VllmWriter:
     ):
         try:
             from vllm import LLM
+            from vllm.platforms import current_platform
         except ImportError as error:
             raise ImportError(
-                'Writing plans in this process needs vllm: run `pip install -e ".[plans]"`, or use `--base_url`'
+                "Writing plans in this process needs vllm. Its requirements differ from those of this package: run "
+                "`vllm serve MODEL` in an environment of its own, and give `--base_url http://localhost:8000/v1`"
             ) from error
-        self.llm = LLM(model=model, max_model_len=max_model_len, tensor_parallel_size=tensor_parallel_size)
+        # On a CPU vllm ends with an error where a request with a seed is read in several passes.
+        settings = {"enable_chunked_prefill": False} if current_platform.is_cpu() else {}
+        self.llm = LLM(model=model, max_model_len=max_model_len, tensor_parallel_size=tensor_parallel_size, **settings)
         self.sampling = sampling
         self.batch_size = batch_size
 
