@@ -14,7 +14,7 @@ from .denoising_hierbd3lm import Answer, BlockDenoiser, HierBD3LMGenerationOutpu
 from .masking_hierbd3lm import EXECUTION, PADDING, PLAN
 from .order_hierbd3lm import BlockOrder
 from .samplers_hierbd3lm import Sampler, make_sampler
-from .schedule_hierbd3lm import CanvasSchedule, GivenTokens, ends_part
+from .schedule_hierbd3lm import CanvasSchedule, ends_part, given_tokens, lay_out_plan, read_execution_start
 from .settings_hierbd3lm import SAMPLERS_OF, SETTINGS, HierBD3LMGenerationConfig, read_foreign_names, resolve_settings
 
 logger = logging.get_logger(__name__)
@@ -39,6 +39,7 @@ class HierBD3LMGenerationMixin:
         generation_config: HierBD3LMGenerationConfig | None = None,
         streamer: BaseStreamer | None = None,
         sampler: str | Sampler | None = None,
+        execution_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> HierBD3LMGenerationOutput:
         r"""
@@ -62,6 +63,9 @@ class HierBD3LMGenerationMixin:
                 rows to stop.
             sampler (`str` or [`~samplers_hierbd3lm.Sampler`], *optional*):
                 The setting of that name, or a sampler of your own.
+            execution_ids (`torch.LongTensor` of shape `(batch, execution_length)`, *optional*):
+                Starts of the executions for `stage="execution"`, right-padded, used verbatim: they are encoded, not
+                denoised.
             kwargs: settings that override `generation_config`; see [`~settings_hierbd3lm.GenerationSettings`].
 
         Returns:
@@ -87,7 +91,8 @@ class HierBD3LMGenerationMixin:
         if attention_mask is None:
             attention_mask = mask_of_padding(input_ids, self.config.pad_token_id)
         check_prompt(self.config, order, settings, input_ids, attention_mask, plan_ids, streamer)
-        schedule = make_schedule(self.config, order, settings, attention_mask, plan_ids)
+        execution = read_execution_start(self.config, settings, execution_ids, input_ids)
+        schedule = make_schedule(self.config, order, settings, attention_mask, plan_ids, execution)
         # 3. Denoise until every row has ended
         answer = Answer(schedule)
         with ending(streamer):
@@ -98,7 +103,10 @@ class HierBD3LMGenerationMixin:
             else:
                 BlockDenoiser(self, settings, chosen, answer, input_ids, attention_mask, streamer).run()
         # 4. Gather what was written
-        return answer.output(input_ids, EXECUTION if settings.stage == "execution" else PLAN)
+        output = answer.output(input_ids, EXECUTION if settings.stage == "execution" else PLAN)
+        if execution is not None:  # not denoised
+            output.tokens_per_forward -= execution[1] / output.num_forward_passes
+        return output
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """Not used: peft looks it up in the base model of a `LoraConfig(task_type="CAUSAL_LM")`."""
@@ -342,8 +350,13 @@ def make_schedule(
     settings: HierBD3LMGenerationConfig,
     attention_mask: torch.Tensor,
     plan_ids: torch.LongTensor | None,
+    execution: tuple[torch.LongTensor, torch.LongTensor] | None = None,
 ) -> CanvasSchedule:
-    """Return what the rows of a `generate` call denoise; arguments as in `generate`."""
+    """Return what the rows of a `generate` call denoise; arguments as in `generate`.
+
+    Args:
+        execution: what [`read_execution_start`] returns.
+    """
     lengths = segment_limits(config, order, settings)
     limits = [min(part.max_len, sum(lengths[segment] for segment in part.segments)) for part in order.parts]
     stage = {"full": {PLAN, EXECUTION}, "plan": {PLAN}, "execution": {EXECUTION}}[settings.stage]
@@ -352,7 +365,7 @@ def make_schedule(
     plan = (None, None)
     if plan_ids is not None:
         plan = lay_out_plan(config, order, plan_ids.to(device))
-    given = given_tokens(order, batch, device, *plan)
+    given = given_tokens(order, batch, device, *plan, *(execution or ()))
     question_lengths = attention_mask.bool().sum(dim=1)
     return CanvasSchedule(
         order, limits, written, given, question_lengths, settings.stage == "plan", settings.max_new_tokens
@@ -369,37 +382,6 @@ def mask_of_padding(input_ids: torch.LongTensor, pad_token_id: int) -> torch.Boo
             "tokenizer's `attention_mask`"
         )
     return is_real
-
-
-def given_tokens(
-    order: BlockOrder,
-    batch: int,
-    device: torch.device,
-    plan: torch.LongTensor | None = None,
-    plan_lengths: torch.LongTensor | None = None,
-) -> GivenTokens:
-    """Return the openers, and a plan where it is given.
-
-    Args:
-        plan (`torch.LongTensor` of shape `(batch, length)`, *optional*): with opener, `<|end|>` and filler.
-        plan_lengths (`torch.LongTensor` of shape `(batch,)`, *optional*): its tokens; the rest is padding.
-    """
-    length = 1 if plan is None else plan.shape[1] + 1
-    tokens = torch.full((batch, len(order.parts), length), order.mask_token_id, device=device)
-    lengths = torch.zeros(batch, len(order.parts), dtype=torch.long, device=device)
-    for number, part in enumerate(order.parts):
-        has_several = len(part.segments) > 1
-        if part.opener_token_id is not None:
-            tokens[:, number, 0] = part.opener_token_id
-        if plan is not None and PLAN in part.segments:
-            is_plan = torch.arange(length - 1, device=device) < plan_lengths[:, None]
-            tokens[:, number, :-1] = torch.where(is_plan, plan, order.mask_token_id)
-            lengths[:, number] = plan_lengths
-            if has_several:
-                tokens[:, number].scatter_(1, plan_lengths[:, None], order.execution_token_id)
-        if has_several or (order.is_causal and len(order.parts) == 1):  # the latter is written after its opener
-            lengths[:, number] += 1
-    return GivenTokens(tokens, lengths)
 
 
 def check_prompt(
@@ -439,37 +421,3 @@ def check_prompt(
         )
     if streamer is not None and len(input_ids) != 1 and not hasattr(streamer, "put_rows"):
         raise ValueError(f"`streamer` must be None for more than one row, but got {len(input_ids)} rows")
-
-
-def lay_out_plan(
-    config: Any, order: BlockOrder, plan_ids: torch.LongTensor
-) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Lay plans of shape `(batch, length)` out as whole segments: opener, content, `<|end|>` and filler, padding.
-
-    Returns:
-        tokens of shape `(batch, longest)`, and the length of each plan, `(batch,)`.
-
-    Raises:
-        ValueError: for a plan that is not right-padded, is too long, or holds a mask or an execution opener.
-    """
-    if plan_ids.shape[1] and (plan_ids[:, 0] == config.plan_token_id).all():
-        plan_ids = plan_ids[:, 1:]
-    outside = (plan_ids == config.pad_token_id) | (plan_ids == config.end_token_id)
-    content = outside.cumsum(dim=1) == 0
-    if (~content & ~outside).any():
-        raise ValueError("`plan_ids` must be padded on the right, but a token follows a pad or end token")
-    for role in ("mask", "plan", "execution"):
-        if (plan_ids == getattr(config, f"{role}_token_id")).any():
-            raise ValueError(f"`plan_ids` must hold a plan's content only, but got the {role} token inside it")
-    length, block_size = content.sum(dim=1), order.multiple(PLAN)
-    if (length > config.plan_len - 1).any():
-        raise ValueError(
-            f"`plan_ids` must have at most plan_len - 1 = {config.plan_len - 1} tokens, but got {int(length.amax())}"
-        )
-    total = (length + 1 + block_size) // block_size * block_size  # ceil((1 + length + 1) / block_size) blocks
-    total = total.clamp(max=config.plan_len)  # a plan that generate() cut at its limit has no `<|end|>`
-    columns = torch.arange(int(total.amax()), device=plan_ids.device)
-    tokens = torch.where(columns < total[:, None], config.end_token_id, config.pad_token_id)
-    tokens[:, 0] = config.plan_token_id
-    tokens[:, 1 : plan_ids.shape[1] + 1][content[:, : len(columns) - 1]] = plan_ids[content]
-    return tokens, total

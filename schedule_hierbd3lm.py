@@ -1,11 +1,13 @@
-"""The schedule of one call of `generate`: which blocks of each row are denoised next, in the order over the blocks."""
+"""The schedule of one call of `generate`: what is given, and which blocks of each row are denoised next."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
-from .masking_hierbd3lm import PADDING
+from .masking_hierbd3lm import EXECUTION, PADDING, PLAN
 from .order_hierbd3lm import BlockOrder
+from .settings_hierbd3lm import HierBD3LMGenerationConfig
 
 
 @dataclass
@@ -248,3 +250,114 @@ def ends_part(
         awaits_end (`torch.BoolTensor` of shape `(rows, length)` or `(rows, 1)`): rows in which any `<|end|>` does.
     """
     return awaits_end | ((inside & (tokens == execution_token_id)).cumsum(dim=1) > 0)
+
+
+def given_tokens(
+    order: BlockOrder,
+    batch: int,
+    device: torch.device,
+    plan: torch.LongTensor | None = None,
+    plan_lengths: torch.LongTensor | None = None,
+    execution: torch.LongTensor | None = None,
+    execution_lengths: torch.LongTensor | None = None,
+) -> GivenTokens:
+    """Return the openers, and plan and start of the execution where they are given.
+
+    Args:
+        plan (`torch.LongTensor` of shape `(batch, length)`, *optional*): with opener, `<|end|>` and filler.
+        plan_lengths (`torch.LongTensor` of shape `(batch,)`, *optional*): its tokens; the rest is padding.
+        execution, execution_lengths: the same of the execution, without an opener.
+    """
+    length = 1 + sum(segment.shape[1] for segment in (plan, execution) if segment is not None)
+    tokens = torch.full((batch, len(order.parts), length), order.mask_token_id, device=device)
+    lengths = torch.zeros(batch, len(order.parts), dtype=torch.long, device=device)
+    for number, part in enumerate(order.parts):
+        has_several = len(part.segments) > 1
+        if part.opener_token_id is not None:
+            tokens[:, number, 0] = part.opener_token_id
+        if plan is not None and PLAN in part.segments:
+            is_plan = torch.arange(plan.shape[1], device=device) < plan_lengths[:, None]
+            tokens[:, number, : plan.shape[1]] = torch.where(is_plan, plan, order.mask_token_id)
+            lengths[:, number] = plan_lengths
+            if has_several:
+                tokens[:, number].scatter_(1, plan_lengths[:, None], order.execution_token_id)
+        if has_several or (order.is_causal and len(order.parts) == 1):  # the latter is written after its opener
+            lengths[:, number] += 1
+        if execution is not None and EXECUTION in part.segments:
+            place = torch.arange(execution.shape[1], device=device)
+            row, column = (place < execution_lengths[:, None]).nonzero(as_tuple=True)
+            start = lengths[:, number].clamp(min=1)
+            tokens[row, number, start[row] + column] = execution[row, column]
+            lengths[:, number] = torch.where(execution_lengths > 0, start + execution_lengths, lengths[:, number])
+    return GivenTokens(tokens, lengths)
+
+
+def lay_out_plan(
+    config: Any, order: BlockOrder, plan_ids: torch.LongTensor
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Lay plans of shape `(batch, length)` out as whole segments: opener, content, `<|end|>` and filler, padding.
+
+    Returns:
+        tokens of shape `(batch, longest)`, and the length of each plan, `(batch,)`.
+
+    Raises:
+        ValueError: for a plan that is not right-padded, is too long, or holds a mask or an execution opener.
+    """
+    if plan_ids.shape[1] and (plan_ids[:, 0] == config.plan_token_id).all():
+        plan_ids = plan_ids[:, 1:]
+    content = content_of(config, plan_ids, "plan")
+    length, block_size = content.sum(dim=1), order.multiple(PLAN)
+    if (length > config.plan_len - 1).any():
+        raise ValueError(
+            f"`plan_ids` must have at most plan_len - 1 = {config.plan_len - 1} tokens, but got {int(length.amax())}"
+        )
+    total = (length + 1 + block_size) // block_size * block_size  # ceil((1 + length + 1) / block_size) blocks
+    total = total.clamp(max=config.plan_len)  # a plan that generate() cut at its limit has no `<|end|>`
+    columns = torch.arange(int(total.amax()), device=plan_ids.device)
+    tokens = torch.where(columns < total[:, None], config.end_token_id, config.pad_token_id)
+    tokens[:, 0] = config.plan_token_id
+    tokens[:, 1 : plan_ids.shape[1] + 1][content[:, : len(columns) - 1]] = plan_ids[content]
+    return tokens, total
+
+
+def read_execution_start(
+    config: Any,
+    settings: HierBD3LMGenerationConfig,
+    execution_ids: torch.LongTensor | None,
+    input_ids: torch.LongTensor,
+) -> tuple[torch.LongTensor, torch.LongTensor] | None:
+    """Return the tokens with which executions start, `(batch, length)`, and their numbers, `(batch,)`.
+
+    Raises:
+        ValueError: for another stage, another batch, or what is not the start of an execution within its limit.
+    """
+    if execution_ids is None:
+        return None
+    if settings.stage != "execution":
+        raise ValueError(f"`execution_ids` must be given for stage='execution' alone, but got {settings.stage!r}")
+    if execution_ids.ndim != 2 or len(execution_ids) != len(input_ids):
+        raise ValueError(
+            f"`execution_ids` must be (batch, length) with batch {len(input_ids)}, got {tuple(execution_ids.shape)}"
+        )
+    execution_ids = execution_ids.to(input_ids.device)
+    lengths = content_of(config, execution_ids, "execution").sum(dim=1)
+    most = (settings.max_execution_len or config.execution_len) - 2  # the opener, and a token to denoise
+    if (lengths > most).any():
+        raise ValueError(f"`execution_ids` must have at most {most} tokens, but got {int(lengths.amax())}")
+    return execution_ids, lengths
+
+
+def content_of(config: Any, ids: torch.LongTensor, segment: str) -> torch.BoolTensor:
+    """Return where the given tokens of a segment are content, `(batch, length)`.
+
+    Raises:
+        ValueError: if they are not right-padded, or hold a mask or an opener.
+    """
+    outside = (ids == config.pad_token_id) | (ids == config.end_token_id)
+    content = outside.cumsum(dim=1) == 0
+    if (~content & ~outside).any():
+        raise ValueError(f"`{segment}_ids` must be padded on the right, but a token follows a pad or end token")
+    for role in ("mask", "plan", "execution"):
+        if (ids == getattr(config, f"{role}_token_id")).any():
+            raise ValueError(f"`{segment}_ids` must hold content of the {segment} only, but got the {role} token")
+    return content
