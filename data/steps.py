@@ -1,6 +1,8 @@
-"""Steps of plans and executions: rows built from steps, and texts split into steps."""
+"""Steps of plans and executions: rows built from steps, texts split into steps, and the arithmetic of steps."""
 
+import re
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 STEP_SEPARATOR = "\n"
@@ -70,3 +72,68 @@ def pair_lines(
         execution_steps.append(render_steps(execution_lines[start:stop]))
         start = stop
     return plan_steps, execution_steps
+
+
+def step_spans(segment: str) -> list[tuple[int, int]]:
+    """Return start and end of each step of [`split_steps`] in the text of a segment."""
+    spans, start = [], 0
+    for line in segment.partition("####")[0].split(STEP_SEPARATOR):
+        if line.strip():
+            first = start + len(line) - len(line.lstrip())
+            spans.append((first, first + len(line.strip())))
+        start += len(line) + len(STEP_SEPARATOR)
+    return spans
+
+
+# Arithmetic of executions
+
+OPERAND = r"[$€£]?\d[\d,]*(?:\.\d+)?"
+# An operation on numbers and its result, such as `5 + 3 = 8` or `48/2 = $24`; no part of a longer expression.
+OPERATION = re.compile(
+    rf"(?<![\w.,)%/*+-])(?<![-+*/x×÷]\s)(?P<expression>-?{OPERAND}(?:\s*[-+*/x×÷]\s*{OPERAND})+)\s*=\s*[$€£]?(?P<result>-?{OPERAND})"
+    r"(?![\d%]|[.,]\d|\s\d+/\d|\s*[-+*/x×÷(]\s*[\d$(])"
+)
+
+
+def first_wrong_step(execution: str) -> int | None:
+    """Return the index of the first execution step whose arithmetic is wrong; None if there is none.
+
+    A step is wrong if it has an operation such as `5 + 3 = 8` with another result; a result with decimals may be
+    rounded. The last step is also wrong if it ends with another number than the answer after `####`. What has no
+    such format is not checked: a step without an operation is never wrong.
+    """
+    steps = split_steps(execution)
+    for index, step in enumerate(steps):
+        if not all(_is_right(match["expression"], match["result"]) for match in OPERATION.finditer(step)):
+            return index
+    answer = re.match(rf"\s*(-?{OPERAND})", execution.partition("####")[2])
+    for match in OPERATION.finditer(steps[-1]) if steps and answer else ():
+        if match.end() == len(steps[-1]) and _number(match["result"]) != _number(answer[1]):
+            return len(steps) - 1
+    return None
+
+
+def _is_right(expression: str, result: str) -> bool:
+    value, written = _evaluate(expression), _number(result)
+    if value is None:
+        return False
+    num_decimals = len(result.partition(".")[2])
+    return value == written or (num_decimals > 0 and 2 * abs(value - written) * 10**num_decimals <= 1)
+
+
+def _evaluate(expression: str) -> Fraction | None:
+    """Return the value of numbers joined by + - * /, products first; None for a division by zero."""
+    terms: list[Fraction] = []
+    for symbol, number in re.findall(rf"(^-?|[-+*/x×÷])\s*({OPERAND})", expression):
+        value = _number(number)
+        if symbol in ("", "+", "-"):
+            terms.append(-value if symbol == "-" else value)
+        elif symbol in "/÷" and value == 0:
+            return None
+        else:
+            terms[-1] *= 1 / value if symbol in "/÷" else value
+    return sum(terms, Fraction(0))
+
+
+def _number(text: str) -> Fraction:
+    return Fraction(re.sub("[,$€£]", "", text))

@@ -4,7 +4,17 @@ import itertools
 
 import pytest
 
-from hierbd3lm.data.steps import make_row, number_steps, pair_lines, render_steps
+from hierbd3lm.data.steps import (
+    first_wrong_step,
+    make_row,
+    number_steps,
+    pair_lines,
+    render_steps,
+    split_steps,
+    step_spans,
+)
+from hierbd3lm.data.synthetic.config import SyntheticConfig
+from hierbd3lm.data.synthetic.problems import generate_dataset
 
 
 def test_row_has_the_texts_of_its_steps():
@@ -57,3 +67,49 @@ def test_line_without_a_plan_line_goes_with_the_next_and_the_last_ones_with_the_
 
 def test_nothing_to_pair_gives_no_steps():
     assert pair_lines([], [""], []) == ([], [])
+
+
+def test_spans_are_the_places_of_the_steps():
+    for text in ("", "a", " a \n\n  b c\n#### 7", "a\nb\n", "\n#### 1", "a #### b"):
+        assert [text[start:end] for start, end in step_spans(text)] == split_steps(text)
+
+
+@pytest.mark.parametrize(
+    "execution, step",
+    [
+        ("Mia = 5 + 3 = 8\n#### 8", None),
+        ("Mia = 5 + 3 = 9\n#### 9", 0),
+        ("A = 2 * 3 = 6\nB = 6 - 1 = 4\n#### 4", 1),
+        ("A = 2 * 3 = 6\nB = 6 - 1 = 5\n#### 6", 1),  # another answer than the last step
+        ("A = 7 - 2 - 3 = 2\n#### 2", None),
+        ("A = 7 - 2 * 3 = 1\n#### 1", None),
+        ("A = 7 - 2 * 3 = 15\n#### 15", 0),
+        ("He sold 48/2 = $24 in May.\n#### 24", None),
+        ("He sold 48/2 = $25 in May.", 0),
+        ("1,200 - 2.5 x 4 = 1,190", None),
+        ("10 / 3 = 3.33", None),
+        ("10 / 3 = 3.4", 0),
+        ("10 / 4 = 3", 0),
+        ("3 / 0 = 3", 0),
+        ("5 - 8 = -3", None),
+        ("60 apples * 4/5 = 48", None),  # the operation starts before the numbers that stand next to each other
+        ("half of 20% is left", None),
+        ("", None),
+        ("#### 5", None),
+    ],
+)
+def test_the_first_step_with_wrong_arithmetic_is_found(execution, step):
+    assert first_wrong_step(execution) == step
+
+
+def test_reference_executions_have_no_wrong_step_and_changed_results_are_one():
+    """Python's own arithmetic says which results are right."""
+    for row in generate_dataset("test", 60, SyntheticConfig(num_steps=(1, 5))):
+        assert first_wrong_step(row["execution"]) is None
+        for index, line in enumerate(row["execution_steps"]):
+            _, operation, result = line.split(" = ")
+            for wrong in {int(result) - 1, int(result) + 1, int(result) * 10}:
+                assert eval(operation) != wrong
+                lines = row["execution_steps"].copy()
+                lines[index] = line.rpartition(" ")[0] + f" {wrong}"
+                assert first_wrong_step(render_steps(lines, row["answer"])) == index
