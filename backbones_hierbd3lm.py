@@ -75,6 +75,12 @@ def load_autoregressive(path: str | os.PathLike, **kwargs: Any) -> PreTrainedMod
     raise ValueError(f"`model_or_path` must be a causal language model, but {path} is of type {config.model_type!r}")
 
 
+def hide_local_path(config: PreTrainedConfig) -> None:
+    """Keep only the last part of the path that a configuration was loaded from: it is saved with the model."""
+    if os.path.exists(config.name_or_path):
+        config.name_or_path = os.path.basename(os.path.abspath(config.name_or_path))
+
+
 def find_gguf(path: str | os.PathLike) -> tuple[str | os.PathLike, dict[str, str]]:
     """Return the folder of a GGUF file, given itself or as the only one in a folder, and `{"gguf_file": name}`.
 

@@ -18,6 +18,7 @@ from .backbones_hierbd3lm import (
     check_backbone_signature,
     check_positions,
     check_tied_as_loaded,
+    hide_local_path,
     load_autoregressive,
     special_token_ids,
     take_text_part,
@@ -125,6 +126,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         else:
             backbone = load_autoregressive(model_or_path, **kwargs)
         backbone = take_text_part(backbone)
+        hide_local_path(backbone.config)
         check_backbone_config(backbone.config)
         check_backbone_signature(backbone)
         check_tied_as_loaded(fields.get("tie_word_embeddings"), backbone)

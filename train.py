@@ -97,6 +97,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: "TrainScri
     from transformers import set_seed
 
     from hierbd3lm.data.collator import HierarchicalDataCollator
+    from hierbd3lm.hub.record import SaveRecord
     from hierbd3lm.trainer import HierBD3LMTrainer
     from hierbd3lm.training.checkpoints import find_checkpoint
     from hierbd3lm.training.preparation import (
@@ -124,7 +125,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: "TrainScri
             model.config, tokenizer, fixed_length=data_args.fixed_length, auto_split=data_args.auto_split
         ),
         processing_class=tokenizer,
-        callbacks=[SaveDataArguments(data_args)],
+        callbacks=[SaveDataArguments(data_args), SaveRecord(model_args, args)],
     )
     if trainer.is_world_process_zero():
         data_args.save(args.output_dir)
@@ -144,9 +145,10 @@ def report(trainer: "HierBD3LMTrainer", split: str, metrics: dict[str, float]) -
 
 
 def finish(trainer: "HierBD3LMTrainer") -> None:
-    """Save the history of the run as its last file, unless the run had ended before, and push the model if asked."""
+    """Save the history of the run, unless the run had ended before, write its card, and push the model if asked."""
     if trainer.num_steps_trained or not Path(trainer.args.output_dir, "trainer_state.json").is_file():
         trainer.save_state()
+    trainer.create_model_card()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
 

@@ -2,21 +2,25 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
-import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import Future
 from typing import Any, NoReturn
 
 import torch
+from huggingface_hub import CommitInfo, HfApi
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.utils import PushInProgress
 
 from .configuration_hierbd3lm import BLOCK_SIZES
 from .evaluation.likelihood import likelihood_metrics, measure_batch, per_segment, with_predicted_tokens
+from .hub.card import write_card
+from .hub.checkpoints import push_checkpoint, push_run
 from .masking_hierbd3lm import PADDING
 from .order_hierbd3lm import BlockOrder
 from .training.arguments import HierBD3LMTrainingArguments
@@ -68,7 +72,8 @@ class HierBD3LMTrainer(Trainer):
     - `log`: add the loss of each segment, the throughput, and a block size that changes.
     - `save_model`: save the averaged weights, unless a loss or a weight is NaN or infinite.
     - `_save`: write the model's original class, not the subclass of FSDP2, into a checkpoint.
-    - `_push_from_checkpoint`: push the model's source code too.
+    - `create_model_card`: write the card from the files of the run.
+    - `push_to_hub`, `_push_from_checkpoint`: push the model with its source code and card, in one commit.
     - `_save_optimizer_and_scheduler`: save the trained weights and the average.
     - `_load_from_checkpoint`: load the trained weights and the average of a complete checkpoint of the same model.
     - `_issue_warnings_after_load`: leave out tied weights.
@@ -398,12 +403,57 @@ class HierBD3LMTrainer(Trainer):
         with original_class(self.model):
             super()._save(output_dir, state_dict)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint with the model's source code, without which it cannot be loaded."""
+    def create_model_card(self, **metadata: Any) -> None:
+        """Write README.md in `output_dir` from the files of the run.
+
+        Args:
+            metadata: fields of `huggingface_hub.ModelCardData`, such as `license` and `language`.
+        """
         if self.is_world_process_zero():
-            for file in Path(checkpoint_folder).glob("*.py"):
-                shutil.copy(file, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
+            folder, offline = self.args.output_dir, not self.args.push_to_hub
+            repo_id = getattr(self, "hub_model_id", None)
+            write_card(folder, repo_id, local_files_only=offline, state=dataclasses.asdict(self.state), **metadata)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **metadata: Any,
+    ) -> CommitInfo | Future | None:
+        """Push the model in one commit: weights, source code, tokenizer and card. Arguments as in transformers.
+
+        Args:
+            metadata: see [`create_model_card`].
+        """
+        args, token = self.args, self.args.hub_token if token is None else token
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        if getattr(self, "hub_model_id", None) is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**metadata)
+        self._finish_current_push()
+        revision = args.hub_revision if revision is None else revision
+        push = functools.partial(push_run, args.output_dir, self.hub_model_id, commit_message, token, revision)
+        return push() if blocking else HfApi().run_as_future(push)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Start to push a checkpoint, unless the push before is not done yet."""
+        args, pushing = self.args, self.push_in_progress
+        is_busy = pushing is not None and not pushing.is_done()
+        if args.hub_strategy == HubStrategy.END or (is_busy and not args.hub_always_push):
+            return
+        if not self.is_world_process_zero():
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        where = self.hub_model_id, args.hub_strategy, message, args.hub_token, args.hub_revision
+        job = push_checkpoint(checkpoint_folder, *where)
+        self.push_in_progress = PushInProgress([*pushing.jobs, job] if is_busy else [job])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save the state that training resumes from, with the trained weights and their average."""

@@ -25,7 +25,8 @@ COMMANDS = {
     "plans": Command("data.plans.write_plans:main", "have a language model write plans for solved problems"),
     "analyze": Command("evaluation.analyze:main", "measure how much executions depend on their plans"),
     "samples": Command("evaluation.samples:main", "judge texts written from nothing under another model"),
-    "mask": Command("evaluation.mask_picture:main", "draw the training mask, as text or as an image"),
+    "mask": Command("evaluation.mask:main", "draw the training mask, as text or as an image"),
+    "push": Command("hub.push:main", "push a checkpoint or written plans to the Hub, with a card"),
     "convert": Command("convert.published:main", "convert a published BD3-LM or MDLM checkpoint"),
     "lm-eval": Command("evaluation.lm_eval.__main__:main", "run lm-evaluation-harness with the model and tasks here"),
 }

@@ -97,7 +97,11 @@ def find_data(args: CheckpointArguments, text_column: str | None = None) -> Data
 
 def describe_model(model: HierBD3LMForBlockDiffusion) -> dict[str, Any]:
     """Return what a model is, and the versions that its results were computed with."""
-    return {"algorithm": model.config.algorithm, "versions": versions()}
+    return {
+        "algorithm": model.config.algorithm,
+        "checksum_of_weights": checksum_of_weights(model),
+        "versions": versions(),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -40,6 +40,7 @@ SETTINGS = {
 }
 OTHER_FLAGS = {
     "mask": ("--question-len", "--plan-len", "--execution-len", "--block-size", "--output"),
+    "push": ("DIR", "REPO", "--private", "--revision"),
     "lm-eval": ("--model_args", "--tasks", "--include_path"),
     "hierbd3lm.data.synthetic.problems": ("--split", "--num-examples", "--max-value"),
     "hierbd3lm.cli": tuple(cli.COMMANDS),

@@ -24,7 +24,8 @@ KNOWN = {
     "evaluation": TRAVELLING | {"data", "training"},
     "serving": TRAVELLING | {"data", "training", "evaluation"},
     "convert": TRAVELLING,
-    "trainer": TRAVELLING | {"data", "training", "evaluation"},
+    "hub": TRAVELLING | {"data", "training", "evaluation"},
+    "trainer": TRAVELLING | {"data", "training", "evaluation", "hub"},
 }
 COMMAND_LINES = {command.target.split(":")[0] for command in cli.COMMANDS.values()} | {"cli"}
 

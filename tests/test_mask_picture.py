@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from hierbd3lm.evaluation.mask import main, parse_arguments
 from hierbd3lm.evaluation.mask_picture import (
     FINISHED,
     LEGEND,
@@ -13,8 +14,6 @@ from hierbd3lm.evaluation.mask_picture import (
     OWN_CLEAN,
     OWN_NOISY,
     draw_image,
-    main,
-    parse_arguments,
     picture_mask,
     text_diagram,
 )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -373,27 +374,13 @@ def test_folder_is_a_dataset_with_a_card_that_tells_the_counts(arguments):
 
 def test_dataset_is_pushed_with_its_card_and_without_the_replies(arguments, monkeypatch):
     calls = []
-
-    class FakeApi:
-        def create_repo(self, repo_id, **kwargs):
-            calls.append(("create", repo_id, kwargs))
-
-        def upload_folder(self, *, folder_path, allow_patterns, **kwargs):
-            there = {path.name for path in Path(folder_path).iterdir()}
-            calls.append(("upload", there & set(allow_patterns), kwargs))
-
-    monkeypatch.setattr(hub, "HfApi", FakeApi)
+    commit = SimpleNamespace(commit_url="https://a.commit")
+    monkeypatch.setattr(hub, "commit_files", lambda files, *args, **kwargs: calls.append((set(files), args)) or commit)
     write_plans(arguments())
     assert calls == []
     write_plans(arguments(push_to_hub="me/plans", private=True))
-    assert calls == [
-        ("create", "me/plans", {"repo_type": "dataset", "private": True, "exist_ok": True}),
-        (
-            "upload",
-            {"plans.jsonl", "README.md", "manifest.json", "summary.json"},
-            {"repo_id": "me/plans", "repo_type": "dataset"},
-        ),
-    ]
+    files = {"plans.jsonl", "README.md", "manifest.json", "summary.json"}
+    assert calls == [(files, ("me/plans", "Upload plans", "dataset", True))]
 
 
 # Arguments

@@ -35,6 +35,9 @@ class HierBD3LMAdapter(PeftModel):
             del config.auto_map  # an adapter is loaded with the code of its base, and has none in its folder
             config.to_json_file(Path(save_directory, CONFIG_NAME))
 
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Leave the card to the trainer: that of peft would state the path of a base."""
+
 
 def add_adapter(model: HierBD3LMForBlockDiffusion, base: str, args: AdapterArguments) -> HierBD3LMAdapter:
     """Freeze a model and add a new LoRA adapter. The embedding rows of the special tokens are trained too.

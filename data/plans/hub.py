@@ -1,11 +1,14 @@
 """Dataset card and upload of written plans."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub import DatasetCard, DatasetCardData
 
+from ..names import public_name
 from ..run_folder import replace
+from ..upload import commit_files
 from .filters import FILTERS, MAX_PLAN_CHARS, RUN_LENGTH, score
 
 PLANS_FILE, CARD_FILE = "plans.jsonl", "README.md"
@@ -55,6 +58,7 @@ The score: {score}
 
 def write_card(folder: Path, manifest: dict[str, Any], summary: dict[str, Any]) -> None:
     """Write the card of a dataset from the manifest and the summary of `write_plans`."""
+    manifest = public_manifest(manifest)
     metadata = DatasetCardData(
         pretty_name=f"Plans for {manifest['dataset']}",
         tags=["math", "reasoning", "plans", "hierbd3lm"],
@@ -76,8 +80,20 @@ def write_card(folder: Path, manifest: dict[str, Any], summary: dict[str, Any]) 
     replace(folder / CARD_FILE, str(DatasetCard(content)).encode())
 
 
-def push_plans(folder: Path, repo_id: str, private: bool) -> None:
-    """Upload the dataset in a folder, with its card, manifest and summary."""
-    api = HfApi()
-    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo_id, folder_path=folder, repo_type="dataset", allow_patterns=list(SHARED_FILES))
+def push_plans(folder: Path, repo_id: str, private: bool | None, revision: str | None = None) -> str:
+    """Upload the dataset in a folder, with its card, manifest and summary; return the address of the commit.
+
+    Raises:
+        ValueError: if one of these files is missing.
+    """
+    if missing := [name for name in SHARED_FILES if not (folder / name).is_file()]:
+        raise ValueError(f"`folder` must hold finished plans, but {folder} has no {', '.join(missing)}")
+    files: dict[str, Path | bytes] = {name: folder / name for name in SHARED_FILES}
+    manifest = public_manifest(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+    files["manifest.json"] = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+    return commit_files(files, repo_id, "Upload plans", "dataset", private, revision=revision).commit_url
+
+
+def public_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest without the paths of files on this machine."""
+    return manifest | {name: public_name(manifest[name]) for name in ("dataset", "model")}

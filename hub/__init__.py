@@ -1,0 +1,1 @@
+"""Model cards, and pushes of checkpoints and datasets to the Hub."""
