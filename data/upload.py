@@ -57,10 +57,15 @@ def _commit(
 ) -> CommitInfo:
     api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
     there = api.list_repo_files(repo_id, repo_type=repo_type, revision=revision) if replaced else []
-    stale = [name for name in there if name not in files and any(fnmatch.fnmatch(name, rule) for rule in replaced)]
+    stale = [name for name in there if name not in files and any(_matches(name, rule) for rule in replaced)]
     operations = [CommitOperationAdd(name, file) for name, file in files.items()]
     operations += [CommitOperationDelete(name) for name in stale]
     return api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Return True if a path matches a pattern whose `*` stands for part of one name, not for folders."""
+    return name.count("/") == pattern.count("/") and fnmatch.fnmatch(name, pattern)
 
 
 def is_transient(error: BaseException | None) -> bool:

@@ -6,10 +6,13 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .. import __version__
+from ..backbones_hierbd3lm import special_token_ids
+from ..configuration_hierbd3lm import SPECIAL_TOKENS
 from ..data import run_folder
 from ..data.arguments import SYNTHETIC, DataArguments, find_saved_arguments
 from ..data.loading import is_one_split
@@ -30,11 +33,33 @@ def load_model(
     `dtype` is the precision of the weights, such as `bfloat16`; as saved if omitted.
 
     Raises:
-        ValueError: if the configuration at `path` is missing, or that of another model, such as an autoregressive one.
+        ValueError: if the configuration at `path` is missing, or that of another model, such as an autoregressive
+            one; if weights are missing, damaged, NaN or infinite; and if the tokenizer is that of another model.
     """
     kwargs = {} if dtype is None else {"dtype": dtype}
     if is_adapter(path):
-        return load_adapter(path, device, **kwargs)
+        model, tokenizer = load_adapter(path, device, **kwargs)
+    else:
+        model, tokenizer = _load_own(path, **kwargs).to(device).eval(), load_tokenizer(path)
+    check_loaded(model, tokenizer, path)
+    return model, tokenizer
+
+
+def check_loaded(model: HierBD3LMForBlockDiffusion, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Raise a ValueError for weights that are NaN or infinite, and for a tokenizer of another model."""
+    wrong = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    if wrong:
+        raise ValueError(f"`model` weights must be finite, but {len(wrong)} of {path} are not, such as {wrong[0]}")
+    ids = special_token_ids(tokenizer)  # raises
+    for role in SPECIAL_TOKENS:
+        expected, got = getattr(model.config, f"{role}_token_id"), ids[f"{role}_token_id"]
+        if got != expected:
+            token = SPECIAL_TOKENS[role]
+            raise ValueError(f"`tokenizer` of {path} must have the id {expected} for {token}, but got {got}")
+
+
+def _load_own(path: str, **kwargs: Any) -> HierBD3LMForBlockDiffusion:
+    """Load a checkpoint of this model, with all of its weights."""
     if not is_own_checkpoint(path):
         found = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
         got = "without config.json" if found is None else f"of type {found}"
@@ -42,7 +67,13 @@ def load_model(
             f"`model` must be a checkpoint of hierbd3lm, or an adapter that it saved, but got {path!r} {got}: "
             f"`hierbd3lm train --init_from` trains an autoregressive checkpoint as one"
         )
-    return HierBD3LMForBlockDiffusion.from_pretrained(path, **kwargs).to(device).eval(), load_tokenizer(path)
+    try:
+        model, info = HierBD3LMForBlockDiffusion.from_pretrained(path, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"`model` weights must be whole, but a file of {path} is damaged: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"`model` weights must be whole, but {path} lacks {len(missing)}, such as {missing[0]}")
+    return model
 
 
 def load_examples(args: CheckpointArguments, text_column: str | None = None) -> tuple[DataArguments, Dataset]:

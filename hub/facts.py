@@ -158,7 +158,7 @@ def _results(folder: Path, checksum: int | None) -> list[dict[str, Any]]:
         if checksum is not None and result.get("checksum_of_weights") == checksum:
             results.append(result)
         elif checksum is not None:
-            logger.warning(f"{path} is not of these weights and is left out of the model card: evaluate them again")
+            logger.warning(f"{path} is not of these weights, in this precision, and is left out of the model card")
     return results
 
 

@@ -36,7 +36,7 @@ def model_files(folder: Path) -> dict[str, Path | bytes]:
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     chosen = [name for name in names if _matches(name, (*WEIGHTS, *CODE, *TOKENIZER, *SETTINGS))]
     chosen += [name for name in names if name in (CARD_FILE, PICTURE_FILE)]
-    for what, patterns in (("config.json", ("config.json",)), ("a tokenizer", TOKENIZER)):
+    for what, patterns in (("config.json", ("config.json",)), ("tokenizer", TOKENIZER)):
         if not any(_matches(name, patterns) for name in chosen):
             raise ValueError(
                 f"`folder` must hold a checkpoint of hierbd3lm with its tokenizer, but {folder} has no {what}"

@@ -24,6 +24,7 @@ from hierbd3lm.training.settings import AdapterArguments
 
 from .hub_server import running_hub
 from .test_model_card import base  # noqa: F401  (a fixture)
+from .tiny import make_config, make_dataset
 from .tiny_tokenizer import make_config_for, make_tokenizer
 from .tiny_trainer import make_trainer, seeded_model
 
@@ -189,12 +190,12 @@ def test_what_could_not_be_loaded_is_not_pushed(hub, folder):
         push("nowhere", "me/tiny")
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-1000])
-    with pytest.raises(ValueError, match="cut off"):
+    with pytest.raises(ValueError, match=r"must be whole, but a file of .* is damaged"):
         push(folder, "me/tiny")
-    with pytest.raises(ValueError, match="has none: training_args.bin is a pickle"):
+    with pytest.raises(ValueError, match=r"has none: training_args\.bin is a pickle"):
         push(without(folder, "model.safetensors"), "me/tiny")
     (folder / "model.safetensors").write_bytes(weights)
-    with pytest.raises(ValueError, match="has no a?.?tokenizer"):
+    with pytest.raises(ValueError, match="has no tokenizer"):
         push(without(folder, "tokenizer*"), "me/tiny")
     with pytest.raises(ValueError, match=r"has no config\.json"):
         push(without(folder, "config.json"), "me/tiny")
@@ -253,7 +254,8 @@ def run_of(tmp_path, strategy, **settings):
     settings = {"push_to_hub": True, "hub_strategy": strategy, "hub_model_id": "me/mine"} | settings
     settings |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "hub_always_push": True}
     model = seeded_model(**{name: fields[name] for name in names})
-    return make_trainer(tmp_path / "run", model, tokenizer=tokenizer, **settings)
+    dataset = make_dataset(8, make_config())  # of the first 40 tokens
+    return make_trainer(tmp_path / "run", model, train_dataset=dataset, tokenizer=tokenizer, **settings)
 
 
 @pytest.mark.parametrize("strategy", FOLDERS)
@@ -294,14 +296,16 @@ def test_a_push_in_the_background_that_fails_is_logged_and_the_last_one_holds_ev
 
 def test_a_checkpoint_that_the_run_deletes_meanwhile_is_pushed_whole(hub, tmp_path, monkeypatch):
     trainer = run_of(tmp_path, "every_save", save_total_limit=1)
-    with hub.lock:  # the server answers when the run has ended
-        pushes = []
-        monkeypatch.setattr(
-            trainer, "_push_from_checkpoint", lambda path, push=trainer._push_from_checkpoint: pushes.append(push(path))
-        )
-        trainer.train()
+    wait = trainer._finish_current_push
+
+    def let_the_server_answer():
         assert not (tmp_path / "run" / "checkpoint-1").exists()
-    trainer._finish_current_push()
+        hub.lock.release()
+        wait()
+
+    hub.lock.acquire()
+    monkeypatch.setattr(trainer, "_finish_current_push", let_the_server_answer)
+    trainer.train()
     assert [files.keys() >= MODEL for files in hub.repositories["models/me/mine"][1:]] == [True, True]
 
 

@@ -24,7 +24,7 @@ def make_trainer(folder, model=None, num_examples=8, callbacks=None, **settings)
     """A trainer on the CPU with random examples, and the same initial weights each time."""
     model = seeded_model() if model is None else model
     dataset = settings.pop("train_dataset", None) or make_dataset(num_examples, model.config)
-    eval_dataset = settings.pop("eval_dataset", dataset)
+    eval_dataset, tokenizer = settings.pop("eval_dataset", dataset), settings.pop("tokenizer", None)
     defaults = {
         "use_cpu": True,
         "save_strategy": "no",
@@ -41,6 +41,7 @@ def make_trainer(folder, model=None, num_examples=8, callbacks=None, **settings)
         train_dataset=dataset,
         eval_dataset=eval_dataset,
         data_collator=HierarchicalDataCollator(model.config),
+        processing_class=tokenizer,
         callbacks=callbacks,
     )
 
