@@ -28,6 +28,7 @@ SPECIAL_TOKENS = {
 NOISE_SCHEDULES = ("loglinear", "square", "cosine", "log")
 ALGORITHMS = ("hier", "bd3lm", "mdlm", "sedd", "ar")
 PREDICTIONS = ("in_place", "shifted")
+EXECUTION_ORDERS = ("chain", "plan")
 QUESTION_ATTENTIONS = ("bidirectional", "causal")
 SIZED_BY_ALGORITHM = ("mdlm", "sedd", "ar")  # with only one possible block size
 DEFAULT_BACKBONE = "qwen3"
@@ -88,6 +89,17 @@ class HierBD3LMConfig(PreTrainedConfig):
         False,
         "True, for `hier` only: plan and execution are one block each and share their noise level. With the "
         "hierarchical mask the execution attends to the noisy plan, and the plan to itself.",
+    )
+    execution_order: str = _field(
+        "chain",
+        "`chain`: blocks of the execution one after the other. `plan`, for `hier` only: every step of the execution "
+        "sees question, plan and the steps that it needs by the plan; steps whose ancestors are finished are denoised "
+        "at the same time, and an answer after all of them.",
+    )
+    step_len: int | None = _field(
+        None,
+        "Maximum number of tokens of a step, opener and `<|end|>` included, for execution_order `plan`: a multiple of "
+        "execution_block_size that divides execution_len. The k-th step starts (k - 1) * step_len after the plan.",
     )
     question_len: int = _field(256, "Maximum number of question tokens; 0 for plain text.")
     plan_len: int = _field(
@@ -291,6 +303,7 @@ class HierBD3LMConfig(PreTrainedConfig):
             _check_equal("plan_block_size", self.plan_block_size, "execution_block_size", self.execution_block_size)
         if self.blocks_hold_both_segments:
             _check_equal("plan_clip", list(self.plan_clip), "execution_clip", list(self.execution_clip))
+        self._check_steps()
         if self.noise not in NOISE_SCHEDULES:
             raise ValueError(f"`noise` must be one of {', '.join(NOISE_SCHEDULES)}, but got {self.noise!r}")
         if not _is_number(self.sampling_eps) or not 0 < self.sampling_eps < 1:
@@ -301,6 +314,32 @@ class HierBD3LMConfig(PreTrainedConfig):
             raise ValueError(
                 f"`question_len + plan_len + execution_len` must be at most the backbone's max_position_embeddings "
                 f"{positions}, but got {self.question_len} + {self.plan_len} + {self.execution_len} = {longest}"
+            )
+
+    def _check_steps(self) -> None:
+        """Check `execution_order` and what it needs."""
+        if self.execution_order not in EXECUTION_ORDERS:
+            accepted = " or ".join(EXECUTION_ORDERS)
+            raise ValueError(f"`execution_order` must be {accepted}, but got {self.execution_order!r}")
+        if self.execution_order == "chain":
+            if self.step_len is not None:
+                raise ValueError(f"`step_len` must be None for execution_order='chain', but got {self.step_len!r}")
+            return
+        for name, needed in (("algorithm", "hier"), ("hierarchical_mask", True), ("joint", False)):
+            if getattr(self, name) != needed:
+                raise ValueError(
+                    f"`execution_order` must be 'chain' with {name}={getattr(self, name)!r}, but got 'plan'"
+                )
+        if not self.has_plan:
+            raise ValueError(
+                "`execution_order` must be 'chain' for a model without a plan (plan_len=0), but got 'plan'"
+            )
+        size, length = self.execution_block_size, self.execution_len
+        _check_integer("step_len", self.step_len, 2, length // 2)
+        if self.step_len % size or length % self.step_len:
+            raise ValueError(
+                f"`step_len` must be a multiple of execution_block_size={size} that divides execution_len={length}, "
+                f"but got {self.step_len}"
             )
 
     def _check_token_ids(self) -> None:

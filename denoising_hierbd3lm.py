@@ -1,6 +1,7 @@
 """The denoiser: fills canvas after canvas of every row of a `generate` call, and keeps what has been written."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.utils import ModelOutput
 from .cache_hierbd3lm import BlockCache
 from .diffusion_hierbd3lm import SCHEDULES, widest_dtype
 from .masking_hierbd3lm import CLEAN, EXECUTION, NOISY, PADDING, PLAN, TokenLayout
-from .order_hierbd3lm import BlockOrder
+from .order_hierbd3lm import BlockOrder, DependsOn
 from .samplers_hierbd3lm import Sampler, draw_tokens
 from .schedule_hierbd3lm import CanvasSchedule
 from .settings_hierbd3lm import HierBD3LMGenerationConfig
@@ -29,7 +30,10 @@ class HierBD3LMGenerationOutput(ModelOutput):
             Whether every denoised segment was closed by an `<|end|>` within its length.
         num_forward_passes (`torch.LongTensor` of shape `(batch,)`): passes in which the row took part (NFE).
         tokens_per_forward (`torch.FloatTensor` of shape `(batch,)`):
-            Denoised tokens up to and with the `<|end|>` of each segment, per forward pass.
+            Denoised tokens up to and with the `<|end|>` of each segment, or of each step, per forward pass.
+        plan_followed (`torch.BoolTensor` of shape `(batch,)`, *optional*):
+            With `execution_order="plan"`: whether the execution has the order of its plan. It is false where the plan
+            could not be parsed or has too many steps, so that each step came after all before it.
     """
 
     sequences: torch.LongTensor | None = None
@@ -38,6 +42,7 @@ class HierBD3LMGenerationOutput(ModelOutput):
     finished: torch.BoolTensor | None = None
     num_forward_passes: torch.LongTensor | None = None
     tokens_per_forward: torch.FloatTensor | None = None
+    plan_followed: torch.BoolTensor | None = None
 
 
 class Answer:
@@ -56,6 +61,7 @@ class Answer:
         self.part_ids = torch.full_like(self.tokens, PADDING)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
         self.num_forward_passes = torch.zeros(batch, dtype=torch.long, device=device)
+        self.plan_followed = torch.ones_like(self.finished) if self.order.follows_plan else None
         tokens, block_ids, position_ids, part_ids = schedule.context
         self.write(torch.arange(batch, device=device), block_ids != PADDING, tokens, position_ids, part_ids)
 
@@ -73,6 +79,11 @@ class Answer:
         self.tokens[target] = tokens[row, column]
         self.part_ids[target] = part_ids[row, column]
 
+    def plan(self, index: int) -> list[int]:
+        """Return the content of the plan of a row, without opener and `<|end|>`; `index` is its place in the batch."""
+        tokens = self.tokens[index, self.part_ids[index] == 0].tolist()[1:]
+        return tokens[: tokens.index(self.order.end_token_id)] if self.order.end_token_id in tokens else tokens
+
     def output(self, question: torch.LongTensor, first_segment: int) -> HierBD3LMGenerationOutput:
         """Return everything that was written.
 
@@ -83,16 +94,24 @@ class Answer:
         order = self.order
         written = self.part_ids != PADDING
         tokens = left_justify(self.tokens, written, order.pad_token_id)
-        segment_ids = self._segment_ids(tokens, left_justify(self.part_ids, written, PADDING))
+        part_ids = left_justify(self.part_ids, written, PADDING)
+        segment_ids = self._segment_ids(tokens, part_ids)
+        # a run is a segment, or a step of it: an opener, content, and what an `<|end|>` begins
+        edges = torch.stack(
+            [ids.diff(dim=1, prepend=torch.full_like(ids[:, :1], -2)) for ids in (part_ids, segment_ids)]
+        )
+        opens = (edges != 0).any(dim=0)
+        is_end = tokens == order.end_token_id
+        num_ends = is_end.cumsum(dim=1)
+        num_ends -= torch.where(opens, num_ends - is_end.long(), 0).cummax(dim=1).values  # of the run so far
         contents, has_end, num_tokens = {}, {}, torch.zeros_like(self.num_forward_passes)
         for segment in (PLAN, EXECUTION):
             inside = segment_ids == segment
-            ended = (inside & (tokens == order.end_token_id)).cumsum(dim=1) > 0
-            content = inside & ~ended & (inside.cumsum(dim=1) > 1)  # without the opener
+            content, first_end = inside & (num_ends == 0) & ~opens, inside & is_end & (num_ends == 1)
             contents[segment] = left_justify(tokens, content, order.pad_token_id)
-            has_end[segment] = ended.any(dim=1) | ~inside.any(dim=1)
+            has_end[segment] = first_end.any(dim=1) | ~inside.any(dim=1)
             if segment >= first_segment:
-                num_tokens += content.sum(dim=1) + ended.any(dim=1)
+                num_tokens += (content | first_end).sum(dim=1)
         finished = self.finished & has_end[PLAN] if order.predicts_execution_opener else self.finished
         return HierBD3LMGenerationOutput(
             sequences=torch.cat([question, tokens], dim=1),
@@ -101,6 +120,7 @@ class Answer:
             finished=finished,
             num_forward_passes=self.num_forward_passes,
             tokens_per_forward=num_tokens / self.num_forward_passes,
+            plan_followed=self.plan_followed,
         )
 
     def _segment_ids(self, tokens: torch.LongTensor, part_ids: torch.LongTensor) -> torch.LongTensor:
@@ -147,6 +167,8 @@ class BlockDenoiser:
     Args:
         answer: receives what is written, and gives the order.
         question (`torch.LongTensor` of shape `(batch, question_length)`), attention_mask: as in `generate`.
+        read_plan: returns for the content ids of a plan what each of its steps depends on, and whether the plan says
+            so; of an order that follows the plan only.
     """
 
     def __init__(
@@ -158,13 +180,16 @@ class BlockDenoiser:
         question: torch.LongTensor,
         attention_mask: torch.Tensor,
         streamer: BaseStreamer | None,
+        read_plan: Callable[[list[int]], tuple[DependsOn, bool]] | None = None,
     ):
+        self.read_plan = read_plan
         self.model, self.settings, self.sampler, self.streamer = model, settings, sampler, streamer
         self.answer, self.schedule, self.order = answer, answer.schedule, answer.order
         self.device, self.width = question.device, answer.schedule.width
         self.starts = self.schedule.place_of == 0  # columns of the canvas in which a block starts
         # A shifted order predicts the first token of a block before the block: blocks of one token predict nothing.
         self.reads_canvas = not (self.order.is_shifted and self.width == len(self.schedule.widths))
+        self.columns: slice | torch.LongTensor = slice(None)  # those of the canvas that some row uses
         self.never_written = never_written(self.order, settings).to(self.device)
         self.generator = torch.Generator(device=self.device)
         if settings.temperature > 0:
@@ -182,7 +207,9 @@ class BlockDenoiser:
             None,
             None,
         )
-        self._open_canvases(torch.ones(len(question), dtype=torch.bool, device=self.device))
+        self._read_plans()
+        self.schedule.start()
+        self._open_canvases(torch.ones_like(self.schedule.progress.active))
         self.cache = BlockCache(
             num_layers=model.config.backbone_config.num_hidden_layers,
             num_rows=len(question),
@@ -221,7 +248,7 @@ class BlockDenoiser:
         rows, masked = self.rows, self._masked()
         candidates = masked if rows.reveal_times is None else masked & self._due(masked)
         states = self._states()
-        logits = self.model.project(states[candidates])
+        logits = self.model.project(states[candidates[:, self.columns]])
         if rows.pending.shape[1]:
             for name in ("pending", "pending_block_ids", "pending_position_ids"):
                 setattr(rows, name, getattr(rows, name)[:, :0])
@@ -230,21 +257,24 @@ class BlockDenoiser:
             self.streamer.put_draft(value=rows.canvas[self._inside()].cpu())
 
     def _states(self) -> torch.FloatTensor:
-        """Run one forward pass and return the hidden states that predict the canvas, `(rows, width, hidden_size)`."""
+        """Run one forward pass; return the hidden states that predict the canvas, `(rows, columns, hidden_size)`."""
         rows, num_pending = self.rows, self.rows.pending.shape[1]
         tokens, block_ids, position_ids = rows.pending, rows.pending_block_ids, rows.pending_position_ids
         stream_ids = torch.full_like(block_ids, CLEAN)
         if self.reads_canvas:
             # Blocks that are denoised jointly are told apart by their ranks: the later one sees the earlier one.
             stream = CLEAN if self.order.is_joint else NOISY
-            tokens = torch.cat([tokens, rows.canvas], dim=1)
-            block_ids = torch.cat([block_ids, rows.canvas_block_ids], dim=1)
-            position_ids = torch.cat([position_ids, rows.canvas_position_ids], dim=1)
-            stream_ids = torch.cat([stream_ids, torch.full_like(rows.canvas, stream)], dim=1)
+            canvas, canvas_ids, canvas_positions = (
+                ids[:, self.columns] for ids in (rows.canvas, rows.canvas_block_ids, rows.canvas_position_ids)
+            )
+            tokens = torch.cat([tokens, canvas], dim=1)
+            block_ids = torch.cat([block_ids, canvas_ids], dim=1)
+            position_ids = torch.cat([position_ids, canvas_positions], dim=1)
+            stream_ids = torch.cat([stream_ids, torch.full_like(canvas, stream)], dim=1)
         if not tokens.shape[1]:
             return rows.states_before
         layout = TokenLayout(block_ids, stream_ids, position_ids)
-        states = self.model.encode(tokens, layout, self.cache, self.order)
+        states = self.model.encode(tokens, layout, self.cache, self.order, self.schedule.progress.precedes)
         self.answer.num_forward_passes[rows.index] += 1
         if num_pending:
             self.cache.commit(rows.pending_block_ids, rows.pending_position_ids, tokens.shape[1])
@@ -260,7 +290,8 @@ class BlockDenoiser:
         if not self.reads_canvas:
             return rows.states_before
         shifted = states[:, num_pending:].roll(1, dims=1)
-        shifted[:, self.starts] = rows.states_before
+        starts = self.starts[self.columns]
+        shifted[:, starts] = rows.states_before[:, self.schedule.slot_of[self.columns][starts]]
         return shifted
 
     def _masked(self) -> torch.BoolTensor:
@@ -271,8 +302,8 @@ class BlockDenoiser:
 
     def _due(self, masked: torch.BoolTensor) -> torch.BoolTensor:
         """The tokens that a scheduled sampler reveals next: those of the latest time."""
-        times = self.rows.reveal_times.masked_fill(~masked, -1)
-        return times == times.amax(dim=1, keepdim=True)
+        times = self.schedule.together(self.rows.reveal_times.masked_fill(~masked, -1))
+        return (times == times.amax(dim=2, keepdim=True)).view(masked.shape)
 
     def _after_end(self) -> torch.BoolTensor:
         return self.schedule.after_end(self.rows.canvas, self._inside())
@@ -281,22 +312,26 @@ class BlockDenoiser:
         """Draw the candidates' tokens and write those that the sampler accepts into the canvas."""
         tokens = draw_tokens(logits, self.settings.temperature, self.settings.top_p, self.generator)
         drafted = self.rows.canvas.masked_scatter(candidates, tokens)
-        accepted = self.sampler.accept(candidates, logits, tokens)
+        groups = self.schedule.together(candidates).flatten(0, 1)
+        accepted = self.sampler.accept(groups, logits, tokens).view(candidates.shape)
         self.rows.canvas = torch.where(accepted, drafted, self.rows.canvas)
         if self.settings.fill_after_end:
             self.rows.canvas = self.rows.canvas.masked_fill(self._after_end(), self.order.end_token_id)
 
     def _advance(self) -> None:
-        """Close finished canvases until every row that is left has something to denoise."""
+        """Close finished blocks until every row that is left has something to denoise."""
         while len(self.rows.index):
-            done = ~self._masked().any(dim=1)
+            done = self.schedule.finished(self._masked())
             if not done.any():  # the one synchronisation of most steps
                 return
-            ended = self._close_canvases(done)
+            still_active = self.schedule.progress.active & ~done
+            self._close_blocks(done)
+            self._read_plans()
+            ended = self.schedule.start()
             if ended.any():
                 self.answer.finished[self.rows.index[ended]] = self.schedule.closed()[ended]
-                done = done[self._leave_out(ended)]
-            self._open_canvases(done)
+                still_active = still_active[self._leave_out(ended)]
+            self._open_canvases(~still_active)
             if not self.schedule.opens_finished:
                 return
             self._drop_padding()
@@ -307,23 +342,38 @@ class BlockDenoiser:
         self.rows, self.schedule.progress = self.rows.select(order), self.schedule.progress.select(order)
         return order
 
-    def _close_canvases(self, done: torch.BoolTensor) -> torch.BoolTensor:
-        """Write the finished canvases down and queue them for the cache; return the rows that have ended."""
+    def _close_blocks(self, done: torch.BoolTensor) -> None:
+        """Write the finished blocks down and queue them for the cache; `done`, `(rows, slots)`, are their slots."""
         rows, after_end, part_ids = self.rows, self._after_end(), self.schedule.part_ids
-        rows.canvas = rows.canvas.masked_fill(after_end & done[:, None], self.order.end_token_id)
-        closing = done[:, None] & self._inside()
+        closing = done[:, self.schedule.slot_of]
+        rows.canvas = rows.canvas.masked_fill(after_end & closing, self.order.end_token_id)
+        closing = closing & self._inside()
         self.answer.write(rows.index, closing, rows.canvas, rows.canvas_position_ids, part_ids)
         if self.streamer is not None:
             stream(self.streamer, rows.canvas[closing & ~after_end].cpu(), self.order)
-        block_ids = rows.canvas_block_ids.masked_fill(~done[:, None], PADDING)
-        rows.pending = torch.cat([rows.pending, rows.canvas], dim=1)
-        rows.pending_block_ids = torch.cat([rows.pending_block_ids, block_ids], dim=1)
-        rows.pending_position_ids = torch.cat([rows.pending_position_ids, rows.canvas_position_ids], dim=1)
-        return self.schedule.advance(done, rows.canvas, self._inside(), after_end)
+        # of many slots, as a rule few have a block that is finished
+        columns = closing.any(dim=0) if self.order.follows_plan else slice(None)
+        block_ids = rows.canvas_block_ids.masked_fill(~closing, PADDING)
+        for name, ids in (
+            ("pending", rows.canvas),
+            ("pending_block_ids", block_ids),
+            ("pending_position_ids", rows.canvas_position_ids),
+        ):
+            setattr(rows, name, torch.cat([getattr(rows, name), ids[:, columns]], dim=1))
+        self.schedule.close(done, rows.canvas, self._inside(), after_end)
+
+    def _read_plans(self) -> None:
+        """Let the rows whose plan has just been finished follow it."""
+        if self.read_plan is None:
+            return
+        for row in self.schedule.unread_plans().nonzero().flatten().tolist():  # once for each row
+            index = int(self.rows.index[row])
+            depends_on, self.answer.plan_followed[index] = self.read_plan(self.answer.plan(index))
+            self.schedule.follow(row, depends_on)
 
     def _open_canvases(self, which: torch.BoolTensor) -> None:
-        """Give the rows `which` a fresh canvas."""
-        rows = self.rows
+        """Give the slots `which`, `(rows, slots)`, a fresh block."""
+        rows, which = self.rows, which[:, self.schedule.slot_of]
         tokens, block_ids, position_ids = self.schedule.fresh_canvas(rows.index)
         fresh = {"canvas": tokens, "canvas_block_ids": block_ids, "canvas_position_ids": position_ids}
         times = self.sampler.schedule(self._quantiles(), SCHEDULES[self.model.config.noise])
@@ -332,15 +382,16 @@ class BlockDenoiser:
         elif times is not None:
             fresh["reveal_times"] = times
         for name, value in fresh.items():
-            setattr(rows, name, torch.where(which[:, None], value, getattr(rows, name)))
+            setattr(rows, name, torch.where(which, value, getattr(rows, name)))
+        if self.order.follows_plan and self.reads_canvas:
+            self.columns = self._inside().any(dim=0).nonzero().flatten()
 
     def _quantiles(self) -> torch.DoubleTensor:
         """Where in [0, 1) each token's time lies among all times: evenly spaced from left to right if greedy."""
         shape, dtype = (len(self.rows.index), self.width), widest_dtype(self.device)
         if self.settings.temperature > 0:
             return torch.rand(shape, generator=self.generator, device=self.device, dtype=dtype)
-        columns = torch.arange(self.width, device=self.device)
-        return (1 - (columns + 0.5) / self.schedule.canvas_sizes[:, None]).to(dtype).expand(shape).clamp(min=0)
+        return (1 - self.schedule.relative_places).to(dtype).expand(shape).clamp(min=0)
 
     def _drop_padding(self) -> None:
         """Drop pending columns that no row uses, such as those of rows that have left."""

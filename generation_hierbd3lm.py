@@ -1,18 +1,18 @@
 """Generation: `generate()`, which checks its arguments, has the answer denoised and gathers it."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .denoising_hierbd3lm import Answer, BlockDenoiser, HierBD3LMGenerationOutput, never_written, stream
 from .masking_hierbd3lm import EXECUTION, PADDING, PLAN
-from .order_hierbd3lm import BlockOrder
+from .order_hierbd3lm import BlockOrder, DependsOn, PlanParser, parse_plan
 from .samplers_hierbd3lm import Sampler, make_sampler
 from .schedule_hierbd3lm import CanvasSchedule, ends_part, given_tokens, lay_out_plan, read_execution_start
 from .settings_hierbd3lm import SAMPLERS_OF, SETTINGS, HierBD3LMGenerationConfig, read_foreign_names, resolve_settings
@@ -40,6 +40,8 @@ class HierBD3LMGenerationMixin:
         streamer: BaseStreamer | None = None,
         sampler: str | Sampler | None = None,
         execution_ids: torch.LongTensor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        plan_parser: PlanParser = parse_plan,
         **kwargs: Any,
     ) -> HierBD3LMGenerationOutput:
         r"""
@@ -66,6 +68,12 @@ class HierBD3LMGenerationMixin:
             execution_ids (`torch.LongTensor` of shape `(batch, execution_length)`, *optional*):
                 Starts of the executions for `stage="execution"`, right-padded, used verbatim: they are encoded, not
                 denoised.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*):
+                Decodes plans for `plan_parser`: needed, and read, with `execution_order="plan"` only.
+            plan_parser (`Callable`, *optional*):
+                Maps the text of a finished plan to what each step depends on, a list of earlier steps for each,
+                counted from 0. None or a `ValueError` is a plan that it cannot parse. By default
+                [`~order_hierbd3lm.parse_plan`].
             kwargs: settings that override `generation_config`; see [`~settings_hierbd3lm.GenerationSettings`].
 
         Returns:
@@ -93,6 +101,7 @@ class HierBD3LMGenerationMixin:
         check_prompt(self.config, order, settings, input_ids, attention_mask, plan_ids, streamer)
         execution = read_execution_start(self.config, settings, execution_ids, input_ids)
         schedule = make_schedule(self.config, order, settings, attention_mask, plan_ids, execution)
+        read_plan = plan_reader(order, settings, tokenizer, plan_parser)
         # 3. Denoise until every row has ended
         answer = Answer(schedule)
         with ending(streamer):
@@ -101,7 +110,7 @@ class HierBD3LMGenerationMixin:
             if order.is_causal and len(order.parts) == 1:
                 write_causally(self, settings, answer, input_ids, attention_mask, streamer)
             else:
-                BlockDenoiser(self, settings, chosen, answer, input_ids, attention_mask, streamer).run()
+                BlockDenoiser(self, settings, chosen, answer, input_ids, attention_mask, streamer, read_plan).run()
         # 4. Gather what was written
         output = answer.output(input_ids, EXECUTION if settings.stage == "execution" else PLAN)
         if execution is not None:  # not denoised
@@ -300,12 +309,33 @@ def order_of(model: Any, settings: HierBD3LMGenerationConfig) -> BlockOrder:
     return replace(order, parts=tuple(replace(part, block_size=block_size) for part in order.parts))
 
 
+def plan_reader(
+    order: BlockOrder, settings: HierBD3LMGenerationConfig, tokenizer: Any, plan_parser: PlanParser
+) -> Callable[[list[int]], tuple[DependsOn, bool]] | None:
+    """Return what reads the order of the steps from the ids of a plan; None if no step is to follow one.
+
+    Raises:
+        ValueError: without a tokenizer, if it is needed.
+    """
+    if not order.follows_plan or settings.stage == "plan":
+        return None
+    if tokenizer is None:
+        raise ValueError("`tokenizer` must be given for execution_order='plan', whose plans are read, but got None")
+    return lambda ids: order.read_plan(tokenizer.decode(ids, skip_special_tokens=True), plan_parser)
+
+
 def segment_limits(config: Any, order: BlockOrder, settings: HierBD3LMGenerationConfig) -> dict[int, int]:
     """Return the maximum number of tokens of each segment.
 
     Raises:
         ValueError: if a limit exceeds the model's, or is not a whole number of blocks.
     """
+    for name in ("max_execution_len", "max_new_tokens") if order.follows_plan else ():
+        if getattr(settings, name) is not None:
+            raise ValueError(
+                f"`{name}` must be None for execution_order='plan', where a step has at most step_len tokens, but got "
+                f"{getattr(settings, name)}"
+            )
     limits = {}
     for segment, name in ((PLAN, "plan"), (EXECUTION, "execution")):
         wanted, most = getattr(settings, f"max_{name}_len"), getattr(config, f"{name}_len")
@@ -419,5 +449,7 @@ def check_prompt(
         raise ValueError(
             f"`plan_ids` must be (batch, length) with batch {len(input_ids)}, got {tuple(plan_ids.shape)}"
         )
+    if streamer is not None and order.follows_plan and not hasattr(streamer, "put_rows"):
+        raise ValueError("`streamer` must be None for execution_order='plan', where several steps are written at once")
     if streamer is not None and len(input_ids) != 1 and not hasattr(streamer, "put_rows"):
         raise ValueError(f"`streamer` must be None for more than one row, but got {len(input_ids)} rows")

@@ -121,6 +121,7 @@ def attends(
     k_block: torch.Tensor,
     k_stream: torch.Tensor,
     precedes: torch.BoolTensor | None = None,
+    example: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The mask: finished blocks that come before a block are its context, and it sees itself in its own stream.
 
@@ -129,15 +130,18 @@ def attends(
 
     Args:
         q_block, q_stream, k_block, k_stream: block and stream ids of queries and keys; they broadcast.
-        precedes (`torch.BoolTensor` of shape `(blocks, blocks)`, *optional*): a partial order, true where the block
-            of the row sees that of the column; blocks of lower id come before if omitted.
+        precedes (`torch.BoolTensor` of shape `(blocks, blocks)` or `(examples, blocks, blocks)`, *optional*): a
+            partial order, true where the block of the row sees that of the column; blocks of lower id come before if
+            omitted.
+        example: example of the query, for a `precedes` of several examples; it broadcasts with the ids.
 
     Returns:
         `torch.BoolTensor`, true where the query may attend to the key.
     """
     before = k_block < q_block
     if precedes is not None:
-        before = before & ((q_block <= 0) | precedes[q_block.clamp(min=0), k_block.clamp(min=0)])
+        blocks = q_block.clamp(min=0), k_block.clamp(min=0)
+        before = before & ((q_block <= 0) | precedes[blocks if precedes.ndim == 2 else (example, *blocks)])
     finished = before & (k_stream == CLEAN)
     same_block = (k_block == q_block) & (k_stream == q_stream)
     return (q_block != PADDING) & (k_block != PADDING) & (finished | same_block)
@@ -152,9 +156,12 @@ def dense_mask(
         return getattr(queries, name)[:, :, None], getattr(keys, name)[:, None, :]
 
     (q_block, k_block), (q_stream, k_stream) = pair("block_ids"), pair("stream_ids")
-    mask = attends(q_block, q_stream, k_block, k_stream, precedes)
-    if queries.example_ids is not None:
+    if queries.example_ids is None:
+        rows = torch.arange(len(q_block), device=q_block.device)[:, None, None]
+        mask = attends(q_block, q_stream, k_block, k_stream, precedes, rows)
+    else:
         q_example, k_example = pair("example_ids")
+        mask = attends(q_block, q_stream, k_block, k_stream, precedes, q_example.clamp(min=0))
         mask &= q_example == k_example
     if window is not None:
         q_position, k_position = pair("position_ids")
@@ -169,7 +176,8 @@ def block_mask(
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         query, key = (queries.block_ids[b, q], queries.stream_ids[b, q]), (keys.block_ids[b, k], keys.stream_ids[b, k])
-        mask = attends(*query, *key, precedes)
+        example = b if queries.example_ids is None else queries.example_ids[b, q].clamp(min=0)
+        mask = attends(*query, *key, precedes, example)
         if queries.example_ids is not None:
             mask = mask & (queries.example_ids[b, q] == keys.example_ids[b, k])
         if window is not None:

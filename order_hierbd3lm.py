@@ -1,8 +1,11 @@
 """The order over blocks: which block a token belongs to, what a block may depend on and when it is denoised.
 
-A [`BlockOrder`] is made once from a configuration. Collator, mask, objective and denoiser read it.
+A [`BlockOrder`] is made once from a configuration. Collator, mask, objective and denoiser read it. Where each row has
+an order of its own, its plan gives it: [`parse_plan`] reads which steps a step refers to.
 """
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,6 +15,11 @@ import torch
 from .masking_hierbd3lm import EXECUTION, PADDING, PLAN, QUESTION
 
 TOKEN_IDS = tuple(f"{role}_token_id" for role in ("mask", "plan", "execution", "end", "pad"))
+NUMBERED_STEP = re.compile(r"([0-9]+)[.):]\s+(.*)")
+NAMED_STEP = re.compile(r"(\w+)\s*=\s*(.+)")
+
+DependsOn = Sequence[Sequence[int]]  # for each step the earlier steps that it needs, counted from 0
+PlanParser = Callable[[str], DependsOn | None]  # None, or a ValueError, for a plan that it cannot parse
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,9 @@ class BlockOrder:
         has_causal_question: a token of the question sees those before it only.
         is_autoregressive: the backbone is a causal language model, which predicts all tokens one by one under its own
             mask.
+        follows_plan: the first part is the plan, each of the others is a step of the execution or the answer after
+            them. Each row has a partial order over the steps, see [`see_steps`]. Its parts are as many as its plan
+            has steps, and the answer; each opens with `<|execution|>`.
     """
 
     parts: tuple[Part, ...]
@@ -65,6 +76,7 @@ class BlockOrder:
     is_shifted: bool = False
     has_causal_question: bool = False
     is_autoregressive: bool = False
+    follows_plan: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> "BlockOrder":
@@ -77,6 +89,9 @@ class BlockOrder:
             parts: tuple[Part, ...] = (Part((PLAN, EXECUTION), size, plan.max_len + length, opener),)
         elif not config.has_plan:
             parts = (execution,)
+        elif config.execution_order == "plan":
+            step = Part(execution.segments, size, config.step_len, execution.opener_token_id, after=(0,))
+            parts = (plan, *[step] * (length // config.step_len))
         else:
             after = (0,) if config.hierarchical_mask else ()
             parts = (plan, Part(execution.segments, size, length, execution.opener_token_id, after))
@@ -88,6 +103,7 @@ class BlockOrder:
             is_shifted=config.prediction == "shifted" and config.algorithm != "ar",
             has_causal_question=config.question_attention == "causal" and config.algorithm != "ar",
             is_autoregressive=config.algorithm == "ar",
+            follows_plan=config.execution_order == "plan",
         )
 
     @property
@@ -123,48 +139,109 @@ class BlockOrder:
         return is_total and not self.is_joint and not self.is_aligned
 
     @cached_property
+    def sees(self) -> torch.BoolTensor:
+        """Table of shape `(parts, parts)`: does the part of the row see that of the column, whatever the plan says?"""
+        numbers = range(len(self.parts))
+        return torch.tensor([[p in self.dependencies[q] for p in numbers] for q in numbers])
+
+    @cached_property
     def precedes(self) -> torch.BoolTensor | None:
         """Table of shape `(ranks, ranks)`: may the block of the row's rank see that of the column's?
 
-        None where the ranks themselves are the order (a block sees all of lower rank). Otherwise every part has
-        `max_len / block_size` blocks.
+        None where the ranks themselves are the order (a block sees all of lower rank).
         """
         pairs = [(p, q) for q in range(len(self.parts)) for p in range(q)]
         if self.is_aligned or all(p in self.dependencies[q] for p, q in pairs):
             return None
-        part_of = [p for p, part in enumerate(self.parts) for _ in range(part.max_len // part.block_size)]
-        seen = [[p == q or p in self.dependencies[q] for p in part_of] for q in part_of]
-        table = torch.ones(len(part_of) + 1, len(part_of) + 1, dtype=torch.bool)
-        table[1:, 1:] = torch.tensor(seen)
+        return self.block_table(self.sees)
+
+    def block_table(self, sees: torch.BoolTensor) -> torch.BoolTensor:
+        """Return the table over blocks, `(..., ranks, ranks)`, of one over parts, `(..., parts, parts)`.
+
+        Every part has `max_len / block_size` blocks, of which each sees those before it.
+        """
+        part_of = [number for number, part in enumerate(self.parts) for _ in range(part.max_len // part.block_size)]
+        part_of = torch.tensor(part_of, device=sees.device)
+        sees = sees | torch.eye(len(self.parts), dtype=torch.bool, device=sees.device)
+        table = sees[..., part_of, :][..., part_of]
+        table = torch.nn.functional.pad(table, (1, 0, 1, 0), value=True)  # the question is seen by all
         return table.tril(diagonal=-1)
+
+    # An order that a plan gives
+
+    @property
+    def most_steps(self) -> int:
+        """Greatest number of steps of an execution."""
+        return len(self.parts) - 2  # without plan and answer
+
+    def see_steps(self, depends_on: DependsOn) -> torch.BoolTensor:
+        """Return which parts each part sees, `(parts, parts)`, in an order that follows the plan.
+
+        A step sees the plan and its ancestors, the answer sees all steps.
+
+        Raises:
+            ValueError: if there are too many steps, or one depends on itself, a later one or none that there is.
+        """
+        check_graph(depends_on)
+        if len(depends_on) > self.most_steps:
+            raise ValueError(f"`depends_on` must have at most {self.most_steps} steps, but got {len(depends_on)}")
+        sees = self.sees.clone()
+        for step, earlier in enumerate(depends_on, 1):
+            for other in earlier:
+                sees[step] |= sees[other + 1]
+                sees[step, other + 1] = True
+        sees[len(depends_on) + 1, : len(depends_on) + 1] = True
+        return sees
+
+    def read_plan(self, plan: str, parser: PlanParser) -> tuple[DependsOn, bool]:
+        """Return what each step of a plan depends on, and whether the plan says so.
+
+        Of a plan that cannot be parsed, or has too many steps, every line is a step that depends on all before it.
+        """
+        try:
+            depends_on = parser(plan)
+        except ValueError:
+            depends_on = None
+        if depends_on is not None and len(depends_on) <= self.most_steps:
+            return depends_on, True
+        return total_order(min(len(lines_of(plan)), self.most_steps)), False
 
     # Training: what is laid out, masked and predicted
 
-    def layout(self, segment_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def layout(
+        self, segment_ids: torch.Tensor, input_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Block and position ids of clean sequences. Block edges count from each part's start, never from a column.
 
         Args:
             segment_ids (`torch.LongTensor` of shape `(batch, length)`):
                 0 question, 1 plan, 2 execution, -1 padding (anywhere); the segments of a row stand in this order.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                clean tokens; of an order that follows the plan, to tell the steps apart by their openers.
 
         Returns:
             `block_ids`, `position_ids`: two `torch.LongTensor` of shape `(batch, length)`. Positions start at 0 at
             the first real token and skip padding, where they are 0. A part that does not wait for the one before it
             starts at a fixed distance from the question, as its first block is denoised before that one's length is
-            known.
+            known. So does a step from the plan: parallel steps have positions of their own, by which a step knows its
+            number.
         """
         is_real = segment_ids != PADDING
         position_ids = (is_real.long().cumsum(dim=1) - 1).clamp(min=0)
         block_ids = self.question_ranks(segment_ids == QUESTION)
         ranks, num_before = self.fixed_ranks, torch.zeros_like(position_ids[:, :1])
         next_rank = torch.ones_like(num_before)
-        for number, inside in enumerate(self._members(segment_ids)):
+        members = self._members(segment_ids) if not self.follows_plan else self._steps(segment_ids, input_ids)
+        for number, inside in enumerate(members):
             place = inside.long().cumsum(dim=1) - 1
             rank = place // self.parts[number].block_size
             first = next_rank if self.is_chain else ranks[number]
             block_ids = torch.where(inside, first + rank, block_ids)
             if not self.is_chain:
-                position_ids = position_ids + inside * (self.fixed_starts[number] - num_before)
+                start = self.fixed_starts[number]
+                if self.follows_plan and number:
+                    start = start - self.parts[0].max_len + members[0].sum(dim=1, keepdim=True)
+                position_ids = position_ids + inside * (start - num_before)
             next_rank, num_before = next_rank + rank[:, -1:] + 1, num_before + place[:, -1:] + 1
         return block_ids, position_ids.masked_fill(~is_real, 0)
 
@@ -177,7 +254,12 @@ class BlockOrder:
 
     def noise_blocks(self, block_ids: torch.Tensor) -> torch.Tensor:
         """Ids of the blocks that have a noise level of their own, of the shape of `block_ids`."""
-        return block_ids.clamp(max=1) if self.is_joint else block_ids
+        if self.is_joint:
+            return block_ids.clamp(max=1)
+        if self.is_chain or self.is_aligned:
+            return block_ids
+        # Ranks leave some out: count the blocks as they stand, so that there are no more than tokens.
+        return torch.nn.functional.pad(block_ids.diff(dim=1) != 0, (1, 0)).cumsum(dim=1)
 
     @property
     def noise_groups(self) -> tuple[tuple[int, ...], ...]:
@@ -259,3 +341,58 @@ class BlockOrder:
                 inside = inside & (place <= taken[part.segments])
             members.append(inside)
         return members
+
+    def _steps(self, segment_ids: torch.Tensor, input_ids: torch.Tensor | None) -> list[torch.BoolTensor]:
+        """The tokens of the plan and of each step, `(batch, length)`, told apart by the openers of the steps."""
+        if input_ids is None:
+            raise ValueError("`input_ids` must be given for an order that follows the plan, but got None")
+        inside = segment_ids == EXECUTION
+        number = (inside & (input_ids == self.execution_token_id)).cumsum(dim=1)
+        return [segment_ids == PLAN, *(inside & (number == step) for step in range(1, len(self.parts)))]
+
+
+def lines_of(plan: str) -> list[str]:
+    """Return the lines of a plan that are not empty."""
+    return [line.strip() for line in plan.splitlines() if line.strip()]
+
+
+def total_order(num_steps: int) -> list[list[int]]:
+    """Return `depends_on` of steps of which each depends on all before it."""
+    return [[*range(step)] for step in range(num_steps)]
+
+
+def check_graph(depends_on: DependsOn) -> None:
+    """Raise a ValueError unless every step depends on earlier steps alone."""
+    for step, earlier in enumerate(depends_on):
+        if not all(isinstance(other, int) and 0 <= other < step for other in earlier):
+            raise ValueError(
+                f"`depends_on` must hold numbers of earlier steps, counted from 0, but step {step} has {[*earlier]}"
+            )
+
+
+def parse_plan(plan: str) -> list[list[int]] | None:
+    """Read from a plan, one step per line, which earlier steps each step refers to.
+
+    Two forms are read. In numbered steps, `2. Clips altogether: 48 + [1]`, `[1]` is the result of step 1, and `?` may
+    be of any earlier step. In named steps, `Mia = Tom + 3`, a name is that of the step which computes it, if any.
+
+    Returns:
+        for each step the earlier steps, counted from 0; None for a plan of another form, or with a step that refers to
+        itself or a later one.
+    """
+    lines = lines_of(plan)
+    numbered, named = ([form.fullmatch(line) for line in lines] for form in (NUMBERED_STEP, NAMED_STEP))
+    if all(numbered) and [int(step[1]) for step in numbered] == [*range(1, len(lines) + 1)]:
+        references = [
+            {*range(step)} if "?" in match[2] else {int(other) - 1 for other in re.findall(r"\[([0-9]+)\]", match[2])}
+            for step, match in enumerate(numbered)
+        ]
+    elif all(named) and len(number_of := {match[1]: step for step, match in enumerate(named)}) == len(lines):
+        references = [
+            {number_of[word] for word in re.findall(r"\w+", match[2]) if word in number_of} for match in named
+        ]
+    else:
+        return None
+    depends_on = [sorted(earlier) for earlier in references]
+    is_acyclic = all(0 <= other < step for step, earlier in enumerate(depends_on) for other in earlier)
+    return depends_on if is_acyclic and lines else None

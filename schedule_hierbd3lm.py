@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .masking_hierbd3lm import EXECUTION, PADDING, PLAN
-from .order_hierbd3lm import BlockOrder
+from .order_hierbd3lm import BlockOrder, DependsOn
 from .settings_hierbd3lm import HierBD3LMGenerationConfig
 
 
@@ -16,14 +16,19 @@ class Progress:
 
     Args:
         part: `(rows, slots)`, number of the part at work in each slot.
+        active: `(rows, slots)`, bool, true where a part is at work in the slot.
         number, num_given: `(rows, parts)`, finished blocks of each part, and how many of them were given.
         start, first_rank: `(rows, parts)`, position of the part's first token, and rank of its first block.
         started, ended: `(rows, parts)`, bool; a part that is not to be denoised has ended.
         awaits_end: `(rows, parts)`, bool, true where the next `<|end|>` ends the part.
         closed: `(rows, parts)`, bool, true where an `<|end|>` has ended the part.
+        sees: `(rows, parts, parts)`, bool, true where the part of the row sees that of the column.
+        precedes: `(rows, ranks, ranks)`, bool, the same of blocks; None where all rows have the order's own table.
+        awaits_plan: `(rows,)`, bool, true where the row's order is not known yet.
     """
 
     part: torch.Tensor
+    active: torch.Tensor
     number: torch.Tensor
     num_given: torch.Tensor
     start: torch.Tensor
@@ -32,9 +37,13 @@ class Progress:
     ended: torch.Tensor
     awaits_end: torch.Tensor
     closed: torch.Tensor
+    sees: torch.Tensor
+    precedes: torch.Tensor | None
+    awaits_plan: torch.Tensor
 
     def select(self, rows: torch.LongTensor) -> "Progress":
-        return Progress(**{item.name: getattr(self, item.name)[rows] for item in fields(self)})
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
+        return Progress(**{name: None if one is None else one[rows] for name, one in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,8 @@ class GivenTokens:
 class CanvasSchedule:
     """What the rows of one `generate` call denoise, canvas by canvas.
 
-    A canvas holds one block of every part that is at work, each in its slot. Its blocks are finished together.
+    A canvas holds one block of every part that is at work, each in its slot. Blocks that see each other's noise are
+    finished together, all others for themselves.
 
     Args:
         limits: greatest number of tokens of each part.
@@ -86,6 +96,9 @@ class CanvasSchedule:
         self.slots = [used.index(slot) if slot in used else None for slot in order.slots]  # of each part
         sizes = [(slot, part.block_size) for slot, part in zip(order.slots, order.parts, strict=True)]
         self.widths = [max(size for its, size in sizes if its == slot) for slot in used]
+        self.is_one_canvas = order.is_joint or order.is_aligned  # all slots are denoised together
+        if not self.is_one_canvas:
+            self.widths = [max(self.widths)] * len(used)
         self.width = sum(self.widths)
         if max_new_tokens is not None and max_new_tokens < self.width:
             raise ValueError(f"`max_new_tokens` must be at least {self.width}, one block, but got {max_new_tokens}")
@@ -128,7 +141,7 @@ class CanvasSchedule:
             tokens, block ids (-1 on unused columns), position ids: `torch.LongTensor` of shape `(rows, width)`.
         """
         state, part = self.progress, self.part_ids
-        inside = self._active()[:, self.slot_of] & (self.place_of < self.block_sizes[part])
+        inside = state.active[:, self.slot_of] & (self.place_of < self.block_sizes[part])
         number = state.number.gather(1, part)
         place = number * self.block_sizes[part] + self.place_of
         length = self.given.tokens.shape[2]
@@ -146,9 +159,20 @@ class CanvasSchedule:
         return self.progress.part[:, self.slot_of]
 
     @property
-    def canvas_sizes(self) -> torch.LongTensor:
-        """Tokens of each row's canvas, `(rows,)`, those of parts that have ended included."""
-        return self.block_sizes[self.progress.part].sum(dim=1)
+    def relative_places(self) -> torch.FloatTensor:
+        """Place of each column among those that are denoised with it, in (0, 1): `(rows, width)`."""
+        if self.is_one_canvas:  # columns of parts that have ended included
+            columns = torch.arange(self.width, device=self.device)
+            return (columns + 0.5) / self.block_sizes[self.progress.part].sum(dim=1)[:, None]
+        return (self.place_of + 0.5) / self.block_sizes[self.part_ids]
+
+    def together(self, columns: torch.Tensor) -> torch.Tensor:
+        """View `(rows, width)` as `(rows, groups, width of a group)`: the columns that are denoised together."""
+        return columns.view(len(columns), 1 if self.is_one_canvas else len(self.widths), -1)
+
+    def finished(self, masked: torch.BoolTensor) -> torch.BoolTensor:
+        """Return the slots whose block is finished, `(rows, slots)`; `masked` are those of `(rows, width)`."""
+        return ~self.together(masked).any(dim=2) & self.progress.active
 
     def after_end(self, tokens: torch.LongTensor, inside: torch.BoolTensor) -> torch.BoolTensor:
         """Tokens of the canvas from the `<|end|>` on that ends their part: `(rows, width)`."""
@@ -161,33 +185,51 @@ class CanvasSchedule:
         after = [slot.cumsum(dim=1) > 0 for slot in ends.split(self.widths, dim=1)]
         return inside & torch.cat(after, dim=1)
 
-    def advance(
+    def close(
         self, done: torch.BoolTensor, tokens: torch.LongTensor, inside: torch.BoolTensor, after_end: torch.BoolTensor
-    ) -> torch.BoolTensor:
-        """Move the rows whose canvas is finished to their next one.
+    ) -> None:
+        """Count the blocks that are finished, and end their parts where it is time.
 
         Args:
-            done (`torch.BoolTensor` of shape `(rows,)`): rows whose canvas is finished.
+            done (`torch.BoolTensor` of shape `(rows, slots)`): slots whose block is finished.
             tokens, inside, after_end (of shape `(rows, width)`): the canvas; see [`after_end`].
-
-        Returns:
-            `torch.BoolTensor` of shape `(rows,)`: rows all of whose parts have ended.
         """
         state, part = self.progress, self.progress.part
-        closing = done[:, None] & self._active()
-        by_end = closing & torch.stack([slot.any(dim=1) for slot in after_end.split(self.widths, dim=1)], dim=1)
+        by_end = done & torch.stack([slot.any(dim=1) for slot in after_end.split(self.widths, dim=1)], dim=1)
         length = (state.number.gather(1, part) + 1) * self.block_sizes[part]
-        ending = by_end | (closing & (length >= self.limits[part]))
-        opened = inside & done[:, None] & (tokens == self.order.execution_token_id)
+        ending = by_end | (done & (length >= self.limits[part]))
+        opened = inside & done[:, self.slot_of] & (tokens == self.order.execution_token_id)
         opened = torch.stack([slot.any(dim=1) for slot in opened.split(self.widths, dim=1)], dim=1)
-        state.number = state.number.scatter_add(1, part, closing.long())
+        state.number = state.number.scatter_add(1, part, done.long())
+        # Sums, as a slot that is not active may name a part that is at work in another.
         for name, which in (("ended", ending), ("closed", by_end), ("awaits_end", opened)):
-            setattr(state, name, getattr(state, name) | torch.zeros_like(state.ended).scatter(1, part, which))
+            found = torch.zeros_like(state.number).scatter_add(1, part, which.long()) > 0
+            setattr(state, name, getattr(state, name) | found)
         if self.max_new_tokens is not None:
             num_new = ((state.number - state.num_given) * self.block_sizes * self.written).sum(dim=1)
-            state.ended |= (num_new + self.width > self.max_new_tokens)[:, None]
-        self._start_parts()
-        return state.ended.all(dim=1)
+            state.ended = state.ended | (num_new + self.width > self.max_new_tokens)[:, None]
+        state.active = state.active & ~state.ended.gather(1, part)
+
+    def start(self) -> torch.BoolTensor:
+        """Start the parts whose turn it is; return the rows all of whose parts have ended, `(rows,)`."""
+        if self.order.follows_plan:
+            self._start_steps()
+        else:
+            self._start_parts()
+        return self.progress.ended.all(dim=1)
+
+    def unread_plans(self) -> torch.BoolTensor:
+        """Rows whose plan is finished, and has not been followed yet: `(rows,)`."""
+        return self.progress.awaits_plan & self.progress.ended[:, 0]
+
+    def follow(self, row: int, depends_on: DependsOn) -> None:
+        """Let the steps of a row be denoised in the order of its finished plan; see [`BlockOrder.see_steps`]."""
+        state, plan, num_parts = self.progress, self.order.parts[0], len(depends_on) + 2
+        state.awaits_plan[row] = False
+        state.sees[row] = self.order.see_steps(depends_on).to(self.device)
+        state.precedes[row] = self.order.block_table(state.sees[row])
+        state.start[row, 1:] += state.number[row, 0] * plan.block_size - plan.max_len
+        state.ended[row, num_parts:] = state.closed[row, num_parts:] = True
 
     def closed(self) -> torch.BoolTensor:
         """Rows of which every part that was denoised is closed by an `<|end|>`: `(rows,)`."""
@@ -203,6 +245,7 @@ class CanvasSchedule:
         first_parts = [self.slots.index(slot) for slot in range(len(self.widths))]
         self.progress = Progress(
             part=torch.tensor(first_parts, device=self.device).repeat(len(finished), 1),
+            active=torch.zeros(len(finished), len(first_parts), dtype=torch.bool, device=self.device),
             number=finished,
             num_given=finished,
             start=question_lengths[:, None] + torch.tensor(order.fixed_starts, device=self.device),
@@ -211,23 +254,22 @@ class CanvasSchedule:
             ended=nothing | (~self.written & (not order.is_aligned)),  # a given part may be a part of every canvas
             awaits_end=has_one_segment | ends_with_plan | has_opener,
             closed=nothing.clone(),
+            sees=order.sees.to(self.device).repeat(len(finished), 1, 1),
+            precedes=None,
+            awaits_plan=torch.full((len(finished),), False, device=self.device),
         )
-        self._start_parts()
+        if order.follows_plan:
+            self.progress.precedes = order.block_table(self.progress.sees)
+            self.progress.awaits_plan |= self.written[1:].any()
+        self.start()
         return self.progress
 
-    def _active(self) -> torch.BoolTensor:
-        """Slots in which a part is at work, `(rows, slots)`."""
-        state = self.progress
-        return (state.started & ~state.ended).gather(1, state.part)
-
     def _start_parts(self) -> None:
-        """Start the parts whose turn it is."""
         state, order = self.progress, self.order
-        at_once = order.is_joint or order.is_aligned
-        for number, part in enumerate(order.parts):
+        for number in range(len(order.parts)):
             ready = ~state.started[:, number]
-            if not at_once:
-                ready = ready & state.ended[:, list(part.after)].all(dim=1)
+            if not self.is_one_canvas:
+                ready = ready & (state.ended | ~state.sees[:, number]).all(dim=1)
             if number and order.is_chain:
                 num_blocks, before = state.number[:, number - 1], number - 1
                 start = state.start[:, before] + num_blocks * order.parts[before].block_size
@@ -238,6 +280,20 @@ class CanvasSchedule:
             if (slot := self.slots[number]) is not None:
                 runs = ready & ~state.ended[:, number]
                 state.part[:, slot] = torch.where(runs, number, state.part[:, slot])
+                state.active[:, slot] |= runs
+
+    def _start_steps(self) -> None:
+        """Start the plan, or the steps all of whose ancestors are finished: each in the first slot that is free."""
+        state = self.progress
+        ready = ~state.started & (state.ended[:, None] | ~state.sees).all(dim=2)
+        ready[:, 1:] &= ~state.awaits_plan[:, None]
+        state.started |= ready
+        runs = ready & ~state.ended
+        row, part = runs.nonzero(as_tuple=True)
+        free = state.active.long().argsort(dim=1, stable=True)  # slots, those that are free first
+        slot = free[row, (runs.cumsum(dim=1) - 1)[row, part]]
+        state.part[row, slot] = part
+        state.active[row, slot] = True
 
 
 def ends_part(
@@ -333,6 +389,8 @@ def read_execution_start(
     """
     if execution_ids is None:
         return None
+    if config.execution_order == "plan":
+        raise ValueError("`execution_ids` must be None for execution_order='plan', whose steps are parts of their own")
     if settings.stage != "execution":
         raise ValueError(f"`execution_ids` must be given for stage='execution' alone, but got {settings.stage!r}")
     if execution_ids.ndim != 2 or len(execution_ids) != len(input_ids):

@@ -1,7 +1,9 @@
 """The collator, which lays out question, plan and execution as the tokens of a batch."""
 
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -9,15 +11,19 @@ from transformers import PreTrainedTokenizerBase
 
 from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
 from ..masking_hierbd3lm import EXECUTION, PADDING, PLAN, QUESTION
-from ..order_hierbd3lm import BlockOrder
+from ..order_hierbd3lm import BlockOrder, check_graph, total_order
 from .questions import encode_question, encode_text
+from .steps import split_steps
 
 SEGMENTS = ("question", "plan", "execution")  # in the order of a sequence
 ID_KEYS = tuple(f"{segment}_ids" for segment in SEGMENTS)
 IGNORED_LABEL = -100
 GIVEN_LABEL = -101  # until the batch is made: a token that is not predicted
 
-ExampleIds = Mapping[str, Any]  # `question_ids`, `plan_ids`, `execution_ids`, optionally `continues`
+STEP_KEYS = ("step_lengths", "depends_on")  # of an example whose execution follows its plan
+STEP_ENDS = "\n"  # what separates steps, and belongs to the one before
+
+ExampleIds = Mapping[str, Any]  # `question_ids`, `plan_ids`, `execution_ids`, optionally `continues`, `STEP_KEYS`
 
 
 class Columns(NamedTuple):
@@ -37,6 +43,10 @@ class HierarchicalDataCollator:
     closing `<|end|>` and no filler, and an `<|end|>` among its tokens closes a document. With
     `plan_is_given=True` the plan of an example is not predicted.
 
+    With `execution_order="plan"` an example with ids has `step_lengths` and `depends_on` too, one with texts may have
+    `execution_steps` and `depends_on`; see [`cut_steps`]. Each step, and the answer after them, is laid out with an
+    opener and an `<|end|>` of its own.
+
     Args:
         config: lengths, block sizes and special token ids.
         tokenizer: encodes texts; not needed for ids.
@@ -54,6 +64,8 @@ class HierarchicalDataCollator:
         - `block_ids`: question 0, plan blocks 1 to P, execution blocks P + 1 to P + E, padding -1; for other orders
           see [`~order_hierbd3lm.BlockOrder.layout`].
         - `position_ids`: 0 at the first real token, 0 on padding.
+        - `precedes`, of shape `(batch, ranks, ranks)`, only with `execution_order="plan"`: see
+          [`~order_hierbd3lm.BlockOrder.block_table`].
         - `labels`: the token itself where the likelihood counts it (content and first `<|end|>` of plan and execution;
           all tokens but the opener if the execution continues), else -100.
         - `is_given`: a `torch.BoolTensor`, true for the tokens of given plans; only if there are any.
@@ -81,7 +93,7 @@ class HierarchicalDataCollator:
             check_lengths(example, self.config)
         rows = self._pad_rows([_lay_out_segments(example, self.config, self.order) for example in examples])
         input_ids, segment_ids, labels = (torch.tensor(column, dtype=torch.long) for column in zip(*rows, strict=True))
-        block_ids, position_ids = self.order.layout(segment_ids)
+        block_ids, position_ids = self.order.layout(segment_ids, input_ids)
         is_given = labels == GIVEN_LABEL
         batch = {
             "input_ids": input_ids,
@@ -90,18 +102,24 @@ class HierarchicalDataCollator:
             "position_ids": position_ids,
             "labels": labels.masked_fill(is_given, IGNORED_LABEL),
         }
+        if self.order.follows_plan:
+            sees = torch.stack([self.order.see_steps(example["depends_on"]) for example in examples])
+            batch["precedes"] = self.order.block_table(sees)
         return batch | {"is_given": is_given} if is_given.any() else batch
 
     def _read_ids(self, feature: dict[str, Any]) -> ExampleIds:
         if all(key in feature for key in ID_KEYS):
             ids = {key: [int(token) for token in feature[key]] for key in ID_KEYS}
+            if self.order.follows_plan:
+                ids |= read_steps(feature)
             return ids | {name: bool(feature.get(name)) for name in ("continues", "plan_is_given")}
         if self.tokenizer is None:
             raise ValueError(
                 f"an example must have the keys {', '.join(ID_KEYS)} if the collator has no `tokenizer`, "
                 f"but got {', '.join(feature)}"
             )
-        return encode_example(feature, self.tokenizer, self.auto_split, self.config.chat_template)
+        ids = encode_example(feature, self.tokenizer, self.auto_split, self.config.chat_template)
+        return ids | cut_steps(feature, self.tokenizer) if self.order.follows_plan else ids
 
     def _pad_rows(self, rows: list[list[Columns]]) -> list[Columns]:
         config = self.config
@@ -157,6 +175,66 @@ def encode_example(
     return encoded
 
 
+def cut_steps(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+    """Cut the tokens of an execution into steps and answer, for `execution_order="plan"`.
+
+    Args:
+        example: `execution`, optionally `execution_steps` (else the lines before `####`), and optionally `depends_on`
+            (for each step the earlier steps that it needs, counted from 0; else all of them).
+
+    Returns:
+        `step_lengths`: tokens of each step, with the line end after it, then those of the answer; and `depends_on`.
+
+    Raises:
+        ValueError: if the execution does not hold its steps in order, or `depends_on` has another number of them.
+    """
+    if "execution" not in example:
+        raise ValueError(
+            f"an example must have an `execution` for execution_order='plan', but has {', '.join(example)}"
+        )
+    execution, end = example["execution"], 0
+    steps = example.get("execution_steps")
+    steps, ends = split_steps(execution) if steps is None else steps, []
+    for step in steps:
+        start = execution.find(step, end)
+        if start < 0:
+            raise ValueError(f"`execution` must hold the steps of `execution_steps` in order, but lacks {step!r}")
+        end = start + len(step)
+        end += len(execution[end:]) - len(execution[end:].lstrip(STEP_ENDS))
+        ends.append(end)
+    depends_on = example.get("depends_on")
+    depends_on = total_order(len(steps)) if depends_on is None else [list(earlier) for earlier in depends_on]
+    if len(depends_on) != len(steps):
+        raise ValueError(f"`depends_on` must have a list for each of {len(steps)} steps, but got {len(depends_on)}")
+    check_graph(depends_on)
+    if not tokenizer.is_fast:
+        raise ValueError("`tokenizer` must be a fast one for execution_order='plan', whose steps are cut from a text")
+    encoded = tokenizer(execution, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    # some tokenizers give the end of a line an empty span after it
+    starts = [start - (start == stop) for start, stop in encoded["offset_mapping"]]
+    number_of_token = [bisect_right(ends, start) for start in starts]
+    counts = Counter(number_of_token)
+    return {"step_lengths": [counts[number] for number in range(len(steps) + 1)], "depends_on": depends_on}
+
+
+def read_steps(feature: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return `step_lengths` and `depends_on` of an encoded example, checked."""
+    if missing := [key for key in STEP_KEYS if key not in feature]:
+        raise ValueError(
+            f"an example must have {', '.join(missing)} for execution_order='plan': see `prepare_dataset`"
+        )
+    lengths = [int(length) for length in feature["step_lengths"]]
+    depends_on = [[int(other) for other in earlier] for earlier in feature["depends_on"]]
+    if sum(lengths) != len(feature["execution_ids"]) or len(lengths) != len(depends_on) + 1:
+        raise ValueError(
+            f"`step_lengths` must be those of {len(depends_on)} steps and of the answer, "
+            f"{len(feature['execution_ids'])} tokens in all, but got {lengths}"
+        )
+    if feature.get("continues"):
+        raise ValueError("`continues` must be False for execution_order='plan', but got True")
+    return {"step_lengths": lengths, "depends_on": depends_on}
+
+
 def split_text(text: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Split a text into question (first quarter of its tokens), plan (second quarter) and execution (the rest)."""
     ids = encode_text(text, tokenizer, add_special_tokens=True)
@@ -189,26 +267,39 @@ def segment_lengths(example: ExampleIds, config: HierBD3LMConfig) -> dict[str, i
     """Return the number of tokens that count towards each segment's limit.
 
     Plan and execution include their opener and one `<|end|>`. The plan's length is 0 if neither the model nor the
-    example has a plan; an execution that continues has no `<|end|>`.
+    example has a plan; an execution that continues has no `<|end|>`. Each step has an opener and an `<|end|>`.
     """
     question, plan, execution = (len(example[key]) for key in ID_KEYS)
     needs_plan = config.plan_len > 0 or plan > 0
-    closed = not example.get("continues")
-    return {"question": question, "plan": (1 + plan + 1) * needs_plan, "execution": 1 + execution + closed}
+    around = 2 * len(example["step_lengths"]) if "step_lengths" in example else 2 - bool(example.get("continues"))
+    return {"question": question, "plan": (1 + plan + 1) * needs_plan, "execution": around + execution}
 
 
 def counted_tokens(example: ExampleIds, config: HierBD3LMConfig) -> dict[str, int]:
     """Return the number of plan and execution tokens that the likelihood counts: all but openers and given plans."""
-    lengths = segment_lengths(example, config)
+    lengths, openers = segment_lengths(example, config), {"execution": len(example.get("step_lengths", (0,)))}
     if example.get("plan_is_given"):
         lengths["plan"] = 0
-    return {segment: max(lengths[segment] - 1, 0) for segment in ("plan", "execution")}
+    return {segment: max(lengths[segment] - openers.get(segment, 1), 0) for segment in ("plan", "execution")}
 
 
 def over_long_segments(example: ExampleIds, config: HierBD3LMConfig) -> list[str]:
     """Return the names of the segments that exceed their configured length."""
     lengths = segment_lengths(example, config)
-    return [segment for segment, length in lengths.items() if length > getattr(config, f"{segment}_len")]
+    over_long = [segment for segment, length in lengths.items() if length > getattr(config, f"{segment}_len")]
+    return (
+        over_long
+        if "execution" in over_long or not has_over_long_steps(example, config)
+        else [*over_long, "execution"]
+    )
+
+
+def has_over_long_steps(example: ExampleIds, config: HierBD3LMConfig) -> bool:
+    """Return True if an execution that follows the plan has too many steps, or too long ones."""
+    if "step_lengths" not in example:
+        return False
+    steps, length = example["step_lengths"], config.step_len
+    return max(steps) + 2 > length or len(steps) > config.execution_len // length
 
 
 def example_length(example: ExampleIds, config: HierBD3LMConfig) -> int:
@@ -219,6 +310,12 @@ def example_length(example: ExampleIds, config: HierBD3LMConfig) -> int:
 def check_lengths(example: ExampleIds, config: HierBD3LMConfig) -> None:
     """Raise a ValueError if a segment is too long; the message names the segment, its length and the limit."""
     for segment in over_long_segments(example, config):
+        if segment == "execution" and has_over_long_steps(example, config):
+            raise ValueError(
+                f"`execution` must have at most {config.execution_len // config.step_len - 1} steps and an answer of "
+                f"at most step_len={config.step_len} tokens each, including opener and <|end|>, but got "
+                f"{[length + 2 for length in example['step_lengths']]}"
+            )
         limit, length = getattr(config, f"{segment}_len"), segment_lengths(example, config)[segment]
         counted = "" if segment == "question" else ", including opener and <|end|>"
         raise ValueError(f"`{segment}` must have at most {segment}_len={limit} tokens{counted}, but got {length}")
@@ -256,12 +353,23 @@ def _lay_out_segments(example: ExampleIds, config: HierBD3LMConfig, order: Block
     question, plan, execution = (list(example[key]) for key in ID_KEYS)
     lengths, end, continues = segment_lengths(example, config), [config.end_token_id], bool(example.get("continues"))
     fillers = order.fillers({PLAN: lengths["plan"], EXECUTION: lengths["execution"]})
-    plan_filler, execution_filler = end * fillers[PLAN], end * fillers[EXECUTION] * (not continues)
-    no_plan = Columns([], [], [])
+    no_plan, opener = Columns([], [], []), config.execution_token_id
+    if "step_lengths" in example:
+        tokens = iter(execution)
+        steps = [list(islice(tokens, length)) for length in example["step_lengths"]]
+        filled = [end * (-(2 + len(step)) % config.execution_block_size) for step in steps]
+        laid_out = [
+            _lay_out_segment(opener, step + end, *more, EXECUTION) for step, *more in zip(steps, filled, strict=True)
+        ]
+        execution_columns = Columns(*(list(chain.from_iterable(ids)) for ids in zip(*laid_out, strict=True)))
+    else:
+        filler = end * fillers[EXECUTION] * (not continues)
+        execution_columns = _lay_out_segment(opener, execution + end * (not continues), filler, EXECUTION)
+    plan_filler = end * fillers[PLAN]
     columns = [
         Columns(question, [QUESTION] * len(question), [IGNORED_LABEL] * len(question)),
         _lay_out_segment(config.plan_token_id, plan + end, plan_filler, PLAN) if lengths["plan"] else no_plan,
-        _lay_out_segment(config.execution_token_id, execution + end * (not continues), execution_filler, EXECUTION),
+        execution_columns,
     ]
     if example.get("plan_is_given"):
         columns[1].labels[:] = [GIVEN_LABEL] * len(columns[1].labels)

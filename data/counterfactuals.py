@@ -62,7 +62,8 @@ def give_plans(
 
 def without_plan(row: Row) -> Row:
     """Return the columns of a row whose plan is empty."""
-    return {"plan": "", **{name: [] for name in ("plan_steps", "dependencies") if name in row}}
+    others = {"plan_steps": [], "depends_on": None}
+    return {"plan": "", **{name: value for name, value in others.items() if name in row}}
 
 
 def change_synthetic(config: SyntheticConfig) -> Change:
@@ -81,5 +82,7 @@ def carried_out(question: str, plan: str) -> Row:
     """Return the columns of a synthetic problem that follow from its plan."""
     steps, given = parse_plan(plan), given_values(question)
     lines = write_execution(steps, given)
-    row = make_row(question, [str(step) for step in steps], lines, lines[-1].rpartition(" ")[2])
-    return row | {"dependencies": depends_on(steps), "num_steps": len(steps)}
+    answer = lines[-1].rpartition(" ")[2]
+    return make_row(question, [str(step) for step in steps], lines, answer, depends_on(steps)) | {
+        "num_steps": len(steps)
+    }

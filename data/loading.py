@@ -29,6 +29,7 @@ from .collator import (
     ExampleIds,
     check_content,
     check_lengths,
+    cut_steps,
     encode_example,
     example_length,
     has_special_token,
@@ -45,6 +46,7 @@ logger = logging.get_logger(__name__)
 PARQUET = ".parquet"
 KINDS = (*READERS, PARQUET)
 SAVED_FILES = ("dataset_info.json", "dataset_dict.json")  # `save_to_disk` writes one of them
+STEP_FEATURES = {"step_lengths": List(Value("int64")), "depends_on": List(List(Value("int64")))}
 ENCODED_FEATURES = {
     **{key: List(Value("int64")) for key in ID_KEYS},
     **{"length": Value("int64"), "num_unknown": Value("int64")},
@@ -175,10 +177,12 @@ def prepare_dataset(
         keep_text: keep the texts in addition to `answer`, which is always kept.
 
     Returns:
-        the dataset with `question_ids`, `plan_ids`, `execution_ids` (content only) and `length` (tokens of the
-        laid-out example), and a report: `num_examples`, `num_kept`, `num_dropped`, `dropped_by_segment` (an example
-        with two over-long segments counts in both), `num_with_special_tokens` (these are not counted by segment),
-        `num_unknown_tokens` (tokens of kept examples for text that is not in the vocabulary).
+        the dataset with `question_ids`, `plan_ids`, `execution_ids` (content only; with `execution_order="plan"` also
+        `step_lengths` and `depends_on`) and `length` (tokens of the laid-out example), and a report: `num_examples`,
+        `num_kept`, `num_dropped`, `dropped_by_segment` (an example with two over-long segments counts in both),
+        `num_with_special_tokens` (these are not counted by segment),
+        `num_unknown_tokens` (tokens of kept examples for text that is not in the vocabulary), and with
+        `execution_order="plan"` `num_in_total_order` (kept examples without `depends_on`, see [`cut_steps`]).
 
     Raises:
         ValueError: for an unknown `over_long` or `special_tokens`, an empty dataset, an example that is to raise, and
@@ -191,13 +195,15 @@ def prepare_dataset(
         raise ValueError("`dataset` must have at least one example, but has none")
     wanted = {"answer", "plan_is_given", *((*SEGMENTS, "text") if keep_text else ())}
     kept_features = {column: feature for column, feature in dataset.features.items() if column in wanted}
+    step_features = STEP_FEATURES | {"has_no_graph": Value("bool")} if config.execution_order == "plan" else {}
+    kept_features = {name: feature for name, feature in kept_features.items() if name not in step_features}
     checks = (check_content,) if special_tokens == "raise" else ()
     checks += (check_lengths,) if over_long == "raise" else ()
     prepared = dataset.map(
         partial(_encode_row, tokenizer=tokenizer, config=config, checks=checks, auto_split=auto_split),
         with_indices=True,
         remove_columns=[column for column in dataset.column_names if column not in kept_features],
-        features=Features(kept_features | ENCODED_FEATURES),
+        features=Features(kept_features | ENCODED_FEATURES | step_features),
         num_proc=num_proc,
         load_from_cache_file=False,  # its key does not include the encoding code
         desc="Encoding",
@@ -213,6 +219,13 @@ def prepare_dataset(
     }
     prepared = prepared.select(kept)
     report["num_unknown_tokens"] = sum(prepared["num_unknown"][:])
+    if step_features:
+        report["num_in_total_order"] = sum(prepared["has_no_graph"][:])
+        if report["num_in_total_order"]:
+            logger.warning(
+                f"{report['num_in_total_order']} examples have no `depends_on`: there a step depends on all before it"
+            )
+        prepared = prepared.remove_columns("has_no_graph")
     if report["num_unknown_tokens"]:
         logger.warning(
             f"The tokenizer has no token for some of the text: {report['num_unknown_tokens']} unknown tokens"
@@ -325,13 +338,17 @@ def _encode_row(
     checks: Sequence[Callable[[ExampleIds, HierBD3LMConfig], None]],
     auto_split: bool,
 ) -> dict[str, Any]:
+    follows_plan = config.execution_order == "plan"
     try:
         ids = encode_example(example, tokenizer, auto_split, config.chat_template)
+        if follows_plan:
+            ids |= cut_steps(example, tokenizer)
         for check in checks:
             check(ids, config)
     except ValueError as error:
         raise ValueError(f"row {row}: {error}") from error
-    special, num_unknown = has_special_token(ids, config), count_unknown(chain(*ids.values()), tokenizer)
+    special, num_unknown = has_special_token(ids, config), count_unknown(chain(*map(ids.get, ID_KEYS)), tokenizer)
     over_long = [] if special else over_long_segments(ids, config)
     counts = {"length": example_length(ids, config), "num_unknown": num_unknown}
+    counts |= {"has_no_graph": example.get("depends_on") is None} if follows_plan else {}
     return ids | counts | {"over_long": over_long, "has_special_token": special}

@@ -91,6 +91,11 @@ def encode_split(
     config: HierBD3LMConfig,
 ) -> tuple[Dataset | IterableDataset, dict[str, Any]]:
     """Encode the examples of a split; returns them with the report of [`prepare_text`] or [`prepare_dataset`]."""
+    if args.plan_dropout and config.execution_order == "plan":
+        raise ValueError(
+            f"`plan_dropout` must be 0 for execution_order='plan', whose steps are those of the plan, but got "
+            f"{args.plan_dropout}"
+        )
     if args.text_column is not None:
         return prepare_text(dataset, tokenizer, config, args.wrap, args.dataset_num_proc)
     return prepare_dataset(

@@ -3,19 +3,30 @@
 import re
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 STEP_SEPARATOR = "\n"
 
 
-def make_row(question: str, plan_steps: list[str], execution_steps: list[str], answer: str) -> dict[str, Any]:
+def make_row(
+    question: str,
+    plan_steps: list[str],
+    execution_steps: list[str],
+    answer: str,
+    depends_on: list[list[int]] | None = None,
+) -> dict[str, Any]:
     """Make a row in which the k-th execution step carries out the k-th plan step.
 
     Args:
         plan_steps, execution_steps: the steps, each of one or several lines.
+        depends_on: for each step the earlier steps that it uses, counted from 0; read from the plan if omitted.
 
     Returns:
-        `question`, `plan`, `execution` (ends with `#### <answer>`), `answer`, `plan_steps`, `execution_steps`.
+        `question`, `plan`, `execution` (ends with `#### <answer>`), `answer`, `plan_steps`, `execution_steps`, and
+        `depends_on`, which is None if [`~order_hierbd3lm.parse_plan`] cannot read it, or if a step has several lines.
 
     Raises:
         ValueError: if the numbers of plan steps and execution steps differ.
@@ -25,14 +36,29 @@ def make_row(question: str, plan_steps: list[str], execution_steps: list[str], a
             f"`plan_steps` must have as many steps as `execution_steps`, {len(execution_steps)}, but got "
             f"{len(plan_steps)}: {plan_steps!r}"
         )
+    plan = render_steps(plan_steps)
+    if depends_on is None and len(split_steps(plan)) == len(plan_steps):
+        from ..order_hierbd3lm import parse_plan  # torch comes with it
+
+        depends_on = parse_plan(plan)
     return {
         "question": question,
-        "plan": render_steps(plan_steps),
+        "plan": plan,
         "execution": render_steps(execution_steps, answer),
         "answer": answer,
         "plan_steps": plan_steps,
         "execution_steps": execution_steps,
+        "depends_on": depends_on,
     }
+
+
+def row_features() -> "Features":
+    """Return the types of the columns of [`make_row`], also where no row has a value."""
+    from datasets import Features, List, Value
+
+    texts, lists = ("question", "plan", "execution", "answer"), ("plan_steps", "execution_steps")
+    columns = dict.fromkeys(texts, Value("string")) | dict.fromkeys(lists, List(Value("string")))
+    return Features(columns | {"depends_on": List(List(Value("int64")))})
 
 
 def render_steps(steps: Sequence[str], answer: str | None = None) -> str:

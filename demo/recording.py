@@ -108,8 +108,8 @@ class Recorder(BaseStreamer):
             return
         after_end = self.schedule.after_end(self.canvas, self.inside)
         self._write(self.canvas.masked_fill(after_end, self.order.end_token_id))
-        has_ended = self.schedule.advance(torch.tensor([True]), self.canvas, self.inside, after_end)
-        if not has_ended.any():
+        self.schedule.close(self.schedule.progress.active, self.canvas, self.inside, after_end)
+        if not self.schedule.start().any():
             self._open()
 
     def put_draft(self, value: torch.LongTensor) -> None:

@@ -18,7 +18,7 @@ def with_predicted_tokens(model: Any, inputs: Batch) -> Batch:
     """Add `maskable`, the tokens that the model predicts, to a batch, and block and position ids if it has none."""
     batch = dict(inputs)
     if "block_ids" not in batch:
-        batch["block_ids"], batch["position_ids"] = model.order.layout(batch["segment_ids"])
+        batch["block_ids"], batch["position_ids"] = model.order.layout(batch["segment_ids"], batch["input_ids"])
     batch["maskable"] = model.order.predicted(batch["input_ids"], batch["segment_ids"])
     if "is_given" in batch:
         batch["maskable"] &= ~batch["is_given"]
@@ -70,7 +70,8 @@ def measure_likelihood(
 
 def check_counts(num_tokens: torch.Tensor, dataset: Dataset, config: HierBD3LMConfig) -> None:
     """Raise a RuntimeError unless `num_tokens`, of shape `(segments,)`, is the number that every model counts."""
-    columns = [name for name in (*ID_KEYS, "continues", "plan_is_given") if name in dataset.column_names]
+    optional = ("continues", "plan_is_given", "step_lengths")
+    columns = [name for name in (*ID_KEYS, *optional) if name in dataset.column_names]
     counts = [counted_tokens(example, config) for example in dataset.select_columns(columns)]
     expected = [sum(count[name] for count in counts) for name in SEGMENT_NAMES.values()]
     if num_tokens.tolist() != expected:

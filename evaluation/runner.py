@@ -42,6 +42,7 @@ class Written:
     finished: bool
     num_forward_passes: int
     tokens_per_forward: float
+    plan_followed: bool | None = None
 
 
 def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -152,7 +153,7 @@ def answer_batch(
 ) -> list[dict[str, Any]]:
     """Generate and score the answers to a batch of problems."""
     start = time.perf_counter()
-    batch = generate_batch(model, problems, settings)
+    batch = generate_batch(model, problems, settings, tokenizer=tokenizer)
     seconds = (time.perf_counter() - start) / len(problems)
     predictions = []
     for problem, written in zip(problems, batch, strict=True):
@@ -164,6 +165,7 @@ def answer_batch(
             "num_execution_tokens": len(written.execution_ids),
             "tokens_per_forward": written.tokens_per_forward,
             "seconds": seconds,
+            "plan_followed": written.plan_followed,
         }
         texts = (decode(ids, tokenizer) for ids in (written.plan_ids, written.execution_ids))
         predictions.append(score(problem, *texts, **costs))
@@ -175,11 +177,14 @@ def generate_batch(
     prompts: Sequence[Prompt],
     settings: HierBD3LMGenerationConfig,
     streamer: BaseStreamer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Written]:
-    """Generate the answer to each prompt."""
+    """Generate the answer to each prompt; `tokenizer` reads the plans of `execution_order="plan"`."""
     pad = model.config.pad_token_id
     prompt = {name: ids.to(model.device) for name, ids in collate_prompts(prompts, pad).items()}
-    return read_output(model.generate(**prompt, generation_config=settings, streamer=streamer), pad)
+    return read_output(
+        model.generate(**prompt, generation_config=settings, streamer=streamer, tokenizer=tokenizer), pad
+    )
 
 
 def read_output(output: HierBD3LMGenerationOutput, pad: int) -> list[Written]:
@@ -189,7 +194,8 @@ def read_output(output: HierBD3LMGenerationOutput, pad: int) -> list[Written]:
         for name in ("plan", "execution", "finished", "num_forward_passes", "tokens_per_forward")
     )
     plans, executions = ([[token for token in row if token != pad] for row in rows] for rows in (plans, executions))
-    return [Written(*row) for row in zip(plans, executions, *others, strict=True)]
+    followed = [None] * len(plans) if output.plan_followed is None else output.plan_followed.tolist()
+    return [Written(*row) for row in zip(plans, executions, *others, followed, strict=True)]
 
 
 def _key(prediction: dict[str, Any]) -> tuple[int, int]:

@@ -33,11 +33,12 @@ def score(
     num_execution_tokens: int = 0,
     tokens_per_forward: float | None = None,
     seconds: float = 0.0,
+    plan_followed: bool | None = None,
 ) -> dict[str, Any]:
     """Score an answer; returns a line of `predictions.jsonl`. An unanswered problem has empty texts and no match.
 
     Args:
-        finished, num_forward_passes, tokens_per_forward: see `HierBD3LMGenerationOutput`.
+        finished, num_forward_passes, tokens_per_forward, plan_followed: see `HierBD3LMGenerationOutput`.
         num_tokens: number of denoised tokens, including one `<|end|>` per segment.
         num_plan_tokens, num_execution_tokens: numbers of content tokens, denoised or given.
         seconds: time of the batch divided by its size.
@@ -66,6 +67,7 @@ def score(
         "num_execution_tokens": num_execution_tokens,
         "tokens_per_forward": tokens_per_forward,
         "seconds": seconds,
+        **({} if plan_followed is None else {"plan_followed": plan_followed}),
     }
 
 
@@ -88,6 +90,8 @@ def summarize(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
           mean over their samples (with several samples the interval is conservative). `plan_match` averages over the
           `num_reference_plans` examples with a reference plan, and is omitted if there are none.
         - `num_cut_answers`: answers whose `####` comes after a stop string, and is not read.
+        - with `execution_order="plan"`, `num_plans_not_followed`: answers whose plan could not be parsed, or has too
+          many steps, so that their steps have the total order.
         - for several samples, the metrics of [`summarize_samples`].
         - `num_forward_passes`, `num_tokens`, `seconds` (totals), `num_forward_passes_mean` (NFE per answer),
           `tokens_per_forward`, `tokens_per_second` (ratios of totals); None if nothing was answered.
@@ -107,6 +111,8 @@ def summarize(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
             summary["num_reference_plans"] = len(values)
         if values:
             summary |= rate(name, [sum(rights) / len(rights) for rights in values])
+    if any("plan_followed" in prediction for prediction in predictions):
+        summary["num_plans_not_followed"] = sum(not p.get("plan_followed", True) for p in predictions)
     if summary["num_samples"] > 1:
         summary |= summarize_samples(examples)
     totals = {
@@ -186,7 +192,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     counts = {"examples": "n", "samples / example": "num_samples"} if num_samples > 1 else {"examples": "n"}
     counts |= {"too long question": "num_too_long", "too long plan": "num_plan_too_long"}
     counts |= {"answer after stop string": "num_cut_answers", "reference answer lost": "num_lost_references"}
-    counts |= {"special token in text": "num_with_special_tokens"}
+    counts |= {"special token in text": "num_with_special_tokens", "plan not followed": "num_plans_not_followed"}
     lines += [(label, f"{summary[name]:6,}") for label, name in counts.items() if name in summary]
     speeds = {"forward passes / answer": "num_forward_passes_mean"}
     speeds |= {f"tokens / {unit}": f"tokens_per_{unit}" for unit in ("forward", "second")}

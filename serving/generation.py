@@ -40,7 +40,7 @@ class Generation:
         """
         prompt = encode_prompt(0, question, self.args.plan, self.tokenizer, self.model.config)
         check_prompt(prompt, self.model.config)
-        (written,) = generate_batch(self.model, [prompt], self.settings, streamer)
+        (written,) = generate_batch(self.model, [prompt], self.settings, streamer, self.tokenizer)
         return {"question": question} | read_answer(prompt, written, self.tokenizer)
 
     def print_answer(self) -> None:

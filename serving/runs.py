@@ -114,7 +114,9 @@ class Run:
 
     def _answer(self, batch: list[Prompt], seed: int) -> list[dict[str, Any]]:
         start = time.perf_counter()
-        written = generate_batch(self.model, batch, resolve_settings(self.settings, {"seed": seed}))
+        written = generate_batch(
+            self.model, batch, resolve_settings(self.settings, {"seed": seed}), tokenizer=self.tokenizer
+        )
         seconds = round((time.perf_counter() - start) / len(batch), 4)
         return [
             self._line(prompt) | read_answer(prompt, one, self.tokenizer) | {"seconds": seconds}

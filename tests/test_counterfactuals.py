@@ -65,7 +65,7 @@ def test_changed_executions_are_those_that_python_computes(synthetic):
         assert row["answer"] == str(value) and 1 <= value <= synthetic["max_value"]
         assert row["plan_steps"] == row["plan"].split("\n") and row["execution_steps"] == expected
         names = [line.split(" = ")[0] for line in row["plan_steps"]]
-        for line, needed in zip(row["plan_steps"], row["dependencies"], strict=True):
+        for line, needed in zip(row["plan_steps"], row["depends_on"], strict=True):
             words = re.findall("[A-Za-z]+", line.split(" = ")[1])
             assert needed == sorted({names.index(word) for word in words if word in names})
 
@@ -82,7 +82,7 @@ def test_an_example_without_a_plan_keeps_its_execution():
     dataset, counts = load(0.0, 1.0, num_examples=20)
     assert counts == {"num_changed_plans": 0, "num_unchangeable_plans": 0, "num_dropped_plans": 20}
     for row, original in zip(dataset, load_original(20), strict=True):
-        assert row == original | {"plan": "", "plan_steps": [], "dependencies": [], "plan_is_given": True}
+        assert row == original | {"plan": "", "plan_steps": [], "depends_on": None, "plan_is_given": True}
 
 
 def test_a_row_does_not_depend_on_the_other_rows():

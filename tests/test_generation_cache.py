@@ -29,9 +29,9 @@ def test_a_pass_leaves_no_trace_in_finished_blocks(sampler):
 
     encode = model.encode
 
-    def watched(tokens, layout, cache, order):
+    def watched(tokens, layout, cache, *args):
         old = finished_blocks(cache)
-        states = encode(tokens, layout, cache, order)
+        states = encode(tokens, layout, cache, *args)
         assert all(torch.equal(a, b) for a, b in zip(old, finished_blocks(cache), strict=bool(old)))
         snapshots.append(old)
         storages.add(tuple(layer.keys.data_ptr() for layer in cache.layers))
@@ -52,8 +52,8 @@ def test_memory_grows_with_what_is_used():
     model.backbone.lm_head.weight.data[END] = 0.3 * model.backbone.lm_head.weight.data.sum(dim=0)
     encode = model.encode
 
-    def watched(tokens, layout, cache, order):
-        states = encode(tokens, layout, cache, order)
+    def watched(tokens, layout, cache, *args):
+        states = encode(tokens, layout, cache, *args)
         rooms.append((cache.layers[0].keys.shape[2] - cache.scratch, cache.used))
         return states
 

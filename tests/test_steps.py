@@ -25,7 +25,14 @@ def test_row_has_the_texts_of_its_steps():
         "answer": "9",
         "plan_steps": ["a", "b\nc"],
         "execution_steps": ["2 + 3 = 5", "5 + 4 = 9"],
+        "depends_on": None,
     }
+
+
+def test_a_row_has_the_references_of_its_plan_where_each_step_is_one_line():
+    steps = ["1. Sold in May: 48 / 2", "2. In both months: 48 + [1]", "3. Twice [2]: 2 * [2] + [1]"]
+    assert make_row("?", steps, ["a", "b", "c"], "9")["depends_on"] == [[], [0], [0, 1]]
+    assert make_row("?", ["\n".join(steps[:2]), steps[2]], ["a", "b"], "9")["depends_on"] is None
 
 
 def test_steps_that_are_not_paired_are_refused():

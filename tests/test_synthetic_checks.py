@@ -97,7 +97,7 @@ def test_every_corrupted_step_is_caught_where_it_is(verdict, corrupt):
 
 def used_by(row, step):
     """Every step that a step depends on, at any distance."""
-    direct = row["dependencies"][step]
+    direct = row["depends_on"][step]
     return set(direct).union(*(used_by(row, earlier) for earlier in direct))
 
 

@@ -88,22 +88,24 @@ def test_gradients_reach_ancestors_and_the_own_noisy_block_alone(tree_model):
 
 
 def denoise_slowly(model, question):
-    """Tokens of the five blocks, left to right in each wave, one per pass, every token recomputed in each."""
+    """Tokens of the five blocks, left to right; a pass reveals one in every block whose parent is finished.
+
+    Every token is recomputed in each pass.
+    """
     blocks, num_passes = {}, 0
-    for wave in WAVES:
-        for block in wave:
-            blocks[block] = [MASK] * SIZE
-            opener = {1: PLAN_ID, 2: EXECUTION_ID}.get(block)
-            if opener is not None:
-                blocks[block][0] = opener
-        places = [(block, place) for block in wave for place in range(SIZE)]
-        for block, place in places:
-            if blocks[block][place] != MASK:
-                continue
-            num_passes += 1
-            blocks[block][place] = greedy_token(model, question, blocks, block, place)
-            if blocks[block][place] == END:
-                blocks[block][place:] = [END] * (SIZE - place)
+    while len(blocks) < NUM_BLOCKS or any(MASK in tokens for tokens in blocks.values()):
+        finished = {None, *(block for block, tokens in blocks.items() if MASK not in tokens)}
+        for block, parent in PARENT.items():
+            if parent in finished and block not in blocks:
+                blocks[block] = [MASK] * SIZE
+                blocks[block][0] = {1: PLAN_ID, 2: EXECUTION_ID}.get(block, MASK)
+        before, num_passes = {block: list(tokens) for block, tokens in blocks.items()}, num_passes + 1
+        for block, tokens in before.items():
+            if MASK in tokens:
+                place = tokens.index(MASK)
+                blocks[block][place] = greedy_token(model, question, before, block, place)
+                if blocks[block][place] == END:
+                    blocks[block][place:] = [END] * (SIZE - place)
     return [token for block in range(1, NUM_BLOCKS + 1) for token in blocks[block]], num_passes
 
 
@@ -141,5 +143,5 @@ def test_generation_equals_the_slow_reference_in_a_ragged_batch(tree_model):
 
 
 def test_branches_share_their_forward_passes(tree_model):
-    output = tree_model.generate(torch.tensor(QUESTIONS[:1]), sampler="confidence", tokens_per_step=2 * SIZE)
+    output = tree_model.generate(torch.tensor(QUESTIONS[:1]), sampler="confidence", tokens_per_step=SIZE)
     assert output.num_forward_passes.tolist() == [len(WAVES)]

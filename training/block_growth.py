@@ -117,6 +117,8 @@ def check_schedule(schedule: Mapping[int | float, int], config: HierBD3LMConfig,
             f"`{NAME}` must be None for a model with one possible block size (mdlm, sedd, ar, joint), but got "
             f"{dict(schedule)}"
         )
+    if config.execution_order == "plan":
+        raise ValueError(f"`{NAME}` must be None for execution_order='plan', but got {dict(schedule)}")
     largest = max(schedule.values())
     for part in BlockOrder.from_config(config).parts:
         names = [f"{SEGMENT_NAMES[segment]}_len" for segment in part.segments]

@@ -97,7 +97,8 @@ class BlockDiffusion:
         Returns:
             `torch.FloatTensor` of shape `(num_masked,)`.
         """
-        layout = {name: batch[name] for name in ("block_ids", "position_ids", "row_ids") if name in batch}
+        names = ("block_ids", "position_ids", "row_ids", "precedes")
+        layout = {name: batch[name] for name in names if name in batch}
         if not self.order.is_joint:
             return masked_nll(model, masked, batch["input_ids"], self.config.mask_token_id, **layout)
         # One stream, as only the question is clean: a block attends to earlier noisy blocks.

@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")  # of weights; `auto`: as in
 # fields of HierBD3LMConfig; a field that is omitted keeps its default
 CONFIG_FIELDS = ("block_size", "plan_block_size", "execution_block_size", "question_len", "plan_len", "execution_len")
 CONFIG_FIELDS += ("noise", "sampling_eps", "plan_clip", "execution_clip", "algorithm", "hierarchical_mask", "joint")
-CONFIG_FIELDS += ("prediction", "question_attention")
+CONFIG_FIELDS += ("prediction", "question_attention", "execution_order", "step_len")
 
 CHAT_TEMPLATES = ("true", "false", "auto")
 
@@ -77,6 +77,16 @@ class ModelArguments(AdapterArguments):
     )
     joint: bool | None = field(
         default=None, metadata={"help": "For `hier`: denoise plan and execution at the same time."}
+    )
+    execution_order: str | None = field(
+        default=None,
+        metadata={
+            "help": "`chain`: blocks of the execution in their order. `plan`, for `hier`: steps see only the steps "
+            "that they need by the plan, and independent ones are denoised at the same time."
+        },
+    )
+    step_len: int | None = field(
+        default=None, metadata={"help": "Maximum number of tokens of a step, for `execution_order` plan."}
     )
     prediction: str | None = field(
         default=None,

@@ -27,7 +27,7 @@ from datasets import Dataset, load_dataset
 
 from ..arguments import GSM8K_IDS
 from ..files import read_text_rows
-from ..steps import STEP_SEPARATOR, make_row, number_steps, pair_lines
+from ..steps import STEP_SEPARATOR, make_row, number_steps, pair_lines, row_features
 from .answers import reference_answer
 from .numbers import CONSTANTS, NUMBER, QUANTITY, plain, quantity_value, stated_values, values
 
@@ -48,7 +48,13 @@ def load_gsm8k(
     """
     rows = load_gsm8k_rows(split, subset, data_dir)
     parse = partial(PARSERS[subset], keep_calculator=keep_calculator)
-    return rows.map(parse, remove_columns=rows.column_names, load_from_cache_file=False, desc=f"GSM8K {split}")
+    return rows.map(
+        parse,
+        remove_columns=rows.column_names,
+        features=row_features(),
+        load_from_cache_file=False,
+        desc=f"GSM8K {split}",
+    )
 
 
 def load_gsm8k_rows(split: str, subset: str = "main", data_dir: str | os.PathLike | None = None) -> Dataset:

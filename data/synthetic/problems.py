@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..steps import row_features
 from .config import HASH_SPLITS, SPLITS, SyntheticConfig, check_integer, shapes
 from .quantities import draw_problem
 from .wording import write_row
@@ -69,8 +70,8 @@ def generate_dataset(split: str, num_examples: int, config: SyntheticConfig | No
     No two splits share a skeleton. No two rows of a split other than `train` share a question; they share a skeleton
     only if nearly all skeletons of their shape have been drawn. Columns:
     `question`, `plan`, `execution` (ends with `#### <answer>`), `answer`; `plan_steps`, `execution_steps` (the steps,
-    layer by layer, within a layer as the question states them), `dependencies` (for each step the earlier steps that
-    it uses, counted from 0), `num_steps`, `depth`, `skeleton` (its hash).
+    layer by layer, within a layer as the question states them), `depends_on` (for each step the earlier steps that it
+    uses, counted from 0), `num_steps`, `depth`, `skeleton` (its hash).
 
     Raises:
         ValueError: for an invalid `split` or `num_examples`, and if the split has no more different problems.
@@ -111,21 +112,10 @@ def _draw_new_row(
 
 
 def _features() -> "Features":
-    from datasets import Features, List, Value
+    from datasets import Features, Value
 
     return Features(
-        {
-            "question": Value("string"),
-            "plan": Value("string"),
-            "execution": Value("string"),
-            "answer": Value("string"),
-            "plan_steps": List(Value("string")),
-            "execution_steps": List(Value("string")),
-            "dependencies": List(List(Value("int64"))),
-            "num_steps": Value("int64"),
-            "depth": Value("int64"),
-            "skeleton": Value("string"),
-        }
+        {**row_features(), "num_steps": Value("int64"), "depth": Value("int64"), "skeleton": Value("string")}
     )
 
 

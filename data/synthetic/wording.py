@@ -35,8 +35,8 @@ def write_row(rng: random.Random, problem: Problem, skeleton: str, config: Synth
     plan_steps = [_write_plan_step(quantities, names, step) for step in order]
     execution_steps = [_write_execution_step(quantities, names, step) for step in order]
     rank = {step: i for i, step in enumerate(order)}
-    return make_row(question, plan_steps, execution_steps, str(quantities[target].value)) | {
-        "dependencies": [sorted(rank[i] for i in quantities[step].operands if i in rank) for step in order],
+    depends_on = [sorted(rank[i] for i in quantities[step].operands if i in rank) for step in order]
+    return make_row(question, plan_steps, execution_steps, str(quantities[target].value), depends_on) | {
         "num_steps": problem.num_steps,
         "depth": levels[target],
         "skeleton": skeleton,

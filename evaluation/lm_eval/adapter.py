@@ -283,7 +283,8 @@ class HierBD3LMHarnessModel(LM):
         seeds = random.Random(self.seed)
         for batch in make_batches(prompts, self.batch_size):
             batch_settings = resolve_settings(settings, {"seed": seeds.getrandbits(62)})
-            yield from zip(batch, generate_batch(self.model, batch, batch_settings), strict=True)
+            written = generate_batch(self.model, batch, batch_settings, tokenizer=self.tokenizer)
+            yield from zip(batch, written, strict=True)
 
     def _write_plans(self, targets: Sequence[Target]) -> dict[Question, list[int]]:
         """Generate the plan of each question, unless plans are empty."""
