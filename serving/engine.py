@@ -1,6 +1,7 @@
 """The engine: one thread that answers queued prompts in batches of those with like settings."""
 
 import threading
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,11 +102,17 @@ class Job:
 class Engine:
     """Answers jobs in the order in which they come; jobs with the settings of the oldest one join its batch.
 
+    Clients that have their answers often ask again at once. So a batch waits for as many jobs as there were at once
+    during the last one, but at most `patience` times as long as that one took: else the same clients would be answered
+    in two alternating batches.
+
     Args:
         max_batch_size: most rows of a batch.
         max_queue: most jobs that wait.
         observe_batch: called with the jobs of each batch before it runs.
     """
+
+    patience = 0.1
 
     def __init__(
         self,
@@ -122,6 +129,7 @@ class Engine:
         self._queue: list[Job] = []
         self._changed = threading.Condition()
         self._is_closing = False
+        self._most_at_once, self._expected, self._wait_until = 0, 0, 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -149,6 +157,7 @@ class Engine:
             if len(self._queue) + len(jobs) > self.max_queue:
                 raise QueueFull
             self._queue += jobs
+            self._count_jobs()
             self._changed.notify()
 
     def close(self) -> None:
@@ -158,12 +167,16 @@ class Engine:
             self._changed.notify()
         self._thread.join()
 
+    def _count_jobs(self) -> None:
+        jobs = len(self._queue) + sum(not job.is_over for job in self.running)
+        self._most_at_once = max(self._most_at_once, jobs)
+
     def _drop_cancelled(self) -> None:
         self._queue = [job for job in self._queue if not job.cancelled]
 
     def _run(self) -> None:
         while batch := self._next_batch():
-            self.running = batch
+            self.running, start = batch, time.monotonic()
             self.observe_batch(batch)
             try:
                 self._answer(batch)
@@ -171,18 +184,24 @@ class Engine:
                 logger.exception("generation failed")
                 for job in batch:
                     job.finish(Failed(f"generation failed: {type(error).__name__}"))
-            self.running = []
+            with self._changed:
+                now = time.monotonic()
+                self._expected, self._most_at_once = min(self._most_at_once, self.max_batch_size), 0
+                self._wait_until = now + self.patience * (now - start)
+                self.running = []
 
     def _next_batch(self) -> list[Job]:
         """Wait for jobs, and take those of the next batch; none if the engine is closing."""
         with self._changed:
             while True:
                 self._drop_cancelled()
-                if self._queue or self._is_closing:
+                rest = self._wait_until - time.monotonic()
+                if self._is_closing or (self._queue and (len(self._queue) >= self._expected or rest <= 0)):
                     break
-                self._changed.wait()
+                self._changed.wait(rest if self._queue else None)
             if not self._queue:
                 return []
+            self._count_jobs()
             key = self._queue[0].key()
             batch = [job for job in self._queue if job.key() == key][: self.max_batch_size]
             self._queue = [job for job in self._queue if job not in batch]

@@ -161,6 +161,24 @@ def test_an_answer_does_not_wait_for_longer_ones_of_its_batch(server, checkpoint
     assert all(future.result().choices for future in futures)
 
 
+def test_clients_that_ask_again_are_answered_in_one_batch(server, monkeypatch):
+    """Not in two alternating ones: that of the first question, and that of those that came meanwhile."""
+    monkeypatch.setattr(server.engine, "patience", 1000.0)
+    server.batches.clear()
+
+    def ask(number):
+        return [server.ask(question) for question in QUESTIONS[: 4 if number == 0 else 3]]
+
+    with ThreadPoolExecutor(4) as pool:
+        with held(server.model):
+            clients = [pool.submit(ask, 0)]
+            wait_until(lambda: server.engine.running)
+            clients += [pool.submit(ask, number) for number in range(1, 4)]
+            wait_until(lambda: server.engine.num_waiting == 3)
+        assert all(client.result() for client in clients)
+    assert server.batches == [1, 4, 4, 4]
+
+
 # Models with a chat template
 
 
