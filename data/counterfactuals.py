@@ -5,11 +5,12 @@ The question stays. The loss counts for the execution alone, as the question doe
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset, Value
 
+from .gsm8k.counterfactuals import change_solution
 from .steps import make_row
 from .synthetic.checks import depends_on, given_values, parse_plan, write_execution
 from .synthetic.config import SyntheticConfig
@@ -76,6 +77,15 @@ def change_synthetic(config: SyntheticConfig) -> Change:
         return None if changed is None else carried_out(row["question"], changed.plan)
 
     return change
+
+
+def change_gsm8k(solutions: Mapping[str, str]) -> Change:
+    """Return the function that changes the plan of a GSM8K problem; see [`change_solution`].
+
+    Args:
+        solutions: annotated solution of each question.
+    """
+    return lambda rng, row: change_solution(rng, row["question"], solutions[row["question"]])
 
 
 def carried_out(question: str, plan: str) -> Row:

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
 from .arguments import GSM8K_IDS, SYNTHETIC, DataArguments
-from .counterfactuals import change_synthetic, give_plans
+from .counterfactuals import change_gsm8k, change_synthetic, give_plans
 from .formats import find_parser
 from .gsm8k.near_duplicates import NEAR_DUPLICATE, highest_similarities
 from .gsm8k.problems import load_gsm8k_rows
@@ -76,9 +76,12 @@ def load_training_split(args: DataArguments, split: str) -> tuple[Dataset | Iter
     dataset, counts = load_counted_split(args, split)
     if split not in training_splits(args):
         return dataset, counts
-    is_synthetic = SYNTHETIC in (args.dataset, split)
-    config = SyntheticConfig(**args.synthetic)
-    change = change_synthetic(config) if is_synthetic else None
+    config, change = SyntheticConfig(**args.synthetic), None
+    if SYNTHETIC in (args.dataset, split):
+        change = change_synthetic(config)
+    elif args.dataset in GSM8K_IDS and args.counterfactual_plans:
+        rows = load_gsm8k_rows(args.dataset_train_split)
+        change = change_gsm8k(dict(zip(rows["question"], rows["answer"], strict=True)))
     rates = args.counterfactual_plans if change else 0.0, args.plan_dropout
     dataset, of_plans = give_plans(dataset, change, *rates, seed=f"{split} {config.seed}")
     return dataset, counts | of_plans

@@ -1,0 +1,187 @@
+"""Executions under changed plans, of models trained with and without changed plans.
+
+`python -m hierbd3lm.benchmarks.plan_control [--steps N] [--seeds N] [--only NAME ...]`. A run is a sequence of
+commands in its own folder: train.py with the recipe `quickstart`, the likelihood, and the analysis of plan dependence.
+All runs take the same number of steps on as many examples. An interrupted measurement resumes after the last finished
+command, within training from the last checkpoint. Writes results/plan_control_models.json and .md, with the suffix
+`--page`.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hierbd3lm.data.arguments import check_at_least
+from hierbd3lm.data.synthetic.plan_swaps import UNSEEN_KINDS
+
+from .measure import as_flags, bar, format_table, make_parser, write_results, write_text
+
+ROOT = Path(__file__).parents[1]
+OUTPUTS = ROOT / "outputs" / "plan_control"
+RECIPE = "configs/quickstart.yaml"
+BATCH_SIZE = 24  # of the recipe
+
+WITHOUT = "hier, no changed plans"
+MODELS: dict[str, dict[str, Any]] = {  # name -> settings that differ from the recipe
+    "hier": {},
+    WITHOUT: {"counterfactual_plans": 0, "plan_dropout": 0},
+    "bd3lm": {"algorithm": "bd3lm"},
+    "ar": {"algorithm": "ar", "noisy_copies": 1},
+    "hier, no mask": {"hierarchical_mask": "false"},
+    "hier, joint": {"joint": "true"},
+}
+# column -> (file of the run, key)
+COLUMNS = {
+    "follows": ("analysis/analysis.json", "swap_follows_step"),
+    "ignores": ("analysis/analysis.json", "swap_ignores_change"),
+    "changed answer": ("analysis/analysis.json", "swap_reaches_answer"),
+    "changed plans": ("analysis/analysis.json", "swap_n"),
+    "own plan": ("analysis/analysis.json", "own_exact_match"),
+    "reference plan": ("analysis/analysis.json", "oracle_exact_match"),
+    "empty plan": ("analysis/analysis.json", "empty_exact_match"),
+    "NLL plan": ("likelihood.json", "plan_nll"),
+    "NLL execution": ("likelihood.json", "execution_nll"),
+}
+UNSEEN_COLUMNS = {"follows, unseen kinds": "swap_follows_step", "ignores, unseen kinds": "swap_ignores_change"}
+LIMITS = {  # of the model trained with changed plans: column -> (limit, at most)
+    "follows": (0.95, False),
+    "ignores": (0.02, True),
+    "changed answer": (0.9, False),
+}
+MAX_EXACT_MATCH_LOSS, MAX_NLL_RATIO = 0.005, 1.005
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model of one random seed."""
+
+    name: str
+    seed: int
+    steps: int
+    num_problems: int
+    counterfactual_plans: float
+    plan_dropout: float
+
+    @property
+    def folder(self) -> Path:
+        name = self.name.replace(", ", "_").replace(" ", "_")
+        return OUTPUTS / f"{self.steps}_steps_{self.counterfactual_plans}_{self.plan_dropout}" / f"{name}_{self.seed}"
+
+    def commands(self) -> dict[str, list[str]]:
+        """Return the commands in order, each by the last file that it writes."""
+        settings: dict[str, Any] = {"output_dir": str(self.folder), "max_steps": self.steps, "seed": self.seed}
+        settings |= {"num_train_examples": BATCH_SIZE * self.steps, "resume_from_checkpoint": "last"}
+        settings |= {"eval_steps": max(self.steps // 5, 1), "save_steps": min(max(self.steps // 5, 1), 250)}
+        settings |= {"counterfactual_plans": self.counterfactual_plans, "plan_dropout": self.plan_dropout}
+        settings |= MODELS[self.name]
+        limit = ["--model", str(self.folder), "--limit", str(self.num_problems)]
+        commands = {
+            "trainer_state.json": [str(ROOT / "train.py"), RECIPE, *as_flags(settings)],
+            "likelihood.json": ["-m", "hierbd3lm.cli", "ppl", *limit],
+            "analysis/analysis.json": ["-m", "hierbd3lm.cli", "analyze", *limit, "--batch_size", "100"],
+        }
+        return {file: [sys.executable, *command] for file, command in commands.items()}
+
+    def finish(self, environment: Mapping[str, str]) -> dict[str, Any]:
+        """Run the commands whose results are missing, and return the columns of the table."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for file, command in self.commands().items():
+            if not (self.folder / file).is_file():
+                with open(self.folder / "log.txt", "a") as log:
+                    output = {"stdout": log, "stderr": subprocess.STDOUT}
+                    subprocess.run(command, cwd=ROOT, env=environment, check=True, **output)
+        return self.read()
+
+    def read(self) -> dict[str, Any]:
+        """Return the columns of the table."""
+        files = {file: json.loads((self.folder / file).read_text()) for file, _ in COLUMNS.values()}
+        row = {column: files[file].get(key) for column, (file, key) in COLUMNS.items()}
+        kinds = files["analysis/analysis.json"].get("swap_kinds", {})
+        return row | {"kinds": kinds} | unseen_rates(kinds)
+
+
+def unseen_rates(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Return the rates over the kinds of changes that no model is trained on."""
+    unseen = [kinds[kind] for kind in UNSEEN_KINDS if kind in kinds]
+    total = sum(rates["swap_n"] for rates in unseen)
+    return {
+        column: sum(rates[key] * rates["swap_n"] for rates in unseen) / total
+        for column, key in UNSEEN_COLUMNS.items()
+        if total
+    }
+
+
+Results = dict[Run, dict[str, Any]]
+
+
+def measure_bars(results: Results) -> list[dict[str, Any]]:
+    """Return the limits of `hier`, and those relative to the model without changed plans if both were trained."""
+    means = {name: mean_row([row for run, row in results.items() if run.name == name]) for name in ("hier", WITHOUT)}
+    rows = [
+        bar(f"hier with changed plans: {column}", means["hier"][column], *limit)
+        for column, limit in LIMITS.items()
+        if means["hier"].get(column) is not None
+    ]
+    if all(means.values()):
+        lost = means[WITHOUT]["own plan"] - means["hier"]["own plan"]
+        ratio = means["hier"]["NLL plan"] / means[WITHOUT]["NLL plan"]
+        rows.append(bar("loss of exact match with the own plan", lost, MAX_EXACT_MATCH_LOSS, True))
+        rows.append(bar("NLL of the plan / without changed plans", ratio, MAX_NLL_RATIO, True))
+    return rows
+
+
+def mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean of each column over the seeds; empty without rows."""
+    columns = {column: [row[column] for row in rows if row.get(column) is not None] for column in all_columns()}
+    return {column: statistics.mean(values) for column, values in columns.items() if values}
+
+
+def all_columns() -> list[str]:
+    """Return the columns of the table."""
+    return [*COLUMNS, *UNSEEN_COLUMNS]
+
+
+def format_models(results: Results) -> str:
+    """Format a Markdown table with a line for each model: means over the seeds."""
+    lines = [f"| model | seeds | {' | '.join(all_columns())} |", "|---" * (len(all_columns()) + 2) + "|"]
+    for name in dict.fromkeys(run.name for run in results):
+        rows = [row for run, row in results.items() if run.name == name]
+        means = mean_row(rows)
+        cells = [f"{means[column]:.4g}" if column in means else "" for column in all_columns()]
+        lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Finish all runs, and write the table."""
+    parser = make_parser("plan_control", __doc__)
+    parser.add_argument("--steps", type=int, default=4300, help="Optimiser steps of each run.")
+    parser.add_argument("--seeds", type=int, default=3, help="Random seeds of each model.")
+    parser.add_argument("--only", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME", help="Some models.")
+    parser.add_argument("--problems", type=int, default=2000, help="Test problems, each with a changed plan.")
+    parser.add_argument("--counterfactual_plans", type=float, default=0.2, help="Probability of a changed plan.")
+    parser.add_argument("--plan_dropout", type=float, default=0.02, help="Probability of an empty plan.")
+    parser.add_argument("--page", default="", help="Suffix of the written files.")
+    args = parser.parse_args()
+    for name in ("steps", "seeds", "problems"):
+        check_at_least(name, getattr(args, name), 1)
+    rates = args.counterfactual_plans, args.plan_dropout
+    runs = [Run(name, seed, args.steps, args.problems, *rates) for seed in range(args.seeds) for name in args.only]
+    results: Results = {}
+    for run in runs:
+        results[run] = run.finish(os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+        details = [asdict(run) | row for run, row in results.items()]
+        bars = measure_bars(results)
+        part = "_".join(filter(None, ("models", args.page)))
+        write_results("plan_control", part, bars, {"arguments": vars(args), "runs": details})
+        write_text("plan_control", part, f"{format_models(results)}\n\n{format_table(bars)}")
+
+
+if __name__ == "__main__":
+    main()
