@@ -29,6 +29,7 @@ COMMANDS = {
     "push": Command("hub.push:main", "push a checkpoint or written plans to the Hub, with a card"),
     "convert": Command("convert.published:main", "convert a published BD3-LM or MDLM checkpoint"),
     "lm-eval": Command("evaluation.lm_eval.__main__:main", "run lm-evaluation-harness with the model and tasks here"),
+    "demo": Command("demo.app:main", "show in the browser how a checkpoint denoises plan and execution"),
 }
 
 

@@ -59,7 +59,7 @@ class Stopped(Exception):
 
 
 class Recorder(BaseStreamer):
-    """Streamer that follows one row of `generate` and makes a [`Frame`] after every forward pass.
+    """Streamer that follows one row of `generate`: a [`Frame`] of every new canvas and after every forward pass.
 
     Args:
         schedule: a schedule of its own, equal to the one that `generate` makes. It moves on with each finished canvas.
@@ -144,6 +144,7 @@ class Recorder(BaseStreamer):
         for column in self.inside[0].nonzero().flatten().tolist():
             place, part = self.places[column]
             self.written[place] = (part, Token(int(canvas[0, column])))
+        self.frames.put(self.frame)
 
     def _write(self, canvas: torch.LongTensor) -> None:
         """Note what is new in the canvas, `(1, width)`."""
@@ -206,7 +207,9 @@ class Recording:
         schedule = make_schedule(model.config, order, settings, batch["attention_mask"], plan)
         self.frames_queue: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self.recorder = Recorder(schedule, order.is_causal and len(order.parts) == 1, self.frames_queue)
-        self.order, self.error, self.outcome = order, None, None
+        self.order, self.question_ids = order, question_ids
+        self.error: Exception | None = None
+        self.outcome: Outcome | None = None
         inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         if plan is not None:
             inputs["plan_ids"] = plan.to(model.device)

@@ -44,8 +44,9 @@ OTHER_FLAGS = {
     "lm-eval": ("--model_args", "--tasks", "--include_path"),
     "hierbd3lm.data.synthetic.problems": ("--split", "--num-examples", "--max-value"),
     "hierbd3lm.cli": tuple(cli.COMMANDS),
+    "demo": ("MODEL", "--autoregressive", "--port", "--share", "--device"),
 }
-HEAVY = ("torch", "datasets", "trl", "peft", "matplotlib", "hierbd3lm.modeling_hierbd3lm")
+HEAVY = ("torch", "gradio", "datasets", "trl", "peft", "matplotlib", "hierbd3lm.modeling_hierbd3lm")
 SECONDS = 2.0
 
 

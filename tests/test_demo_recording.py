@@ -46,7 +46,8 @@ def test_the_last_frame_is_the_answer(name, stage, temperature):
     frames, outcome = record(model, plan, **settings)
     expected = generate_one(model, QUESTION, plan, **settings)
     assert torch.equal(outcome.output.sequences, expected.sequences)
-    assert [frame.step for frame in frames] == [*range(1, int(expected.num_forward_passes) + 1)]
+    steps = [frame.step for frame in frames]
+    assert steps == sorted(steps) and {*steps} - {0} == {*range(1, int(expected.num_forward_passes) + 1)}
     segments = outcome.frame.segments
     assert (PLAN in segments) == has_plan
     for segment, ids in ((PLAN, expected.plan), (EXECUTION, expected.execution)):
@@ -78,8 +79,9 @@ def test_confidence_is_the_plain_probability_of_the_first_pass():
     """The first pass, recomputed without a cache, at a temperature that changes what is drawn but no probability."""
     model = speaker(4, 6)
     frames, _ = record(model, sampler="first_hitting", temperature=2.0, seed=1)
+    assert [token.step for token in frames[0].segments[PLAN]] == [None] * 4  # the canvas
     (place, token), *others = [
-        (place, token) for place, token in enumerate(frames[0].segments[PLAN]) if token.step == 1
+        (place, token) for place, token in enumerate(frames[1].segments[PLAN]) if token.step == 1
     ]
     assert others == []
     noisy = torch.tensor([[PLAN_TOKEN, MASK, MASK, MASK]])
