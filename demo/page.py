@@ -22,7 +22,13 @@ MARK_AS_STOPPED = """() => document.querySelectorAll(".panel[aria-busy=true]").f
   panel.setAttribute("aria-busy", "false");
   panel.querySelector(".note").textContent = "stopped";
 })"""
-QUEUE = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}
+QUEUE = {
+    "concurrency_id": "model",
+    "concurrency_limit": 1,
+    "trigger_mode": "always_last",  # a click just after a stop is not lost
+    "show_progress": "hidden",
+    "api_visibility": "private",
+}
 
 
 def launch_arguments() -> dict[str, Any]:
