@@ -65,9 +65,9 @@ def build(demo: Demo) -> gr.Blocks:
         outputs = [message, picture, *main.outputs, *([] if demo.twin is None else twin.outputs)]
         outputs += [] if editor is None else editor.outputs
 
-        def show(page: Page) -> list[Any]:
+        def show(page: Page, has_new_picture: bool) -> list[Any]:
             views = [page.main, *([] if page.twin is None else [page.twin])]
-            values = [message_html(page.message, is_error=False), page.picture]
+            values = [message_html(page.message, is_error=False), page.picture if has_new_picture else gr.skip()]
             for view in views:
                 values += [view.figures, *(gr.HTML(panel, visible=True) for panel in view.panels.values())]
             return values + ([] if editor is None else editor.closed(page.main))
@@ -75,8 +75,11 @@ def build(demo: Demo) -> gr.Blocks:
         def answer(question_text: str, plan: str | None, pause_ms: float, *values: Any) -> Iterator[list[Any]]:
             settings = dict(zip(controls, map(read_value, values), strict=True))
             try:
+                picture_before = None
                 for page in demo.answer(question_text, plan, settings, (pause_ms or 0) / 1000):
-                    yield show(page)
+                    # what is pointed at in the picture stays so while the other model answers
+                    yield show(page, has_new_picture=page.picture != picture_before)
+                    picture_before = page.picture
             except ValueError as error:
                 yield [message_html(str(error)), *[gr.skip()] * (len(outputs) - 1)]
 

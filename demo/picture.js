@@ -1,6 +1,7 @@
 // Shows which tokens a token sees, for the row of the mask or the token under the pointer or the arrow keys.
 // `element` is the component; its content is replaced with every answer, so events are caught here.
 let current = -1;
+let shown = null;
 
 function rowsOf(root) {
   if (!root.parsedRows) root.parsedRows = JSON.parse(root.dataset.rows);
@@ -8,7 +9,7 @@ function rowsOf(root) {
 }
 
 function show(root, index) {
-  current = index;
+  [shown, current] = [root, index];
   const tokens = root.querySelectorAll(".t");
   const row = rowsOf(root).find(([start, stop]) => start <= index && index < stop);
   const caption = root.querySelector(".caption");
@@ -45,7 +46,7 @@ for (const kind of ["pointermove", "click"]) {
   element.addEventListener(kind, (event) => {
     const root = event.target.closest(".attention");
     const index = root ? indexAt(event) : -1;
-    if (index >= 0 && index !== current) show(root, index);
+    if (index >= 0 && (index !== current || root !== shown)) show(root, index);
   });
 }
 element.addEventListener("pointerleave", () => {
@@ -53,7 +54,8 @@ element.addEventListener("pointerleave", () => {
   if (root && document.activeElement !== root.querySelector(".strip")) show(root, -1);
 });
 element.addEventListener("focusin", (event) => {
-  if (event.target.matches(".strip") && current < 0) show(event.target.closest(".attention"), 0);
+  const root = event.target.closest(".attention");
+  if (event.target.matches(".strip") && (current < 0 || root !== shown)) show(root, 0);
 });
 element.addEventListener("focusout", (event) => {
   if (event.target.matches(".strip")) show(event.target.closest(".attention"), -1);

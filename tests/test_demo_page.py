@@ -172,7 +172,10 @@ def test_the_sampler_decides_which_settings_there_are(opened, loaded):
 def test_the_mask_shows_what_a_token_sees_by_pointer_and_by_keyboard(opened):
     page = opened()
     ask(page)
+    page.locator(".strip .t").nth(len(QUESTION)).hover()  # while the other model answers
+    page.locator(".attention .caption").filter(has_text="(plan)").wait_for()
     await_end(page)
+    assert "(plan)" in page.locator(".attention .caption").text_content()
     num_tokens = page.locator(".strip .t").count()
     first_of_plan = len(QUESTION)
     page.locator(".strip .t").nth(first_of_plan).hover()
