@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 from transformers.utils import ModelOutput
 
@@ -194,6 +195,8 @@ class BlockDenoiser:
         self.generator = torch.Generator(device=self.device)
         if settings.temperature > 0:
             self.generator.manual_seed(int(torch.randint(2**62, ())) if settings.seed is None else settings.seed)
+        self.question, self.is_question = right_justify(question, attention_mask.bool())
+        self.is_question = self.is_question.bool()
         prompt, block_ids, position_ids = self._prompt(question, attention_mask)
         blank = question.new_zeros(len(question), self.width)
         self.rows = ActiveRows(
@@ -223,8 +226,13 @@ class BlockDenoiser:
             for layer, shape in zip(self.cache.layers, model.cache_shapes, strict=False):
                 layer.allocate(*shape, model.dtype, self.device)
 
-    def run(self) -> None:
-        """Denoise until no row is left."""
+    def run(self, processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> None:
+        """Denoise until no row is left.
+
+        Args:
+            processors, criteria: see `generate`.
+        """
+        self.processors = processors
         self._advance()
         while len(self.rows.index):
             self._step()
@@ -233,6 +241,8 @@ class BlockDenoiser:
                 stopped = self.streamer.put_rows(self.answer, self.rows.index.tolist())
                 if stopped:
                     self._leave_out(torch.isin(self.rows.index, torch.tensor(stopped, device=self.device)))
+            if criteria and len(self.rows.index):
+                self._leave_out(criteria(right_justify(*self._text())[0], None))
 
     def _prompt(
         self, question: torch.LongTensor, attention_mask: torch.Tensor
@@ -252,9 +262,30 @@ class BlockDenoiser:
         if rows.pending.shape[1]:
             for name in ("pending", "pending_block_ids", "pending_position_ids"):
                 setattr(rows, name, getattr(rows, name)[:, :0])
-        self._reveal(candidates, logits.float().index_fill(-1, self.never_written, -math.inf))
+        logits = logits.float()
+        if self.processors:
+            logits = self.processors(self._before(candidates), logits)
+        self._reveal(candidates, logits.index_fill(-1, self.never_written, -math.inf))
         if self.streamer is not None and hasattr(self.streamer, "put_draft"):
             self.streamer.put_draft(value=rows.canvas[self._inside()].cpu())
+
+    def _text(self) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """Question and finished blocks of each row, a column per position, and where there are any."""
+        index, answer = self.rows.index, self.answer
+        written = torch.cat([self.is_question[index], answer.part_ids[index] != PADDING], dim=1)
+        tokens = torch.cat([self.question[index], answer.tokens[index]], dim=1)
+        return tokens.masked_fill(~written, self.order.mask_token_id), written
+
+    def _before(self, candidates: torch.BoolTensor) -> torch.LongTensor:
+        """What stands before each candidate, left-padded with the mask token: `(num_candidates, longest)`."""
+        tokens, _ = self._text()
+        first = self.question.shape[1] - self.answer.question_lengths[self.rows.index]  # column of position 0
+        columns = self.rows.canvas_position_ids + first[:, None]
+        row, column = self._inside().nonzero(as_tuple=True)
+        tokens[row, columns[row, column]] = self.rows.canvas[row, column]
+        row, end = candidates.nonzero(as_tuple=True)[0], columns[candidates]
+        place = torch.arange(int(end.amax()), device=self.device) - (end.amax() - end)[:, None]
+        return tokens[row[:, None], place.clamp(min=0)].masked_fill(place < 0, self.order.mask_token_id)
 
     def _states(self) -> torch.FloatTensor:
         """Run one forward pass; return the hidden states that predict the canvas, `(rows, columns, hidden_size)`."""
@@ -409,6 +440,14 @@ def never_written(order: BlockOrder, settings: HierBD3LMGenerationConfig) -> tor
     if order.predicts_execution_opener and settings.stage == "full":
         ids -= {order.execution_token_id}
     return torch.tensor(sorted(ids))
+
+
+def right_justify(tokens: torch.LongTensor, keep: torch.BoolTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Move the kept tokens of each row to its right end; return them and their mask: `(batch, most kept)`."""
+    order = keep.long().argsort(dim=1, stable=True)
+    width = int(keep.sum(dim=1).amax())
+    start = tokens.shape[1] - width
+    return tokens.gather(1, order)[:, start:], keep.gather(1, order)[:, start:].long()
 
 
 def left_justify(tokens: torch.LongTensor, keep: torch.BoolTensor, pad_token_id: int) -> torch.LongTensor:

@@ -6,11 +6,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from .denoising_hierbd3lm import Answer, BlockDenoiser, HierBD3LMGenerationOutput, never_written, stream
+from .denoising_hierbd3lm import Answer, BlockDenoiser, HierBD3LMGenerationOutput, never_written, right_justify, stream
 from .masking_hierbd3lm import EXECUTION, PADDING, PLAN
 from .order_hierbd3lm import BlockOrder, DependsOn, PlanParser, parse_plan
 from .samplers_hierbd3lm import Sampler, make_sampler
@@ -42,6 +49,8 @@ class HierBD3LMGenerationMixin:
         execution_ids: torch.LongTensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         plan_parser: PlanParser = parse_plan,
+        logits_processor: list[LogitsProcessor] | None = None,
+        stopping_criteria: list[StoppingCriteria] | None = None,
         **kwargs: Any,
     ) -> HierBD3LMGenerationOutput:
         r"""
@@ -74,6 +83,13 @@ class HierBD3LMGenerationMixin:
                 Maps the text of a finished plan to what each step depends on, a list of earlier steps for each,
                 counted from 0. None or a `ValueError` is a plan that it cannot parse. By default
                 [`~order_hierbd3lm.parse_plan`].
+            logits_processor (list of `LogitsProcessor`, *optional*):
+                Applied to the logits of each candidate token, before it is drawn and before the sampler reads its
+                probability. `input_ids`, `(num_candidates, length)`, is what stands before that token: question and
+                answer, left-padded, with the mask token where nothing is denoised yet.
+            stopping_criteria (list of `StoppingCriteria`, *optional*):
+                Called after each forward pass with question and finished blocks, `(rows, length)`, left-padded, and
+                `scores=None`. A row that one of them stops keeps what it has; it is not `finished`.
             kwargs: settings that override `generation_config`; see [`~settings_hierbd3lm.GenerationSettings`].
 
         Returns:
@@ -102,15 +118,20 @@ class HierBD3LMGenerationMixin:
         execution = read_execution_start(self.config, settings, execution_ids, input_ids)
         schedule = make_schedule(self.config, order, settings, attention_mask, plan_ids, execution)
         read_plan = plan_reader(order, settings, tokenizer, plan_parser)
+        processors = LogitsProcessorList(logits_processor or [])
+        criteria = StoppingCriteriaList(stopping_criteria or [])
         # 3. Denoise until every row has ended
         answer = Answer(schedule)
         with ending(streamer):
             if streamer is not None:
                 streamer.put(input_ids.cpu())
             if order.is_causal and len(order.parts) == 1:
-                write_causally(self, settings, answer, input_ids, attention_mask, streamer)
+                write_causally(self, settings, answer, input_ids, attention_mask, streamer, processors, criteria)
             else:
-                BlockDenoiser(self, settings, chosen, answer, input_ids, attention_mask, streamer, read_plan).run()
+                denoiser = BlockDenoiser(
+                    self, settings, chosen, answer, input_ids, attention_mask, streamer, read_plan
+                )
+                denoiser.run(processors, criteria)
         # 4. Gather what was written
         output = answer.output(input_ids, EXECUTION if settings.stage == "execution" else PLAN)
         if execution is not None:  # not denoised
@@ -152,6 +173,8 @@ def write_causally(
     question: torch.LongTensor,
     attention_mask: torch.Tensor,
     streamer: BaseStreamer | None,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
 ) -> None:
     """Write the answer token by token, with the backbone's own `generate` and cache."""
     schedule, order = answer.schedule, answer.order
@@ -167,12 +190,14 @@ def write_causally(
     if settings.temperature > 0:
         sampling = {"do_sample": True, "temperature": float(settings.temperature)}
         sampling |= {"top_p": float(settings.top_p), "top_k": 0}
+    stopped = FirstStop(criteria, prompt)
     with seeded(settings.seed if settings.temperature > 0 else None, question.device):
         sequences = model.backbone.generate(
             prompt,
             attention_mask=prompt_mask,
             max_new_tokens=int(num_left.amax()),
-            stopping_criteria=[LastEnd(awaits_end, order), StoppedRows(answer, streamer)],
+            logits_processor=processors,
+            stopping_criteria=[LastEnd(awaits_end, order), StoppedRows(answer, streamer), stopped],
             streamer=None if streamer is None else StreamerAfterPrompt(streamer, order),
             # what a checkpoint's own settings may say otherwise
             num_beams=1,
@@ -188,7 +213,7 @@ def write_causally(
     is_last_end = ends_part(tokens, inside, awaits_end[:, None], order.execution_token_id)
     ended = (is_last_end & (tokens == order.end_token_id)).cumsum(dim=1)
     columns = torch.arange(tokens.shape[1], device=tokens.device)
-    within = (ended.cumsum(dim=1) <= 1) & (columns < num_left[:, None])
+    within = (ended.cumsum(dim=1) <= 1) & (columns < torch.minimum(num_left, stopped.lengths)[:, None])
     positions = (answer.question_lengths + num_given)[:, None] + columns
     index = torch.arange(len(tokens), device=tokens.device)
     answer.write(index, within, tokens, positions, torch.zeros_like(tokens))
@@ -229,6 +254,20 @@ class StoppedRows(StoppingCriteria):
         return stopped
 
 
+class FirstStop(StoppingCriteria):
+    """Stops the rows that some criteria stop, and keeps how many tokens each had by then: `lengths`, `(batch,)`."""
+
+    def __init__(self, criteria: StoppingCriteriaList, prompt: torch.LongTensor):
+        self.criteria, self.prompt_length = criteria, prompt.shape[1]
+        self.lengths = torch.full((len(prompt),), torch.iinfo(torch.long).max, device=prompt.device)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        length = input_ids.shape[1] - self.prompt_length
+        if self.criteria:
+            self.lengths[self.criteria(input_ids, None) & (self.lengths > length)] = length
+        return self.lengths <= length
+
+
 class StreamerAfterPrompt(BaseStreamer):
     """Forwards generated tokens, and the opener before them, to a streamer that has received the question."""
 
@@ -252,14 +291,6 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def right_justify(tokens: torch.LongTensor, keep: torch.BoolTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Move the kept tokens of each row to its right end; return them and their mask: `(batch, most kept)`."""
-    order = keep.long().argsort(dim=1, stable=True)
-    width = int(keep.sum(dim=1).amax())
-    start = tokens.shape[1] - width
-    return tokens.gather(1, order)[:, start:], keep.gather(1, order)[:, start:].long()
 
 
 @contextlib.contextmanager

@@ -30,13 +30,18 @@ NOT_APPLICABLE = {
     "use_cache": "the block cache is always used",
     "bos_token_id": "special tokens are those of the configuration",
     **dict.fromkeys(
-        ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
+        ("return_dict_in_generate", "output_attentions", "output_hidden_states"),
         "the output is a HierBD3LMGenerationOutput",
     ),
     **dict.fromkeys(
-        ("logits_processor", "stopping_criteria", "stop_strings", "repetition_penalty", "bad_words_ids"),
-        "pass a `sampler` of your own to change what is revealed",
+        ("output_scores", "output_logits"),
+        "a token is denoised in one of several passes over its block; a `logits_processor` sees the logits of each",
     ),
+    **dict.fromkeys(
+        ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens"),
+        "pass the processor of transformers as `logits_processor`",
+    ),
+    "stop_strings": "it may end inside a block: cut the text, or pass `stopping_criteria`, which see whole blocks",
 }
 MAX_SEED = 2**63 - 1
 
