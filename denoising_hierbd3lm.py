@@ -305,7 +305,8 @@ class BlockDenoiser:
         if not tokens.shape[1]:
             return rows.states_before
         layout = TokenLayout(block_ids, stream_ids, position_ids)
-        states = self.model.encode(tokens, layout, self.cache, self.order, self.schedule.progress.precedes)
+        sees = self.schedule.progress.sees if self.order.follows_plan else None
+        states = self.model.encode(tokens, layout, self.cache, self.order, sees)
         self.answer.num_forward_passes[rows.index] += 1
         if num_pending:
             self.cache.commit(rows.pending_block_ids, rows.pending_position_ids, tokens.shape[1])

@@ -173,7 +173,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         position_ids: torch.LongTensor | None = None,
         example_ids: torch.LongTensor | None = None,
         row_ids: torch.LongTensor | None = None,
-        precedes: torch.BoolTensor | None = None,
+        sees: torch.BoolTensor | None = None,
         logits_to_keep: torch.BoolTensor | None = None,
         target_ids: torch.LongTensor | None = None,
         **kwargs: Any,
@@ -199,9 +199,9 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             row_ids (`torch.LongTensor` of shape `(batch,)`, *optional*):
                 Packs the examples of the batch, one per row of `input_ids`, into fewer rows for the pass: those with
                 the same number share a row, without padding between them. Needs `logits_to_keep`.
-            precedes (`torch.BoolTensor` of shape `(batch, ranks, ranks)`, *optional*):
-                With `execution_order="plan"` the order over the blocks of each example, as
-                [`HierarchicalDataCollator`] returns it: true where the block of the row sees that of the column.
+            sees (`torch.BoolTensor` of shape `(batch, parts, parts)`, *optional*):
+                With `execution_order="plan"` which parts each part of an example sees, as
+                [`HierarchicalDataCollator`] returns it.
             logits_to_keep (`torch.BoolTensor` of the shape of `noisy_input_ids`, *optional*):
                 Noisy tokens whose logits are computed. If there is no noisy stream, positions of `input_ids` whose
                 hidden states are projected: with `prediction="shifted"` those before the predicted tokens.
@@ -218,10 +218,10 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             raise ValueError("`logits_to_keep` must be given together with `target_ids`, but got None")
         if row_ids is not None and (logits_to_keep is None or example_ids is not None):
             raise ValueError("`row_ids` must be given with `logits_to_keep` and without `example_ids`")
-        if self.order.follows_plan != (precedes is not None):
+        if self.order.follows_plan != (sees is not None):
             raise ValueError(
-                f"`precedes` must be given for execution_order='plan' and for no other, but got "
-                f"{None if precedes is None else tuple(precedes.shape)} for {self.config.execution_order!r}"
+                f"`sees` must be given for execution_order='plan' and for no other, but got "
+                f"{None if sees is None else tuple(sees.shape)} for {self.config.execution_order!r}"
             )
         if noisy_input_ids is None:
             kept = None if logits_to_keep is None else logits_to_keep.flatten().nonzero()[:, 0]
@@ -242,7 +242,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
                 return self._logits_or_nll(
                     kept, attention_mask=(layout.block_ids != PADDING).long(), **inputs, **kwargs
                 )
-            return self._logits_or_nll(kept, **self._backbone_inputs(input_ids, layout, precedes=precedes), **kwargs)
+            return self._logits_or_nll(kept, **self._backbone_inputs(input_ids, layout, sees=sees), **kwargs)
         if self.order.is_causal:
             raise ValueError("`noisy_input_ids` must be None for a model without noise, token by token")
         clean = self._clean_layout(input_ids, attention_mask, segment_ids, block_ids, position_ids, example_ids)
@@ -258,7 +258,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         rows = PackedRows.of(chosen, row_ids)
         kept = rows.places.flatten()[self._predicting(clean.block_ids, keep)]
         tokens, layout = rows.pack(tokens, self.config.pad_token_id), rows.pack_layout(layout)
-        output = self._logits_or_nll(kept, **self._backbone_inputs(tokens, layout, precedes=precedes), **kwargs)
+        output = self._logits_or_nll(kept, **self._backbone_inputs(tokens, layout, sees=sees), **kwargs)
         if logits_to_keep is None:
             output.logits = output.logits.view(len(tokens), -1, output.logits.shape[-1])
         return output
@@ -269,7 +269,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         layout: TokenLayout,
         cache: BlockCache | None = None,
         order: BlockOrder | None = None,
-        precedes: torch.BoolTensor | None = None,
+        sees: torch.BoolTensor | None = None,
     ) -> torch.FloatTensor:
         """Last hidden states `(batch, length, hidden_size)` of a pass over tokens of any layout.
 
@@ -277,10 +277,10 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             tokens (`torch.LongTensor` of shape `(batch, length)`), layout: clean and noisy tokens.
             cache: finished blocks. A pass reads them and writes to the scratch space only; see [`BlockCache`].
             order: order over the blocks; the model's if omitted.
-            precedes: table of an order that differs between the rows; see [`~masking_hierbd3lm.attends`].
+            sees: which parts each part of a row sees, `(batch, parts, parts)`, where that differs between the rows.
         """
         body = self._compiled_body if cache is not None and cache.is_compiled else self.backbone.base_model
-        return body(**self._backbone_inputs(tokens, layout, cache, order, precedes)).last_hidden_state
+        return body(**self._backbone_inputs(tokens, layout, cache, order, sees)).last_hidden_state
 
     def masked_nll(
         self, masked: torch.BoolTensor, input_ids: torch.LongTensor, **layout: torch.Tensor
@@ -363,10 +363,11 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
         layout: TokenLayout,
         cache: BlockCache | None = None,
         order: BlockOrder | None = None,
-        precedes: torch.BoolTensor | None = None,
+        sees: torch.BoolTensor | None = None,
     ) -> dict[str, Any]:
         keys = layout if cache is None else layout + cache.layout
-        precedes = (self.order if order is None else order).precedes if precedes is None else precedes
+        order = self.order if order is None else order
+        precedes = order.precedes if sees is None else order.block_table(sees)
         precedes = None if precedes is None else precedes.to(tokens.device)
         return {
             "input_ids": tokens,

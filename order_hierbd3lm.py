@@ -231,7 +231,7 @@ class BlockOrder:
         block_ids = self.question_ranks(segment_ids == QUESTION)
         ranks, num_before = self.fixed_ranks, torch.zeros_like(position_ids[:, :1])
         next_rank = torch.ones_like(num_before)
-        members = self._members(segment_ids) if not self.follows_plan else self._steps(segment_ids, input_ids)
+        members = self.members(segment_ids, input_ids)
         for number, inside in enumerate(members):
             place = inside.long().cumsum(dim=1) - 1
             rank = place // self.parts[number].block_size
@@ -329,8 +329,14 @@ class BlockOrder:
         num_blocks = [0 if self.is_aligned else part.max_len // part.block_size for part in self.parts]
         return [1 + sum(num_blocks[:number]) for number in range(len(self.parts))]
 
-    def _members(self, segment_ids: torch.Tensor) -> list[torch.BoolTensor]:
-        """The tokens of each part, `(batch, length)`; of several parts of a segment each takes its greatest length."""
+    def members(self, segment_ids: torch.Tensor, input_ids: torch.Tensor | None = None) -> list[torch.BoolTensor]:
+        """Return the tokens of each part, `(batch, length)`; arguments as in [`layout`].
+
+        Of several parts of a segment each takes its greatest length, or in an order that follows the plan what comes
+        up to the next opener.
+        """
+        if self.follows_plan:
+            return self._steps(segment_ids, input_ids)
         members, taken = [], dict.fromkeys((part.segments for part in self.parts), 0)
         for number, part in enumerate(self.parts):
             inside = torch.isin(segment_ids, segment_ids.new_tensor(part.segments))

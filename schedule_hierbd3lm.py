@@ -23,7 +23,6 @@ class Progress:
         awaits_end: `(rows, parts)`, bool, true where the next `<|end|>` ends the part.
         closed: `(rows, parts)`, bool, true where an `<|end|>` has ended the part.
         sees: `(rows, parts, parts)`, bool, true where the part of the row sees that of the column.
-        precedes: `(rows, ranks, ranks)`, bool, the same of blocks; None where all rows have the order's own table.
         awaits_plan: `(rows,)`, bool, true where the row's order is not known yet.
     """
 
@@ -38,12 +37,10 @@ class Progress:
     awaits_end: torch.Tensor
     closed: torch.Tensor
     sees: torch.Tensor
-    precedes: torch.Tensor | None
     awaits_plan: torch.Tensor
 
     def select(self, rows: torch.LongTensor) -> "Progress":
-        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
-        return Progress(**{name: None if one is None else one[rows] for name, one in tensors.items()})
+        return Progress(**{item.name: getattr(self, item.name)[rows] for item in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -227,7 +224,6 @@ class CanvasSchedule:
         state, plan, num_parts = self.progress, self.order.parts[0], len(depends_on) + 2
         state.awaits_plan[row] = False
         state.sees[row] = self.order.see_steps(depends_on).to(self.device)
-        state.precedes[row] = self.order.block_table(state.sees[row])
         state.start[row, 1:] += state.number[row, 0] * plan.block_size - plan.max_len
         state.ended[row, num_parts:] = state.closed[row, num_parts:] = True
 
@@ -255,11 +251,9 @@ class CanvasSchedule:
             awaits_end=has_one_segment | ends_with_plan | has_opener,
             closed=nothing.clone(),
             sees=order.sees.to(self.device).repeat(len(finished), 1, 1),
-            precedes=None,
             awaits_plan=torch.full((len(finished),), False, device=self.device),
         )
         if order.follows_plan:
-            self.progress.precedes = order.block_table(self.progress.sees)
             self.progress.awaits_plan |= self.written[1:].any()
         self.start()
         return self.progress

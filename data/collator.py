@@ -64,8 +64,8 @@ class HierarchicalDataCollator:
         - `block_ids`: question 0, plan blocks 1 to P, execution blocks P + 1 to P + E, padding -1; for other orders
           see [`~order_hierbd3lm.BlockOrder.layout`].
         - `position_ids`: 0 at the first real token, 0 on padding.
-        - `precedes`, of shape `(batch, ranks, ranks)`, only with `execution_order="plan"`: see
-          [`~order_hierbd3lm.BlockOrder.block_table`].
+        - `sees`, a `torch.BoolTensor` of shape `(batch, parts, parts)`, only with `execution_order="plan"`: see
+          [`~order_hierbd3lm.BlockOrder.see_steps`].
         - `labels`: the token itself where the likelihood counts it (content and first `<|end|>` of plan and execution;
           all tokens but the opener if the execution continues), else -100.
         - `is_given`: a `torch.BoolTensor`, true for the tokens of given plans; only if there are any.
@@ -103,8 +103,7 @@ class HierarchicalDataCollator:
             "labels": labels.masked_fill(is_given, IGNORED_LABEL),
         }
         if self.order.follows_plan:
-            sees = torch.stack([self.order.see_steps(example["depends_on"]) for example in examples])
-            batch["precedes"] = self.order.block_table(sees)
+            batch["sees"] = torch.stack([self.order.see_steps(example["depends_on"]) for example in examples])
         return batch | {"is_given": is_given} if is_given.any() else batch
 
     def _read_ids(self, feature: dict[str, Any]) -> ExampleIds:

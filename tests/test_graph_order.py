@@ -107,7 +107,7 @@ def test_a_step_s_logits_never_move_with_a_token_of_another_step_that_is_no_ance
     batch = HierarchicalDataCollator(model.config)([example])
     length, num_question = batch["input_ids"].shape[1], len(example["question_ids"])
     xt = torch.randint(FIRST_CONTENT_ID, 40, (1, length), generator=torch.Generator().manual_seed(seed))
-    embedded, layout = [], {name: batch[name] for name in ("block_ids", "position_ids", "precedes")}
+    embedded, layout = [], {name: batch[name] for name in ("block_ids", "position_ids", "sees")}
     handle = model.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[-1]))
     logits = model(input_ids=batch["input_ids"], noisy_input_ids=xt, **layout).logits[0]
     handle.remove()
@@ -234,7 +234,7 @@ def test_a_pass_of_generation_sees_what_the_training_pass_sees(kind):
     segment_ids = ((tokens == PLAN).cumsum(dim=1) > 0).long() + in_execution.long()
     block_ids, position_ids = model.order.layout(segment_ids, tokens)
     content = [token for token in output.plan[0].tolist() if token]
-    precedes = model.order.block_table(model.order.see_steps(parse_at_random(Digits.decode(content))))[None]
+    sees = model.order.see_steps(parse_at_random(Digits.decode(content)))[None]
     column_of = {position: column for column, position in enumerate(position_ids[0].tolist())}
     num_parallel = 0
     for canvas, layout, logits in passes:
@@ -248,7 +248,7 @@ def test_a_pass_of_generation_sees_what_the_training_pass_sees(kind):
                 noisy_input_ids=xt,
                 block_ids=block_ids,
                 position_ids=position_ids,
-                precedes=precedes,
+                sees=sees,
             ).logits[0]
         shift = model.config.prediction == "shifted"
         for column, own in zip(columns, logits[is_noisy], strict=True):
@@ -311,7 +311,7 @@ def test_another_block_size_is_possible_and_flex_attention_reads_the_same_table(
         flexible = model_of("in place, 4", attn="flex_attention")
         example = random_example(random.Random(7), 4, model.config)
         batch = HierarchicalDataCollator(model.config)([example, random_example(random.Random(8), 2, model.config)])
-        inputs = {name: batch[name] for name in ("input_ids", "block_ids", "position_ids", "precedes")}
+        inputs = {name: batch[name] for name in ("input_ids", "block_ids", "position_ids", "sees")}
         with torch.no_grad():
             one, other = (m(noisy_input_ids=batch["input_ids"], **inputs).logits for m in (model, flexible))
     is_real = batch["block_ids"] > 0
@@ -363,18 +363,18 @@ def test_what_generation_cannot_do_is_refused(arguments, message):
 def test_the_table_must_be_given_where_the_order_differs_between_rows():
     model = model_of("in place, 4")
     batch = HierarchicalDataCollator(model.config)([random_example(random.Random(0), 2, model.config)])
-    with pytest.raises(ValueError, match="`precedes` must be given for execution_order='plan' and for no other"):
+    with pytest.raises(ValueError, match="`sees` must be given for execution_order='plan' and for no other"):
         model(input_ids=batch["input_ids"], segment_ids=batch["segment_ids"])
     derived = model(
         input_ids=batch["input_ids"],
         noisy_input_ids=torch.full_like(batch["input_ids"], MASK),
         segment_ids=batch["segment_ids"],
-        precedes=batch["precedes"],
+        sees=batch["sees"],
     )
     given = model(
         input_ids=batch["input_ids"],
         noisy_input_ids=torch.full_like(batch["input_ids"], MASK),
-        **{name: batch[name] for name in ("block_ids", "position_ids", "precedes")},
+        **{name: batch[name] for name in ("block_ids", "position_ids", "sees")},
     )
     assert torch.equal(derived.logits, given.logits)
 

@@ -17,10 +17,10 @@ from hierbd3lm.data.synthetic.config import SyntheticConfig
 from hierbd3lm.data.synthetic.problems import generate_problems
 from hierbd3lm.evaluation.likelihood import measure_likelihood
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
-from hierbd3lm.order_hierbd3lm import parse_plan
+from hierbd3lm.order_hierbd3lm import BlockOrder, parse_plan
 from hierbd3lm.trainer import HierBD3LMTrainer
 from hierbd3lm.training.arguments import HierBD3LMTrainingArguments
-from hierbd3lm.training.block_growth import check_schedule
+from hierbd3lm.training.block_growth import check_schedule, lay_out_blocks, resized
 
 from .tiny_tokenizer import make_config_for, make_tokenizer
 
@@ -187,10 +187,21 @@ def test_a_model_trains_and_measures_over_the_steps(tmp_path):
     assert measure_likelihood(model.eval(), dataset, num_draws=2)["nll"] < before["nll"] - 1
 
 
-def test_blocks_do_not_grow_where_steps_are_filled_one_by_one():
-    config = make_config_for(make_tokenizer(), **FIELDS)
-    with pytest.raises(ValueError, match="`block_size_schedule` must be None for execution_order='plan', but got"):
-        check_schedule({0: 2, 10: 4}, config, HierarchicalDataCollator(config))
+@pytest.mark.parametrize("size", [1, 2])
+def test_smaller_blocks_have_the_layout_that_the_collator_gives_them(size):
+    """A batch for blocks of four, laid out for smaller ones as `block_size_schedule` does."""
+    rows = list(generate_problems("train", 5, WIDE))
+    dataset, _, config, _ = prepare(rows)
+    batch = HierarchicalDataCollator(config)([dict(row) for row in dataset])
+    smaller = resized(config, size)
+    expected = HierarchicalDataCollator(smaller)([dict(row) for row in dataset])
+    laid_out = lay_out_blocks(batch, BlockOrder.from_config(smaller))
+    assert laid_out.keys() == expected.keys()
+    assert all(torch.equal(laid_out[name], expected[name]) for name in expected)
+    with pytest.raises(
+        ValueError, match="`block_size_schedule` must have a largest block size that divides step_len=24"
+    ):
+        check_schedule({0: 16}, config, HierarchicalDataCollator(config))
 
 
 def test_an_empty_plan_is_refused_where_the_steps_are_those_of_the_plan():

@@ -117,15 +117,14 @@ def check_schedule(schedule: Mapping[int | float, int], config: HierBD3LMConfig,
             f"`{NAME}` must be None for a model with one possible block size (mdlm, sedd, ar, joint), but got "
             f"{dict(schedule)}"
         )
-    if config.execution_order == "plan":
-        raise ValueError(f"`{NAME}` must be None for execution_order='plan', but got {dict(schedule)}")
     largest = max(schedule.values())
-    for part in BlockOrder.from_config(config).parts:
-        names = [f"{SEGMENT_NAMES[segment]}_len" for segment in part.segments]
-        length = sum(getattr(config, name) for name in names)
-        if length % largest:
+    order = BlockOrder.from_config(config)
+    for number, part in enumerate(order.parts):
+        names = " + ".join(f"{SEGMENT_NAMES[segment]}_len" for segment in part.segments)
+        names = "step_len" if order.follows_plan and number else names
+        if part.max_len % largest:
             raise ValueError(
-                f"`{NAME}` must have a largest block size that divides {' + '.join(names)}={length}, but got {largest}"
+                f"`{NAME}` must have a largest block size that divides {names}={part.max_len}, but got {largest}"
             )
     if not isinstance(collator, HierarchicalDataCollator):
         raise ValueError(
@@ -151,8 +150,7 @@ def lay_out_blocks(batch: Batch, order: BlockOrder, keep_columns: bool = False) 
     # the first `<|end|>` of a plan that is given has no label either, but it is no filler
     is_filler = (batch["labels"] == IGNORED_LABEL) & is_end & is_end.roll(1, dims=1)
     removed = torch.zeros_like(is_filler)
-    for part in order.parts:
-        inside = torch.isin(segment_ids, segment_ids.new_tensor(part.segments))
+    for part, inside in zip(order.parts, order.members(segment_ids, input_ids), strict=True):
         needed = (inside & ~is_filler).sum(dim=1, keepdim=True)
         filled = needed + -needed % part.block_size
         removed |= inside & (inside.cumsum(dim=1) > filled)
@@ -162,10 +160,11 @@ def lay_out_blocks(batch: Batch, order: BlockOrder, keep_columns: bool = False) 
     }
     if "is_given" in batch:
         batch["is_given"] = batch["is_given"] & ~removed
+    orders = {name: batch.pop(name) for name in ("sees",) if name in batch}
     if not keep_columns:
         batch = _pad_on_the_right(batch)
-    batch["block_ids"], batch["position_ids"] = order.layout(batch["segment_ids"])
-    return batch
+    batch["block_ids"], batch["position_ids"] = order.layout(batch["segment_ids"], batch["input_ids"])
+    return batch | orders
 
 
 def _pad_on_the_right(batch: Batch) -> Batch:

@@ -97,7 +97,7 @@ class BlockDiffusion:
         Returns:
             `torch.FloatTensor` of shape `(num_masked,)`.
         """
-        names = ("block_ids", "position_ids", "row_ids", "precedes")
+        names = ("block_ids", "position_ids", "row_ids", "sees")
         layout = {name: batch[name] for name in names if name in batch}
         if not self.order.is_joint:
             return masked_nll(model, masked, batch["input_ids"], self.config.mask_token_id, **layout)
