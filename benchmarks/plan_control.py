@@ -9,6 +9,7 @@ command, within training from the last checkpoint. Writes results/plan_control_m
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -67,11 +68,15 @@ class Run:
     num_problems: int
     counterfactual_plans: float
     plan_dropout: float
+    block_size_schedule: str | None = None
 
     @property
     def folder(self) -> Path:
         name = self.name.replace(", ", "_").replace(" ", "_")
-        return OUTPUTS / f"{self.steps}_steps_{self.counterfactual_plans}_{self.plan_dropout}" / f"{name}_{self.seed}"
+        settings = f"{self.steps}_steps_{self.counterfactual_plans}_{self.plan_dropout}"
+        if self.block_size_schedule is not None:
+            settings += "_" + re.sub(r"[^0-9.]+", "_", self.block_size_schedule).strip("_")
+        return OUTPUTS / settings / f"{name}_{self.seed}"
 
     def commands(self) -> dict[str, list[str]]:
         """Return the commands in order, each by the last file that it writes."""
@@ -79,6 +84,8 @@ class Run:
         settings |= {"num_train_examples": BATCH_SIZE * self.steps, "resume_from_checkpoint": "last"}
         settings |= {"eval_steps": max(self.steps // 5, 1), "save_steps": min(max(self.steps // 5, 1), 250)}
         settings |= {"counterfactual_plans": self.counterfactual_plans, "plan_dropout": self.plan_dropout}
+        if self.block_size_schedule is not None:
+            settings["block_size_schedule"] = self.block_size_schedule
         settings |= MODELS[self.name]
         limit = ["--model", str(self.folder), "--limit", str(self.num_problems)]
         commands = {
@@ -167,12 +174,13 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=2000, help="Test problems, each with a changed plan.")
     parser.add_argument("--counterfactual_plans", type=float, default=0.2, help="Probability of a changed plan.")
     parser.add_argument("--plan_dropout", type=float, default=0.02, help="Probability of an empty plan.")
+    parser.add_argument("--block_size_schedule", default=None, help="Of training; the recipe's if omitted.")
     parser.add_argument("--page", default="", help="Suffix of the written files.")
     args = parser.parse_args()
     for name in ("steps", "seeds", "problems"):
         check_at_least(name, getattr(args, name), 1)
-    rates = args.counterfactual_plans, args.plan_dropout
-    runs = [Run(name, seed, args.steps, args.problems, *rates) for seed in range(args.seeds) for name in args.only]
+    shared = args.steps, args.problems, args.counterfactual_plans, args.plan_dropout, args.block_size_schedule
+    runs = [Run(name, seed, *shared) for seed in range(args.seeds) for name in args.only]
     results: Results = {}
     for run in runs:
         results[run] = run.finish(os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})

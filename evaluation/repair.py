@@ -53,7 +53,8 @@ def replan(
     plans, executions = ([_content(row, pad) for row in rows] for rows in (output.plan, output.execution))
     pairs = zip(plans, steps, new_steps, strict=True)
     changed = [replace_step(ids, index, text, tokenizer) for ids, index, text in pairs]
-    kept = [ids_before_step(ids, index, tokenizer) for ids, index in zip(executions, steps, strict=True)]
+    most = (settings.get("max_execution_len") or model.config.execution_len) - 2  # an execution may have been cut
+    kept = [ids_before_step(ids, index, tokenizer)[:most] for ids, index in zip(executions, steps, strict=True)]
     given = {"plan_ids": _pad(changed, pad, model.device)}
     if any(kept):
         given["execution_ids"] = _pad(kept, pad, model.device)

@@ -149,3 +149,13 @@ def test_only_steps_with_wrong_arithmetic_are_denoised_again(tokenizer, rows, mo
     assert result.num_forward_passes == [3 * (place in wrong) for place in range(len(rows))]
     decoded = [tokenizer.decode(ids) for ids in result.executions]
     assert decoded == [texts[place] if place == 5 else row["execution"] for place, row in enumerate(rows)]
+
+
+def test_an_execution_that_was_cut_keeps_what_may_be_given(tokenizer, rows, model):
+    """Of an execution without a line break and without an end, all but two tokens stay."""
+    inputs, output = answers(rows[:1], tokenizer)
+    word = tokenizer(" 7")["input_ids"][-1]
+    output.execution = torch.full((1, model.config.execution_len - 1), word)
+    new = replan(model, tokenizer, inputs, output, 0 if len(rows[0]["plan_steps"]) == 1 else 1)
+    kept = new.execution[0, : model.config.execution_len - 2]
+    assert (kept == word).all() or len(rows[0]["plan_steps"]) == 1
