@@ -53,5 +53,14 @@ def test_an_execution_follows_the_edited_plan(trained, tmp_path, plan, first_ste
     assert f"{plan}\n--- Its execution\n{first_step}\n" in edited
 
 
+@pytest.mark.slow
+def test_a_replaced_step_leaves_the_steps_before_it(trained, tmp_path):
+    model, _ = trained
+    printed = run("edit_a_plan.py", tmp_path, "--model", str(model), "--step", "1", "--new_step", "+ blue")
+    before, after = (part.split("--- Its execution\n") for part in printed.split("--- One step replaced\n"))
+    assert after[0].split("\n")[0] == before[0].split("\n")[1] and after[0].split("\n")[1] == "+ blue"
+    assert after[1].split("\n")[0] == before[1].split("\n")[0]
+
+
 def test_the_examples_are_short():
     assert {path.name for path in EXAMPLES.glob("*.py") if len(path.read_text().splitlines()) >= 60} == set()
