@@ -43,8 +43,9 @@ from .masking_hierbd3lm import (
 from .order_hierbd3lm import BlockOrder
 from .settings_hierbd3lm import HierBD3LMGenerationConfig
 
-# 64 MiB in float32 on a CPU; 512 MiB elsewhere, so that reading the weights of the head does not dominate.
-LOGITS_AT_ONCE = {"cpu": 2**24, "others": 2**27}
+# 256 MiB in float32 on a CPU, 512 MiB elsewhere: reading the weights of the head does not dominate. A batch that fits
+# does not compute its logits twice.
+LOGITS_AT_ONCE = {"cpu": 2**26, "others": 2**27}
 NEW_EMBEDDING_NOISE = 0.02  # of the old rows' standard deviation, so that no two new tokens are the same
 OPENING_WORDS = {"plan": "Plan:\n", "execution": "Solution:\n"}  # whose rows the openers start from
 

@@ -33,6 +33,20 @@ def interleaved_medians(cases: dict[str, Callable[[], Any]], repeats: int) -> di
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def interleaved_cpu_seconds(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Return the least CPU seconds of each case, with the cases run in turns.
+
+    With one thread this is the time that a case takes on a quiet machine, as long as the caches are its own.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, run in cases.items():
+            start = time.process_time()
+            run()
+            seconds[name].append(time.process_time() - start)
+    return {name: min(values) for name, values in seconds.items()}
+
+
 def added_memory(run: Callable[[], Any]) -> int:
     """Return the peak memory of this process in bytes during a call, relative to that before it (Linux only)."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak

@@ -1,26 +1,32 @@
 """Cost of a training step, compared with the autoregressive model and the layout of earlier work.
 
 `python -m hierbd3lm.benchmarks.training [part ...]`. All ratios are of medians of interleaved measurements, in
-float32 on 2 threads.
+float32 on 2 threads. The part `checkpoint` is in bfloat16 on one thread, in CPU seconds; it needs `SMOLLM2_DIR`, a
+folder with SmolLM2-135M-Instruct, and `GSM8K_DIR`.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, PreTrainedModel
 
 from hierbd3lm.backbones_hierbd3lm import special_token_ids
-from hierbd3lm.data.collator import HierarchicalDataCollator
+from hierbd3lm.data.collator import HierarchicalDataCollator, encode_example
 from hierbd3lm.diffusion_hierbd3lm import draw_mask
 from hierbd3lm.evaluation.likelihood import with_predicted_tokens
 from hierbd3lm.masking_hierbd3lm import dense_mask, fixed_length_layout
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from hierbd3lm.training.block_growth import resize_blocks
 from hierbd3lm.training.objectives import make_objective
+from hierbd3lm.training.packing import assign_rows, row_lengths
 
-from .measure import Measured, added_memory, bar, interleaved_medians, measure_parts
+from .measure import Measured, added_memory, bar, interleaved_cpu_seconds, interleaved_medians, measure_parts
 from .models import make_model, problem_batches, text_batch
 
 Step = Callable[[], None]
@@ -160,10 +166,105 @@ def print_added_memory(path: str) -> None:
     print(added_memory({"hier": block_diffusion_step, "all_logits": all_logits_step}[path](model, batches[0])))
 
 
+def checkpoint_step(
+    model: HierBD3LMForBlockDiffusion, examples: list[dict], block_size: int, packing: bool, optimizer: Any
+) -> tuple[Step, dict[str, int]]:
+    """Return a training step of one batch in bfloat16, and its tokens: `tokens`, of which `real`, and `predicted`."""
+    resize_blocks(model, block_size)
+    objective = make_objective(model.config)
+    batch = with_predicted_tokens(model, HierarchicalDataCollator(model.config)(examples))
+    lengths = objective.pass_lengths(batch).tolist()
+    rows = assign_rows(lengths, model.backbone.config.hidden_size) if packing else list(range(len(lengths)))
+    batch |= {"row_ids": torch.tensor(rows)} if packing else {}
+    totals = row_lengths(lengths, rows)
+
+    def step() -> None:
+        resize_blocks(model, block_size)
+        with torch.autocast("cpu", torch.bfloat16):
+            nelbo = objective.token_nelbo(model, batch, torch.Generator().manual_seed(0))
+        update(optimizer, nelbo.sum() / (batch["labels"] != -100).sum())
+
+    predicted = batch["maskable"]
+    if objective.has_noise:
+        seeded = torch.Generator().manual_seed(0)  # as in the step
+        predicted = draw_mask(objective.noise_blocks(batch), predicted, generator=seeded).masked
+    return step, {"tokens": len(totals) * max(totals), "real": sum(lengths), "predicted": int(predicted.sum())}
+
+
+def checkpoint_ar_step(
+    model: HierBD3LMForBlockDiffusion, examples: list[dict], optimizer: Any
+) -> tuple[Step, dict[str, int]]:
+    """Return the step of transformers for the same texts, padded on the right; see [`checkpoint_step`]."""
+    resize_blocks(model, 1)
+    batch = HierarchicalDataCollator(model.config)(examples)
+    texts = [ids[segments >= 0] for ids, segments in zip(batch["input_ids"], batch["segment_ids"], strict=True)]
+    input_ids = pad_sequence(texts, batch_first=True)
+    attention_mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.backbone(input_ids, attention_mask=attention_mask, labels=labels, use_cache=False).loss
+        update(optimizer, loss)
+
+    real = int(attention_mask.sum())
+    return step, {"tokens": input_ids.numel(), "real": real, "predicted": real}
+
+
+def measure_checkpoint(repeats: int) -> Measured:
+    """Compare steps of SmolLM2-135M over 8 GSM8K problems in bfloat16 with transformers' step and a matrix product."""
+    from hierbd3lm.data.arguments import DataArguments
+    from hierbd3lm.data.splits import load_split
+
+    folder = os.environ.get("SMOLLM2_DIR")
+    if folder is None or "GSM8K_DIR" not in os.environ:
+        raise SystemExit("SMOLLM2_DIR must name a folder with SmolLM2-135M-Instruct, and GSM8K_DIR one with GSM8K")
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    limits = {"question_len": 512, "plan_len": 512, "execution_len": 1024}
+    model = HierBD3LMForBlockDiffusion.from_autoregressive(folder, tokenizer, block_size=4, **limits).train()
+    problems = load_split(DataArguments(dataset="openai/gsm8k"), "train").select(range(8))
+    examples = [encode_example(row, tokenizer, chat_template=model.config.chat_template) for row in problems]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    made = {"AR": checkpoint_ar_step(model, examples, optimizer)}
+    for block_size in (1, 4):
+        for packing in (False, True):
+            name = f"block size {block_size}" + ", packed" * packing
+            made[name] = checkpoint_step(model, examples, block_size, packing, optimizer)
+    x, weight = torch.randn(2048, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
+    cases = {"20 products": lambda: [x @ weight.T for _ in range(20)]} | {
+        name: step for name, (step, _) in made.items()
+    }
+    seconds = interleaved_cpu_seconds(cases, repeats)
+    tokens = {name: counts for name, (_, counts) in made.items()}
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(parameter.numel() for parameter in model.parameters()) - head  # the embeddings are tied
+    peak = 20 * 2 * 2048 * 576 * 1536 / seconds["20 products"]
+
+    def rate(name: str) -> float:
+        """Floating-point operations of real tokens, without those of attention, by those of a large product."""
+        counts = tokens[name]
+        return 6 * (body * counts["real"] + head * counts["predicted"]) / seconds[name] / peak
+
+    one, four = "block size 1, packed", "block size 4, packed"
+    of_four = seconds[four] / seconds["AR"] / (tokens[four]["real"] / tokens["AR"]["real"])
+    bars = [
+        bar("step at block size 1, packed / AR step of transformers", seconds[one] / seconds["AR"], 1.1, True),
+        bar("the same, not packed", seconds["block size 1"] / seconds["AR"], 1.1, True),
+        bar("step at block size 4, packed / AR step / tokens", of_four, 1.25, True),
+        bar("rate of model operations / rate of a product, block size 1, packed", rate(one), 0.32, False),
+        bar("the same, block size 4, packed", rate(four), 0.32, False),
+        bar("the same, AR step of transformers", rate("AR"), 0.32, False),
+        bar("real tokens, block size 4, packed", tokens[four]["real"] / tokens[four]["tokens"], 0.95, False),
+    ]
+    return bars, {"cpu_seconds": seconds, "tokens": tokens, "product_flops_per_second": peak}
+
+
 PARTS: dict[str, Callable[[], Measured]] = {
     "problems": lambda: measure_problems(repeats=3),
     "text": lambda: measure_text(repeats=5),
     "memory": measure_memory,
+    "checkpoint": lambda: measure_checkpoint(repeats=2),
 }
 
 

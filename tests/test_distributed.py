@@ -59,7 +59,8 @@ def launch_two_processes(folder, settings):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_twice_the_batch_size(tmp_path):
+@pytest.mark.parametrize("packing", [False, True])
+def test_two_processes_equal_one_with_twice_the_batch_size(tmp_path, packing):
     model = seeded_model(block_size=1)
     # the same length for all, so that one and two processes see the examples in the same order
     train = make_dataset(12, model.config).map(lambda row: {"length": 1})
@@ -69,6 +70,7 @@ def test_two_processes_equal_one_with_twice_the_batch_size(tmp_path):
     held_out.save_to_disk(tmp_path / "eval")
     settings = SGD | {"use_cpu": True, "max_steps": 3, "logging_steps": 1, "disable_tqdm": True, "ema_decay": 0.3}
     settings |= {"per_device_eval_batch_size": 2, "save_strategy": "steps", "save_steps": 3}
+    settings |= {"packing": packing}
     launch_two_processes(tmp_path, settings | {"per_device_train_batch_size": 2})
     datasets = {"train_dataset": train, "eval_dataset": held_out}
     alone = make_trainer(tmp_path / "alone", model, per_device_train_batch_size=4, **datasets, **settings)
