@@ -7,6 +7,7 @@ in turns. Writes results/serving_load.json and results/serving_load.md.
 
 import http.client
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ from hierbd3lm.serving.arguments import GenerateArguments
 from hierbd3lm.serving.generation import Generation
 from hierbd3lm.serving.questions import read_questions
 
-from .measure import RESULTS, describe_machine, make_parser, write_text
+from .measure import RESULTS, describe_machine, make_parser
 
 SECONDS = 120  # most seconds of a request
 SERIAL = "generate, one after the other"
@@ -147,11 +148,19 @@ def main() -> None:
     questions = read_questions(args.questions)
     questions = [questions[number % len(questions)] for number in range(args.requests)]
     rows = measure(args.model, questions, args.concurrency, args.repeats, args.device)
-    machine = describe_machine() | {"threads": torch.get_num_threads()}
-    content = {"command": " ".join(sys.argv[1:]), "machine": machine, "rows": rows}
+    machine = describe_machine() | {"threads": torch.get_num_threads(), "load average": os.getloadavg()[1]}
+    command = f"python -m hierbd3lm.benchmarks.serving {' '.join(sys.argv[1:])}"
+    write(command, machine, rows)
+
+
+def write(command: str, machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Write the results, and print the table."""
     RESULTS.mkdir(exist_ok=True)
+    content = {"command": command, "machine": machine, "rows": rows}
     (RESULTS / "serving_load.json").write_text(json.dumps(content, indent=2) + "\n")
-    write_text("serving", "load", format_rows(rows))
+    note = ", ".join(f"{name} {value}" for name, value in machine.items())
+    (RESULTS / "serving_load.md").write_text(f"`{command}`: {note}\n\n{format_rows(rows)}\n")
+    print(format_rows(rows))
 
 
 if __name__ == "__main__":
