@@ -2,12 +2,17 @@
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
 from ..data.collator import check_content, check_lengths
 from ..evaluation.prompts import Prompt
 from ..evaluation.runner import Written
+from ..generation_hierbd3lm import check_stage, make_schedule, order_of
+from ..masking_hierbd3lm import PLAN
+from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from ..settings_hierbd3lm import HierBD3LMGenerationConfig
 
 
 def check_prompt(prompt: Prompt, config: HierBD3LMConfig) -> None:
@@ -15,6 +20,22 @@ def check_prompt(prompt: Prompt, config: HierBD3LMConfig) -> None:
     example = {"question_ids": prompt.question_ids, "plan_ids": prompt.plan_ids or [], "execution_ids": []}
     check_content(example, config)
     check_lengths(example, config)
+
+
+def check_settings(
+    model: HierBD3LMForBlockDiffusion, settings: HierBD3LMGenerationConfig, plan_ids: list[int] | None = None
+) -> None:
+    """Raise a ValueError for settings that `generate` refuses, before there is a question.
+
+    Args:
+        plan_ids: the plan, with `stage="execution"`.
+    """
+    order = order_of(model, settings)
+    check_stage(order, settings.stage)
+    if plan_ids is not None and PLAN not in order.segments:
+        raise ValueError("`plan` must be omitted for a model without a plan, but is given")
+    plan = None if plan_ids is None else torch.tensor([plan_ids], dtype=torch.long)
+    make_schedule(model.config, order, settings, torch.ones(1, 1), plan)
 
 
 def read_answer(prompt: Prompt, written: Written, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ..evaluation.prompts import Prompt
 from ..evaluation.runner import Written, generate_batch, read_output
 from ..masking_hierbd3lm import EXECUTION, PADDING, PLAN
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
+from ..order_hierbd3lm import BlockOrder
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, settings_of
 from .answers import decode_text, read_answer
 
@@ -209,8 +210,9 @@ class Engine:
 
     def _answer(self, batch: list[Job]) -> None:
         prompts, settings = [job.prompt for job in batch], batch[0].settings
-        rows = BatchStreamer(batch, self.tokenizer, self.model.config.pad_token_id)
-        for job, written in zip(batch, generate_batch(self.model, prompts, settings, rows), strict=True):
+        rows = BatchStreamer(batch, self.tokenizer, self.model.order)
+        answers = generate_batch(self.model, prompts, settings, rows, self.tokenizer)
+        for job, written in zip(batch, answers, strict=True):
             if not job.is_over:
                 rows.finish(job, written)
 
@@ -218,9 +220,11 @@ class Engine:
 class BatchStreamer(BaseStreamer):
     """Reports to each job of a batch what its row has written, and stops the rows of cancelled jobs."""
 
-    def __init__(self, batch: list[Job], tokenizer: PreTrainedTokenizerBase, pad_token_id: int):
-        self.batch, self.tokenizer, self.pad = batch, tokenizer, pad_token_id
-        self.question = collate_questions([job.prompt.question_ids for job in batch], pad_token_id)["input_ids"]
+    def __init__(self, batch: list[Job], tokenizer: PreTrainedTokenizerBase, order: BlockOrder):
+        self.batch, self.tokenizer, self.pad = batch, tokenizer, order.pad_token_id
+        self.question = collate_questions([job.prompt.question_ids for job in batch], self.pad)["input_ids"]
+        # steps that are written at the same time make no text that grows at its end
+        self.growing = SEGMENTS[:1] if order.follows_plan else SEGMENTS
         self.first_segment = EXECUTION if batch[0].settings.stage == "execution" else PLAN
         self.num_written = 0
 
@@ -239,7 +243,8 @@ class BatchStreamer(BaseStreamer):
             for row in ended:
                 self.finish(self.batch[row], written[row])
             for row in streams:
-                self.batch[row].show(self._texts(written[row]), is_last=False)
+                texts = self._texts(written[row])
+                self.batch[row].show({segment: texts[segment] for segment in self.growing}, is_last=False)
         return [row for row in active if self.batch[row].cancelled]
 
     def finish(self, job: Job, written: Written) -> None:

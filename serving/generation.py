@@ -12,9 +12,8 @@ from ..evaluation.checkpoints import load_examples, load_model
 from ..evaluation.lm_eval.processes import device_of_process, join_processes
 from ..evaluation.prompts import encode_prompt
 from ..evaluation.runner import generate_batch
-from ..generation_hierbd3lm import order_of, segment_limits
 from ..settings_hierbd3lm import resolve_settings
-from .answers import check_prompt, read_answer
+from .answers import check_prompt, check_settings, read_answer
 from .arguments import STDIN, GenerateArguments
 from .questions import read_questions
 from .runs import ANSWERS_FILE, Run, format_summary
@@ -30,7 +29,7 @@ class Generation:
         device = device_of_process(torch.device(args.device), self.num_processes)
         self.model, self.tokenizer = load_model(args.model, str(device), args.dtype)
         self.settings = resolve_settings(self.model.generation_config, args.generation_settings())
-        segment_limits(self.model.config, order_of(self.model, self.settings), self.settings)
+        check_settings(self.model, self.settings, None if args.plan is None else [])
 
     def answer(self, question: str, streamer: BaseStreamer | None = None) -> dict[str, Any]:
         """Answer one question.
@@ -48,7 +47,9 @@ class Generation:
         if self.args.json:
             print(json.dumps(self.answer(self.args.question), ensure_ascii=False))
         else:
-            print_answer(self.args.question, self.answer, self.tokenizer, self.model.config, is_live())
+            print_answer(
+                self.args.question, self.answer, self.tokenizer, self.model.config, is_live(self.model.config)
+            )
 
     def chat(self) -> None:
         """Answer the questions that are typed."""

@@ -5,8 +5,8 @@ import math
 import uvicorn
 
 from ..evaluation.checkpoints import load_model
-from ..generation_hierbd3lm import order_of, segment_limits
 from ..settings_hierbd3lm import resolve_settings
+from .answers import check_settings
 from .arguments import ServeArguments
 from .limits import TimedProtocol
 from .server import make_app
@@ -18,7 +18,7 @@ def make_server(args: ServeArguments) -> uvicorn.Server:
     """Load the model and return the server that answers with it."""
     model, tokenizer = load_model(args.model, args.device, args.dtype)
     settings = resolve_settings(model.generation_config, args.generation_settings() | {"stage": "full"})
-    segment_limits(model.config, order_of(model, settings), settings)
+    check_settings(model, settings)
     return uvicorn.Server(
         uvicorn.Config(
             make_app(model, tokenizer, settings, args),

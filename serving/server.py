@@ -18,10 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from ..evaluation.prompts import Prompt
-from ..generation_hierbd3lm import order_of, segment_limits
-from ..masking_hierbd3lm import PLAN
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, did_you_mean, resolve_settings
+from .answers import check_settings
 from .arguments import ServeArguments
 from .engine import Closed, Delta, Done, Engine, Failed, Job, QueueFull
 from .errors import ApiError, error_response, read_validation_error
@@ -84,17 +83,14 @@ class Service:
             code = "context_length_exceeded" if "must have at most" in str(error) else None
             raise ApiError(400, str(error), param, code) from error
 
-    def _read_settings(self, body: GenerationRequest) -> HierBD3LMGenerationConfig:
+    def _read_settings(self, body: GenerationRequest, plan_ids: list[int] | None) -> HierBD3LMGenerationConfig:
         if body.model not in (None, self.args.served_name):
             nearest = did_you_mean(body.model, [self.args.served_name])
             message = f"`model` must be {self.args.served_name!r}, but got {body.model!r:.80}{nearest}"
             raise ApiError(404, message, "model", "model_not_found")
         try:
             settings = resolve_settings(self.settings, body.settings())
-            order = order_of(self.model, settings)
-            segment_limits(self.model.config, order, settings)
-            if body.plan is not None and PLAN not in order.segments:
-                raise ValueError("`plan` must be omitted for a model without a plan, but is given")
+            check_settings(self.model, settings, plan_ids)
         except ValueError as error:
             raise ApiError(400, str(error), str(error).split("`")[1] if "`" in str(error) else None) from error
         return settings
@@ -102,7 +98,7 @@ class Service:
     async def _respond(
         self, body: GenerationRequest, request: Request, prompts: Sequence[Prompt], reply: Reply
     ) -> Response:
-        settings, events = self._read_settings(body), Events()
+        settings, events = self._read_settings(body, prompts[0].plan_ids), Events()
         jobs = [Job(prompt, settings, events.of(number), bool(body.stream)) for number, prompt in enumerate(prompts)]
         if len(jobs) > self.args.max_queue:
             message = f"`prompt` must have at most {self.args.max_queue} questions, but got {len(jobs)}"

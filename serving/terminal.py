@@ -72,9 +72,10 @@ class LiveAnswer(BaseStreamer):
         return text
 
 
-def is_live() -> bool:
-    """Return True if answers can be drawn: stdout is a terminal and rich is installed."""
-    return sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
+def is_live(config: HierBD3LMConfig) -> bool:
+    """Return True if answers can be drawn: on a terminal, with rich, if a model writes one block after the other."""
+    is_ready = sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
+    return is_ready and config.execution_order == "chain"
 
 
 @contextmanager
@@ -114,7 +115,7 @@ def chat(
         if not question.strip():
             continue
         try:
-            print_answer(question, answer, tokenizer, config, is_live())
+            print_answer(question, answer, tokenizer, config, is_live(config))
         except ValueError as error:  # such as a question that is too long
             print(error, file=sys.stderr)
         except KeyboardInterrupt:

@@ -75,7 +75,7 @@ async def post(app, path, content):
 
 
 async def check(number_of_bodies, seed):
-    model, tokenizer = make_model("hier")
+    model, tokenizer = make_model("hier", length=4)
     arguments = ServeArguments(model="tiny", device="cpu", max_queue=4, timeout=30)
     app = make_app(model, tokenizer, model.generation_config, arguments)
     generator, statuses = random.Random(seed), {}
@@ -104,4 +104,4 @@ def test_a_few_random_bodies_are_answered_or_refused():
 @pytest.mark.slow
 def test_ten_thousand_random_bodies_are_answered_or_refused():
     statuses = asyncio.run(check(10_000, seed=1))
-    assert min(statuses[200], statuses[400], statuses[404]) > 100
+    assert statuses[200] > 1000 and statuses[400] > 1000 and statuses[404] > 5
