@@ -12,6 +12,7 @@ from ..settings_hierbd3lm import SETTINGS, GenerationSettings
 DTYPES = ("float32", "bfloat16", "float16")
 NUM_SYNTHETIC = 300  # default number of problems
 REFERENCE_PLANS = "reference"
+PLAN_RANKINGS = ("likelihood", "agreement")
 LIKELIHOOD_FILE = "likelihood.json"
 
 
@@ -92,18 +93,43 @@ class EvaluationArguments(GivenSettings, CheckpointArguments):
     num_samples: int = field(
         default=1, metadata={"help": "Answers per example; more than one requires a temperature > 0."}
     )
+    num_plans: int | None = field(
+        default=None,
+        metadata={"help": "Plans per example, of which the best are executed; requires a temperature > 0 if several."},
+    )
+    executions_per_plan: int = field(default=1, metadata={"help": "Executions of each plan; greedy if one."})
+    plan_ranking: str = field(
+        default="likelihood",
+        metadata={"help": f"Score of a plan with `num_plans`: {', '.join(PLAN_RANKINGS)} (executes all plans)."},
+    )
+    num_executed_plans: int = field(default=1, metadata={"help": "Number of best plans that are executed."})
     num_examples_to_print: int = field(default=0, metadata={"help": "Number of examples to print at the end."})
 
     seed: int = field(default=0, metadata={"help": "Random seed; the seed of each batch is derived from it."})
 
     def __post_init__(self):
         super().__post_init__()
-        for name, low in (("num_samples", 1), ("num_examples_to_print", 0)):
+        ones = ("num_samples", "num_plans", "executions_per_plan", "num_executed_plans")
+        for name, low in (*((name, 1) for name in ones), ("num_examples_to_print", 0)):
             check_at_least(name, getattr(self, name), low)
+        if self.plan_ranking not in PLAN_RANKINGS:
+            accepted = ", ".join(PLAN_RANKINGS)
+            raise ValueError(f"`plan_ranking` must be one of {accepted}, but got {self.plan_ranking!r}")
+        for name, default in (("num_samples", 1), ("given_plan", None)):
+            if self.num_plans is not None and getattr(self, name) != default:
+                raise ValueError(f"`{name}` must be {default} with `num_plans`, but got {getattr(self, name)!r}")
+        for name in ("executions_per_plan", "num_executed_plans"):
+            if self.num_plans is None and getattr(self, name) != 1:
+                raise ValueError(f"`{name}` must be 1 without `num_plans`, but got {getattr(self, name)}")
         if self.given_plan not in (None, REFERENCE_PLANS) and not Path(self.given_plan).is_file():
             raise ValueError(f"`given_plan` must be {REFERENCE_PLANS!r} or a file, but got {self.given_plan!r}")
         if self.output_dir is None:
             self.output_dir = str(results_folder(self.model) / "eval")
+
+    def plan_choice(self) -> dict[str, Any]:
+        """Return the arguments of `PlanChoice`."""
+        numbers = {"num_plans": self.num_plans, "executions_per_plan": self.executions_per_plan}
+        return numbers | {"ranking": self.plan_ranking, "num_executed": self.num_executed_plans}
 
     def generation_settings(self) -> dict[str, Any]:
         """Return the given settings of HierBD3LMGenerationConfig; the stage follows from `given_plan`."""

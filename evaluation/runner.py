@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -29,6 +29,9 @@ from .checkpoints import describe_model, describe_run, load_examples, load_model
 from .given_plans import with_given_plans
 from .prompts import Problem, Prompt, collate_prompts, make_batches, read_problems
 from .scoring import score, summarize
+
+if TYPE_CHECKING:
+    from .several_plans import PlanChoice
 
 SETTINGS_FILE, PREDICTIONS_FILE, SUMMARY_FILE = "settings.json", "predictions.jsonl", "summary.json"
 
@@ -50,14 +53,21 @@ def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str,
     model, tokenizer = load_model(args.model, args.device, args.dtype)
     settings = resolve_settings(model.generation_config, args.generation_settings())
     segment_limits(model.config, order_of(model, settings), settings)
+    from .several_plans import PlanChoice, check_plans  # which imports this module
+
+    plans = None if args.num_plans is None else PlanChoice(**args.plan_choice())
     check_samples(args.num_samples, settings)
     data_args, dataset = load_examples(args)
     if args.given_plan is not None:
         dataset = with_given_plans(dataset, args.given_plan, args.num_samples)
     described = describe_run(args, data_args, dataset, model) | {"num_samples": args.num_samples}
+    if plans is not None:
+        check_plans(settings=settings, **vars(plans))
+        described |= vars(plans)
     start_run(args.output_dir, described | settings_of(settings), args.overwrite)
     num_lost = count_lost_answers(dataset["execution"], tokenizer)
-    predictions = predict(model, tokenizer, dataset, settings, args.output_dir, args.batch_size, args.num_samples)
+    run = args.output_dir, args.batch_size, args.num_samples, plans
+    predictions = predict(model, tokenizer, dataset, settings, *run)
     summary = summarize(predictions) | {
         "num_lost_references": num_lost,
         "model": args.model,
@@ -91,6 +101,7 @@ def predict(
     folder: str | os.PathLike,
     batch_size: int = 32,
     num_samples: int = 1,
+    plans: "PlanChoice | None" = None,
 ) -> list[dict[str, Any]]:
     """Answer every problem of a dataset, except those already answered in `folder`.
 
@@ -102,6 +113,7 @@ def predict(
         folder: folder of the run; see [`start_run`].
         batch_size: batch size. Problems are grouped by length.
         num_samples: answers per problem, each with its own plan unless plans are given.
+        plans: write several plans for each problem, and execute the best; `num_samples` follows from it.
 
     Returns:
         the lines of `predictions.jsonl` (see [`score`]), in the order of the dataset, with the samples of a problem
@@ -110,24 +122,33 @@ def predict(
     Raises:
         ValueError: if several samples are requested at temperature 0, and as in [`read_problems`].
     """
+    if plans is not None:
+        num_samples = plans.num_samples
+    from .several_plans import answer_problems  # which imports this module
+
     check_samples(num_samples, settings)
     problems = read_problems(dataset, tokenizer, model.config, settings.stage == "execution", num_samples)
-    path = Path(folder, PREDICTIONS_FILE)
+    path, first_samples = Path(folder, PREDICTIONS_FILE), range(0, len(problems), num_samples)
     # one pass over all problems per sample
     batches = chain.from_iterable(
-        make_batches(problems[sample::num_samples], batch_size) for sample in range(num_samples)
+        make_batches(problems[sample::num_samples], batch_size) for sample in range(1 if plans else num_samples)
     )
+    samples = {problems[start].index: problems[start : start + num_samples] for start in first_samples}
     seeds = random.Random(settings.seed)
     with tqdm(total=len(problems), desc="Evaluating", unit="example") as progress, run_folder.Log(path) as log:
         predictions = {_key(prediction): prediction for prediction in log.records}
         for batch in batches:
             # An incomplete batch is answered again as a whole, so that a resumed run draws the same random numbers.
             batch_settings = resolve_settings(settings, {"seed": seeds.getrandbits(62)})
-            if any(problem.key not in predictions for problem in batch):
-                answers = answer_batch(model, tokenizer, batch, batch_settings)
+            groups = [samples[problem.index] if plans else [problem] for problem in batch]
+            if any(problem.key not in predictions for group in groups for problem in group):
+                if plans is None:
+                    answers = answer_batch(model, tokenizer, batch, batch_settings)
+                else:
+                    answers = answer_problems(model, tokenizer, groups, batch_settings, plans)
                 predictions |= {_key(answer): answer for answer in answers}
                 log.append(*answers)
-            progress.update(len(batch))
+            progress.update(sum(map(len, groups)))
         unanswered = [score(problem, "", "") for problem in problems if not problem.is_answered]
         progress.update(len(unanswered))
     predictions |= {_key(prediction): prediction for prediction in unanswered}
@@ -155,21 +176,37 @@ def answer_batch(
     start = time.perf_counter()
     batch = generate_batch(model, problems, settings, tokenizer=tokenizer)
     seconds = (time.perf_counter() - start) / len(problems)
-    predictions = []
-    for problem, written in zip(problems, batch, strict=True):
-        costs = {
-            "finished": written.finished,
-            "num_forward_passes": written.num_forward_passes,
-            "num_tokens": round(written.tokens_per_forward * written.num_forward_passes),
-            "num_plan_tokens": len(written.plan_ids),
-            "num_execution_tokens": len(written.execution_ids),
-            "tokens_per_forward": written.tokens_per_forward,
-            "seconds": seconds,
-            "plan_followed": written.plan_followed,
-        }
-        texts = (decode(ids, tokenizer) for ids in (written.plan_ids, written.execution_ids))
-        predictions.append(score(problem, *texts, **costs))
-    return predictions
+    pairs = zip(problems, batch, strict=True)
+    return [score_written(problem, written, tokenizer, seconds) for problem, written in pairs]
+
+
+def score_written(
+    problem: Problem,
+    written: Written,
+    tokenizer: PreTrainedTokenizerBase,
+    seconds: float,
+    more_passes: int = 0,
+    more_tokens: int = 0,
+) -> dict[str, Any]:
+    """Score an answer as it was generated; see [`score`].
+
+    Args:
+        more_passes, more_tokens: costs of what is not part of the answer, such as other plans.
+    """
+    num_passes = written.num_forward_passes + more_passes
+    num_tokens = round(written.tokens_per_forward * written.num_forward_passes) + more_tokens
+    costs = {
+        "finished": written.finished,
+        "num_forward_passes": num_passes,
+        "num_tokens": num_tokens,
+        "num_plan_tokens": len(written.plan_ids),
+        "num_execution_tokens": len(written.execution_ids),
+        "tokens_per_forward": num_tokens / num_passes if more_passes else written.tokens_per_forward,
+        "seconds": seconds,
+        "plan_followed": written.plan_followed,
+    }
+    texts = (decode(ids, tokenizer) for ids in (written.plan_ids, written.execution_ids))
+    return score(problem, *texts, **costs)
 
 
 def generate_batch(

@@ -1,9 +1,11 @@
 """Several plans for a question, and executions of the best of them."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,13 +17,28 @@ from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
 from ..training.objectives import make_objective
 from ..training.seeding import seeded_generator
+from .arguments import PLAN_RANKINGS
 from .likelihood import measure_batch, with_predicted_tokens
-from .prompts import Prompt
-from .runner import Written, generate_batch
+from .prompts import Problem, Prompt
+from .runner import Written, generate_batch, score_written
 
-LIKELIHOOD, AGREEMENT = "likelihood", "agreement"
-RANKINGS = (LIKELIHOOD, AGREEMENT)
+LIKELIHOOD, AGREEMENT = PLAN_RANKINGS
 Verifier = Callable[[str, str], float]  # score of a question and a plan; the greatest is the best
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """Arguments of [`answer_with_plans`]: how many plans are written, and which of them are executed."""
+
+    num_plans: int
+    executions_per_plan: int = 1
+    ranking: str | Verifier = LIKELIHOOD
+    num_executed: int = 1
+
+    @property
+    def num_samples(self) -> int:
+        """Number of executions of a question."""
+        return self.executions_per_plan * (self.num_plans if self.ranking == AGREEMENT else self.num_executed)
 
 
 @dataclass
@@ -34,6 +51,7 @@ class Planned:
         executions: the executions of each plan; none of a plan that was not executed.
         num_forward_passes: passes of all rows of the question: plans, scores and executions.
         num_tokens: denoised tokens of all rows.
+        written: the executions as they were generated.
     """
 
     plans: list[str]
@@ -41,7 +59,7 @@ class Planned:
     executions: list[list[str]]
     num_forward_passes: int
     num_tokens: int
-    finished: list[list[bool]] = field(default_factory=list)
+    written: list[list[Written]] = field(default_factory=list)
 
     @property
     def best(self) -> int:
@@ -84,7 +102,7 @@ def answer_with_plans(
     """
     check_plans(num_plans, executions_per_plan, ranking, num_executed, settings)
     questions = [prompt for prompt in prompts for _ in range(num_plans)]
-    plans = generate_batch(model, questions, resolve_settings(settings, {"stage": "plan"}))
+    plans = generate_batch(model, questions, resolve_settings(settings, {"stage": "plan"}), tokenizer=tokenizer)
     of_question = [range(start, start + num_plans) for start in range(0, len(plans), num_plans)]
     texts = [decode(plan.plan_ids, tokenizer) for plan in plans]
     costs = [_cost([plans[row] for row in rows]) for rows in of_question]
@@ -100,16 +118,49 @@ def answer_with_plans(
         asked = [decode(prompt.question_ids, tokenizer) for prompt in questions]
         scores = [float(ranking(question, plan)) for question, plan in zip(asked, texts, strict=True)]
     chosen = [sorted(rows, key=lambda row: -scores[row])[:num_executed] for rows in of_question]
-    written = execute(model, questions, plans, [row for rows in chosen for row in rows], executions_per_plan, settings)
+    rows_of_best = [row for rows in chosen for row in rows]
+    written = execute(model, tokenizer, questions, plans, rows_of_best, executions_per_plan, settings)
     results = []
     for rows, best, (passes, tokens) in zip(of_question, chosen, costs, strict=True):
         more_passes, more_tokens = _cost([execution for row in best for execution in written[row]])
-        executions = [[decode(one.execution_ids, tokenizer) for one in written.get(row, [])] for row in rows]
-        finished = [[one.finished for one in written.get(row, [])] for row in rows]
+        of_plans = [written.get(row, []) for row in rows]
+        executions = [[decode(one.execution_ids, tokenizer) for one in of_plan] for of_plan in of_plans]
         plan_scores = agreements(executions) if ranking == AGREEMENT else [scores[row] for row in rows]
         costs_of_all = passes + more_passes, tokens + more_tokens
-        results.append(Planned([texts[row] for row in rows], plan_scores, executions, *costs_of_all, finished))
+        results.append(Planned([texts[row] for row in rows], plan_scores, executions, *costs_of_all, of_plans))
     return results
+
+
+def answer_problems(
+    model: HierBD3LMForBlockDiffusion,
+    tokenizer: PreTrainedTokenizerBase,
+    groups: Sequence[Sequence[Problem]],
+    settings: HierBD3LMGenerationConfig,
+    choice: PlanChoice,
+) -> list[dict[str, Any]]:
+    """Answer and score problems with [`answer_with_plans`].
+
+    Args:
+        groups: for each question the problem once for each of `choice.num_samples` executions.
+
+    Returns:
+        a line of `predictions.jsonl` for each execution, those of the best plan first. The first line of a question
+        has the forward passes and tokens of all its plans and of their scores, too.
+    """
+    start = time.perf_counter()
+    firsts = [group[0] for group in groups]
+    results = answer_with_plans(model, tokenizer, firsts, settings, **vars(choice))
+    seconds = (time.perf_counter() - start) / sum(map(len, groups))
+    lines = []
+    for group, result in zip(groups, results, strict=True):
+        best_first = sorted(range(len(result.plans)), key=lambda number: -result.scores[number])
+        written = [one for number in best_first for one in result.written[number]]
+        passes, tokens = _cost(written)
+        more = result.num_forward_passes - passes, result.num_tokens - tokens
+        for problem, one in zip(group, written, strict=True):
+            lines.append(score_written(problem, one, tokenizer, seconds, *more))
+            more = 0, 0
+    return lines
 
 
 def check_plans(
@@ -120,8 +171,8 @@ def check_plans(
     settings: HierBD3LMGenerationConfig,
 ) -> None:
     """Raise a ValueError for arguments of [`answer_with_plans`] that do not fit together."""
-    if not callable(ranking) and ranking not in RANKINGS:
-        raise ValueError(f"`ranking` must be one of {', '.join(RANKINGS)} or a function, but got {ranking!r}")
+    if not callable(ranking) and ranking not in PLAN_RANKINGS:
+        raise ValueError(f"`ranking` must be one of {', '.join(PLAN_RANKINGS)} or a function, but got {ranking!r}")
     for name, value, most in (
         ("num_plans", num_plans, None),
         ("executions_per_plan", executions_per_plan, None),
@@ -139,6 +190,7 @@ def check_plans(
 
 def execute(
     model: HierBD3LMForBlockDiffusion,
+    tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Prompt],
     plans: Sequence[Written],
     rows: Sequence[int],
@@ -150,7 +202,7 @@ def execute(
     repeated = [row for row in rows for _ in range(executions_per_plan)]
     most = model.config.plan_len - 1  # of a plan that is given
     prompts = [replace(questions[row], plan_ids=plans[row].plan_ids[:most]) for row in repeated]
-    written = generate_batch(model, prompts, resolve_settings(settings, stage))
+    written = generate_batch(model, prompts, resolve_settings(settings, stage), tokenizer=tokenizer)
     starts = range(0, len(written), executions_per_plan)
     groups = [written[start : start + executions_per_plan] for start in starts]
     return dict(zip(rows, groups, strict=True))

@@ -1,19 +1,24 @@
 """Several plans of a question: what is executed, scored, voted and paid for."""
 
 from decimal import Decimal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hierbd3lm.data.collator import HierarchicalDataCollator
+from hierbd3lm.evaluation import several_plans
+from hierbd3lm.evaluation.arguments import EvaluationArguments
 from hierbd3lm.evaluation.likelihood import with_predicted_tokens
 from hierbd3lm.evaluation.prompts import Prompt
+from hierbd3lm.evaluation.runner import evaluate
 from hierbd3lm.evaluation.several_plans import Planned, agreements, answer_with_plans, plan_likelihoods
 from hierbd3lm.settings_hierbd3lm import HierBD3LMGenerationConfig
 from hierbd3lm.training.objectives import make_objective
 
 from .tiny import make_model
+from .tiny_evaluation import without_time
 from .tiny_generation import speaker
 
 QUESTIONS = [[7, 8, 9], [10, 11, 12, 13], [14]]
@@ -143,3 +148,53 @@ def test_several_plans_need_a_temperature():
         answer_with_plans(speaker(), Words(), PROMPTS, settings(temperature=0.0), 2)
     torch.manual_seed(0)
     assert len(answer_with_plans(speaker(), Words(), PROMPTS, settings(temperature=0.0), 1)) == 3
+
+
+# The evaluation
+
+
+def test_the_evaluation_writes_a_line_per_execution_and_counts_all_passes(args, monkeypatch):
+    planned = []
+
+    def spy(*arguments, **settings):
+        results = answer_with_plans(*arguments, **settings)
+        planned.extend(results)
+        return results
+
+    monkeypatch.setattr(several_plans, "answer_with_plans", spy)
+    run = {"num_plans": 3, "executions_per_plan": 2, "num_executed_plans": 2, "temperature": 1.0, "batch_size": 4}
+    predictions, summary = evaluate(args(**run))
+    assert summary["num_samples"] == 4 and len(predictions) == 4 * summary["n"] and "majority_vote" in summary
+    assert summary["num_forward_passes"] == sum(result.num_forward_passes for result in planned)
+    assert summary["num_tokens"] == sum(result.num_tokens for result in planned)
+    for start in range(0, len(predictions), 4):
+        plans = [line["plan"] for line in predictions[start : start + 4]]
+        assert plans[0] == plans[1] and plans[2] == plans[3]
+    lines = Path(args(**run).output_dir, "predictions.jsonl")
+    text = lines.read_text()
+    lines.write_text("\n".join(text.split("\n")[:6]) + "\n")  # the second question of the first batch is cut
+    again, _ = evaluate(args(**run))
+    assert without_time(again) == without_time(predictions)
+    with pytest.raises(ValueError, match="num_plans: 3 stored, 2 now"):
+        evaluate(args(**(run | {"num_plans": 2})))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"num_plans": 2, "num_samples": 2}, "`num_samples` must be 1 with `num_plans`, but got 2"),
+        (
+            {"num_plans": 2, "given_plan": "reference"},
+            "`given_plan` must be None with `num_plans`, but got 'reference'",
+        ),
+        ({"executions_per_plan": 2}, "`executions_per_plan` must be 1 without `num_plans`, but got 2"),
+        (
+            {"num_plans": 2, "plan_ranking": "best"},
+            "`plan_ranking` must be one of likelihood, agreement, but got 'best'",
+        ),
+        ({"num_plans": 0}, "`num_plans` must be at least 1, but got 0"),
+    ],
+)
+def test_settings_of_the_evaluation_that_do_not_fit_together_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationArguments(model="x", **settings)
