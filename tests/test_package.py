@@ -95,6 +95,8 @@ def test_wheel_and_sdist_hold_the_package_and_the_sdist_builds_the_same_wheel(bu
         "configs/quickstart.yaml",
         "configs/accelerate/fsdp2.yaml",
         "cli/__init__.py",
+        "demo/page.css",
+        "demo/picture.js",
         "trainer.py",
     ):
         assert f"hierbd3lm/{name}" in names
