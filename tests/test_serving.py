@@ -149,18 +149,6 @@ def test_ragged_requests_that_wait_are_answered_together(server, expected):
     assert drawn == [expected(question, temperature=0.5, seed=1) for question in QUESTIONS[:2]]
 
 
-def test_an_answer_does_not_wait_for_longer_ones_of_its_batch(server, checkpoint):
-    limits = [{"max_execution_len": 4}, {"max_execution_len": 4}]
-    with ThreadPoolExecutor(2) as pool, held(server.model, passes=3) as passes:
-        futures = [
-            pool.submit(server.ask, question, extra_body=limit)
-            for question, limit in zip(QUESTIONS[:2], limits, strict=True)
-        ]
-        wait_until(lambda: len(passes) > 3)
-        assert not any(future.done() for future in futures)
-    assert all(future.result().choices for future in futures)
-
-
 def test_clients_that_ask_again_are_answered_in_one_batch(server, monkeypatch):
     """Not in two alternating ones: that of the first question, and that of those that came meanwhile."""
     monkeypatch.setattr(server.engine, "patience", 1000.0)

@@ -70,6 +70,24 @@ def test_every_kind_of_model_is_streamed_to_the_answer_of_generate(kind):
         engine.submit(jobs)
 
 
+def test_an_answer_does_not_wait_for_longer_ones_of_its_batch():
+    model, tokenizer = make_model("hier")
+    head = model.backbone.lm_head
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features, dtype=torch.float64))
+    head.bias.data[model.config.end_token_id] = 1.5  # answers of several lengths
+    ids = [torch.tensor([tokenizer(question)["input_ids"]], dtype=torch.long) for question in QUESTIONS]
+    passes = [int(model.generate(row).num_forward_passes) for row in ids]
+    assert len(set(passes)) > 1
+    engine = Engine(model, tokenizer, max_batch_size=8, max_queue=8)
+    jobs, events = zip(*(submit(engine, question, streams=False) for question in QUESTIONS), strict=True)
+    with held(model, passes=min(passes)) as waiting:
+        engine.submit(jobs)
+        wait_until(lambda: len(waiting) == min(passes) + 1)
+        assert [not reports.empty() for reports in events] == [number == min(passes) for number in passes]
+    assert [read(reports)[1].answer["num_forward_passes"] for reports in events] == passes
+    engine.close()
+
+
 def test_an_autoregressive_row_that_nobody_waits_for_ends():
     model, tokenizer = make_model("ar")
     engine = Engine(model, tokenizer, max_batch_size=8, max_queue=8)
