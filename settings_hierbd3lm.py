@@ -43,7 +43,7 @@ NOT_APPLICABLE = {
     ),
     "stop_strings": "it may end inside a block: cut the text, or pass `stopping_criteria`, which see whole blocks",
 }
-MAX_SEED = 2**63 - 1
+MAX_INTEGER = 2**63 - 1
 
 logger = logging.get_logger(__name__)
 
@@ -159,7 +159,7 @@ class GenerationSettings:
                 self._check_number(name, int, "an integer >= 0 or None", lambda value: value >= 0)
         if self.seed is not None:
             accepted = "an integer >= 0 or None, below 2**63"
-            self._check_number("seed", int, accepted, lambda value: 0 <= value <= MAX_SEED)
+            self._check_number("seed", int, accepted, lambda value: 0 <= value <= MAX_INTEGER)
         for name in ("threshold", "top_p"):
             self._check_number(name, int | float, "a number in (0, 1]", lambda value: 0 < value <= 1)
         self._check_number("entropy_bound", int | float, "a number >= 0", lambda value: value >= 0)
@@ -172,6 +172,8 @@ class GenerationSettings:
         value = getattr(self, name)
         if not isinstance(value, kind) or isinstance(value, bool) or not in_range(value):
             raise ValueError(f"`{name}` must be {accepted}, but got {value!r}")
+        if isinstance(value, int) and value > MAX_INTEGER:
+            raise ValueError(f"`{name}` must be below 2**63, but got an integer of {value.bit_length()} bits")
 
 
 SETTINGS = tuple(item.name for item in fields(GenerationSettings))

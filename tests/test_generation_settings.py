@@ -59,3 +59,12 @@ def test_settings_can_be_copied_and_pickled():
     settings = HierBD3LMGenerationConfig(threshold=0.5, seed=3)
     for other in (copy.deepcopy(settings), pickle.loads(pickle.dumps(settings))):
         assert settings_of(other) == settings_of(settings)
+
+
+@pytest.mark.parametrize("value", [2**63, 10**400])
+@pytest.mark.parametrize(
+    "name", ["num_steps", "tokens_per_step", "block_size", "max_plan_len", "max_new_tokens", "temperature", "seed"]
+)
+def test_integers_that_no_tensor_can_hold_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"`{name}` must be .*below 2\*\*63"):
+        HierBD3LMGenerationConfig(**{name: value})
