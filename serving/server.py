@@ -227,7 +227,8 @@ def make_app(
         yield
         await run_in_threadpool(service.engine.close)
 
-    app = FastAPI(title="hierbd3lm", version=__version__, lifespan=lifespan)
+    # the pages at /docs and /redoc would load scripts from elsewhere
+    app = FastAPI(title="hierbd3lm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     # the last one added is the first one asked
     app.add_middleware(Gate, api_key=args.api_key, max_body_bytes=args.max_body_bytes, body_timeout=args.body_timeout)

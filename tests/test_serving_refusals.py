@@ -2,12 +2,14 @@
 
 import json
 import re
+import sys
 import urllib.error
 import urllib.request
 
 import openai
 import pytest
 
+from hierbd3lm import cli
 from hierbd3lm.serving.arguments import API_KEY_VARIABLE, ServeArguments
 from hierbd3lm.serving.schemas import IGNORED, NEUTRAL
 
@@ -149,6 +151,15 @@ def test_requests_need_the_key_if_there_is_one(checkpoint):
         assert server.make_client("secret").models.list().data
         with urllib.request.urlopen(f"{server.url}/health", timeout=60) as response:
             assert response.status == 200
+
+
+@pytest.mark.parametrize("name", ["fastapi", "uvicorn", "prometheus_client"])
+def test_what_the_server_needs_is_named_with_its_extra(name, monkeypatch):
+    for module in [module for module in sys.modules if module.startswith("hierbd3lm.serving.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r'run `pip install -e "\.\[serve\]"`'):
+        cli.main(["serve", "outputs/apples", "--device", "cpu"])
 
 
 def test_the_key_may_be_in_the_environment(monkeypatch):
