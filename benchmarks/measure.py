@@ -3,8 +3,10 @@
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import date
@@ -131,19 +133,30 @@ def make_parser(script: str, description: str | None) -> argparse.ArgumentParser
     return argparse.ArgumentParser(prog=prog, description=description, formatter_class=formatter)
 
 
-def write_results(script: str, part: str, bars: list[dict[str, Any]], details: dict[str, Any]) -> None:
-    """Write results/{script}_{part}.json and .md, and print the table."""
-    content = {"command": _command(script, part), "machine": describe_machine(), "bars": bars, "details": details}
+def write_results(
+    script: str, part: str, bars: list[dict[str, Any]], details: dict[str, Any], text: str | None = None
+) -> None:
+    """Write results/{script}_{part}.json and .md, and print the table, or `text` in its place.
+
+    With `text` the command is that of this process, else the one that measures the part.
+    """
+    command = None if text is None else shlex.join(["python", "-m", f"hierbd3lm.benchmarks.{script}", *sys.argv[1:]])
+    content = {
+        "command": command or _command(script, part),
+        "machine": describe_machine(),
+        "bars": bars,
+        "details": details,
+    }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{script}_{part}.json").write_text(json.dumps(content, indent=2) + "\n")
-    write_text(script, part, format_table(bars))
+    write_text(script, part, format_table(bars) if text is None else text, command)
 
 
-def write_text(script: str, part: str, text: str) -> None:
+def write_text(script: str, part: str, text: str, command: str | None = None) -> None:
     """Write results/{script}_{part}.md, headed by command, machine and commit, and print the text."""
     RESULTS.mkdir(exist_ok=True)
     note = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
-    (RESULTS / f"{script}_{part}.md").write_text(f"`{_command(script, part)}`: {note}\n\n{text}\n")
+    (RESULTS / f"{script}_{part}.md").write_text(f"`{command or _command(script, part)}`: {note}\n\n{text}\n")
     print(text)
 
 

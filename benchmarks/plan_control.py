@@ -21,7 +21,7 @@ from typing import Any
 from hierbd3lm.data.arguments import check_at_least
 from hierbd3lm.data.synthetic.plan_swaps import UNSEEN_KINDS
 
-from .measure import as_flags, bar, format_table, make_parser, write_results, write_text
+from .measure import as_flags, bar, format_table, make_parser, write_results
 
 ROOT = Path(__file__).parents[1]
 OUTPUTS = ROOT / "outputs" / "plan_control"
@@ -165,6 +165,19 @@ def format_models(results: Results) -> str:
     return "\n".join(lines)
 
 
+def format_kinds(results: Results) -> str:
+    """Format a Markdown table of the rate of executions that follow, by kind of change: means over the seeds."""
+    of_run = [(run.name, row["kinds"]) for run, row in results.items()]
+    kinds = sorted({kind for _, rates in of_run for kind in rates})
+    lines = [f"| follows | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    for name in dict.fromkeys(name for name, _ in of_run):
+        rates = [of_kind for other, of_kind in of_run if other == name]
+        values = [[one[kind]["swap_follows_step"] for one in rates if kind in one] for kind in kinds]
+        cells = [f"{statistics.mean(value):.3g}" if value else "" for value in values]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Finish all runs, and write the table."""
     parser = make_parser("plan_control", __doc__)
@@ -187,8 +200,8 @@ def main() -> None:
         details = [asdict(run) | row for run, row in results.items()]
         bars = measure_bars(results)
         part = "_".join(filter(None, ("models", args.page)))
-        write_results("plan_control", part, bars, {"arguments": vars(args), "runs": details})
-        write_text("plan_control", part, f"{format_models(results)}\n\n{format_table(bars)}")
+        text = f"{format_models(results)}\n\n{format_kinds(results)}\n\n{format_table(bars)}"
+        write_results("plan_control", part, bars, {"arguments": vars(args), "runs": details}, text)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from hierbd3lm.evaluation.several_plans import answer_with_plans
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.settings_hierbd3lm import resolve_settings
 
-from .measure import make_parser, trained_folder, write_results, write_text
+from .measure import make_parser, trained_folder, write_results
 
 BATCH_SIZE = 50
 TEMPERATURES = (0.0, 1.0)  # of the answers that are repaired
@@ -189,8 +189,8 @@ def main() -> None:
     for part in args.only:
         rows = measures[part]()
         name = "_".join(filter(None, (part, args.page)))
-        write_results("plan_samples", name, [], {"arguments": vars(args) | {"only": list(args.only)}, "rows": rows})
-        write_text("plan_samples", name, format_rows(rows))
+        details = {"arguments": vars(args) | {"only": list(args.only)}, "rows": rows}
+        write_results("plan_samples", name, [], details, format_rows(rows))
 
 
 if __name__ == "__main__":

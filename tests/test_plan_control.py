@@ -72,7 +72,8 @@ def test_a_measurement_resumes_after_its_last_file(tmp_path, monkeypatch):
 
 def test_bars_compare_with_the_model_without_changed_plans():
     def row(**values):
-        return dict.fromkeys(plan_control.COLUMNS, 0.5) | values
+        kinds = {"number": {"swap_n": 3, "swap_follows_step": values.get("follows", 0.5)}}
+        return dict.fromkeys(plan_control.COLUMNS, 0.5) | {"kinds": kinds} | values
 
     results = {make_run(seed=seed): row(follows=value) for seed, value in enumerate((0.9, 1.0))}
     alone = {bar["claim"]: bar for bar in plan_control.measure_bars(results)}
@@ -84,6 +85,8 @@ def test_bars_compare_with_the_model_without_changed_plans():
     assert not bars["NLL of the plan / without changed plans"]["met"]
     table = plan_control.format_models(results).split("\n")
     assert table[2].startswith("| hier | 2 | 0.95 |") and len(table) == 4
+    kinds = plan_control.format_kinds(results).split("\n")
+    assert kinds[0] == "| follows | number |" and kinds[2:] == ["| hier | 0.95 |", f"| {plan_control.WITHOUT} | 0.5 |"]
 
 
 def test_parts_are_measured_on_a_checkpoint(make_checkpoint, tmp_path, monkeypatch):  # noqa: F811
