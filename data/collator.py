@@ -1,5 +1,6 @@
 """The collator, which lays out question, plan and execution as the tokens of a batch."""
 
+import operator
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -89,6 +90,7 @@ class HierarchicalDataCollator:
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         examples = [self._read_ids(feature) for feature in features]
         for example in examples:
+            _check_ids(example, self.config)
             check_content(example, self.config)
             check_lengths(example, self.config)
         rows = self._pad_rows([_lay_out_segments(example, self.config, self.order) for example in examples])
@@ -108,7 +110,7 @@ class HierarchicalDataCollator:
 
     def _read_ids(self, feature: dict[str, Any]) -> ExampleIds:
         if all(key in feature for key in ID_KEYS):
-            ids = {key: [int(token) for token in feature[key]] for key in ID_KEYS}
+            ids = {key: _read_tokens(key, feature[key]) for key in ID_KEYS}
             if self.order.follows_plan:
                 ids |= read_steps(feature)
             return ids | {name: bool(feature.get(name)) for name in ("continues", "plan_is_given")}
@@ -318,6 +320,22 @@ def check_lengths(example: ExampleIds, config: HierBD3LMConfig) -> None:
         limit, length = getattr(config, f"{segment}_len"), segment_lengths(example, config)[segment]
         counted = "" if segment == "question" else ", including opener and <|end|>"
         raise ValueError(f"`{segment}` must have at most {segment}_len={limit} tokens{counted}, but got {length}")
+
+
+def _check_ids(example: ExampleIds, config: HierBD3LMConfig) -> None:
+    """Raise a ValueError for an id that is no row of the embedding matrix."""
+    for key in ID_KEYS:
+        if outside := [token for token in example[key] if not 0 <= token < config.vocab_size]:
+            raise ValueError(f"`{key}` must be ids in [0, {config.vocab_size}), but got {outside[0]}")
+
+
+def _read_tokens(key: str, value: Any) -> list[int]:
+    """Return token ids of a list, an array or a tensor."""
+    try:
+        tokens = [operator.index(token) for token in value]
+    except TypeError as error:
+        raise ValueError(f"`{key}` must be a list of token ids, but got {value!r}") from error
+    return tokens
 
 
 def check_content(example: ExampleIds, config: HierBD3LMConfig) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..configuration_hierbd3lm import SPECIAL_TOKENS
 from .arguments import check_at_least
+from .messages import CHAT_TEMPLATE
 
 PAD_TOKEN = "<|pad|>"
 UNK_TOKEN = "<|unk|>"
@@ -48,6 +49,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> PreT
         model_input_names=["input_ids", "attention_mask"],
         padding_side="left",
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

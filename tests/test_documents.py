@@ -47,3 +47,15 @@ def test_recipes_that_are_named_exist(document):
 def test_every_recipe_is_documented():
     text = (ROOT / "docs" / "training.md").read_text()
     assert [path.stem for path in (ROOT / "configs").glob("*.yaml") if f"`{path.stem}`" not in text] == []
+
+
+def test_each_test_that_the_table_of_calls_names_exists():
+    text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "`test_" in line]
+    named = {name for row in rows for name in re.findall(r"`(test_\w+)`", row)}
+    defined = {
+        name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(rows) > 30 and named - defined == set()
