@@ -20,11 +20,13 @@ import torch
 from scipy.stats import binomtest
 
 from hierbd3lm.data.arguments import check_at_least
+from hierbd3lm.evaluation.scoring import rate
 
 from .measure import RESULTS, as_flags, describe_machine, make_parser
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "gsm8k_smollm2"
+FEW_SHOT_TASK = "gsm8k_fewshot"
 ONE_BY_ONE = {"block_size": 1, "block_size_schedule": "null"}
 IN_FOURS = {"block_size": 4, "block_size_schedule": "{0: 2, 0.2: 4}"}
 IN_EIGHTS = {"block_size": 8, "block_size_schedule": "null"}
@@ -80,6 +82,10 @@ ROWS = {
     "hier_4_as_1": Row("hier trained in blocks of 4, run in blocks of 1", "hier_4", {"block_size": 1}),
     "hier_8": Row("hier, blocks of 8, by confidence", "hier_8", BY_CONFIDENCE),
 }
+FEW_SHOT = {
+    "zero_shot": 0,
+    "eight_shot": 8,
+}  # the checkpoint itself under lm-evaluation-harness: examples in its prompt
 COMPARED_WITH = "sft"  # every other row is tested against it, problem by problem
 COLUMNS = {  # of the table -> keys of summary.json
     "NFE": "num_forward_passes_mean",
@@ -117,17 +123,28 @@ class Run:
         settings = {"model": self.folder / row.training, "output_dir": folder, "dtype": "bfloat16"} | settings
         self._make(folder / "summary.json", ["eval", *as_flags(settings), *map(str, self._limit())])
 
+    def answer_few_shot(self, name: str) -> None:
+        """Have the checkpoint itself answer under lm-evaluation-harness, and read its results."""
+        folder = self.folder / "answers" / name
+        settings = {"model": "hf", "model_args": f"pretrained={self.checkpoint},dtype=bfloat16"}
+        settings |= {"tasks": FEW_SHOT_TASK, "num_fewshot": FEW_SHOT[name], "batch_size": 8, "output_path": folder}
+        flags = [*as_flags(settings), "--log_samples", *map(str, self._limit())]
+        if not (folder / "summary.json").is_file():
+            self._make(folder / "summary.json", ["lm-eval", *flags])
+            write_few_shot_summary(folder)
+
     def row(self, name: str) -> dict[str, Any]:
         """Return the row's figures, with the exact test of McNemar against `COMPARED_WITH`."""
         folder = self.folder / "answers"
         summary = json.loads((folder / name / "summary.json").read_text())
-        row = {"label": ROWS[name].label, "n": summary["n"]}
+        row = {"label": label_of(name), "n": summary["n"]}
         for kind in ("strict", "flexible"):
             rate = f"exact_match_{kind}"
             row |= {kind: summary[rate], f"{kind}_interval": summary[f"{rate}_interval"]}
-        row |= {column: summary[key] for column, key in COLUMNS.items()}
-        likelihood = json.loads((self.folder / ROWS[name].training / "likelihood.json").read_text())
-        row |= {key: likelihood[key] for key in ("nll", "plan_nll", "execution_nll") if key in likelihood}
+        if name in ROWS:
+            row |= {column: summary[key] for column, key in COLUMNS.items()}
+            likelihood = json.loads((self.folder / ROWS[name].training / "likelihood.json").read_text())
+            row |= {key: likelihood[key] for key in ("nll", "plan_nll", "execution_nll") if key in likelihood}
         if name != COMPARED_WITH:
             row |= compare(*(read_matches(folder / other) for other in (name, COMPARED_WITH)))
         return row
@@ -155,6 +172,28 @@ class Run:
         with open(self.folder / "log.txt", "a") as log:
             words = [sys.executable, "-m", "hierbd3lm.cli", *command]
             subprocess.run(words, env=os.environ, check=True, stdout=log, stderr=subprocess.STDOUT)
+
+
+def label_of(name: str) -> str:
+    return ROWS[name].label if name in ROWS else f"the checkpoint, {FEW_SHOT[name]} examples in the prompt"
+
+
+def write_few_shot_summary(folder: Path) -> None:
+    """Write predictions.jsonl and summary.json, as of an evaluation, from the samples that the harness has logged.
+
+    The harness logs each problem once for each of its two filters.
+    """
+    (path,) = folder.rglob(f"samples_{FEW_SHOT_TASK}_*.jsonl")
+    matches: dict[int, dict[str, bool]] = {}
+    for sample in map(json.loads, path.read_text().splitlines()):
+        kind = sample["filter"].partition("-")[0]  # strict-match, flexible-extract
+        matches.setdefault(sample["doc_id"], {})[f"exact_match_{kind}"] = bool(sample["exact_match"])
+    lines = [{"index": index} | row for index, row in sorted(matches.items())]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary: dict[str, Any] = {"n": len(lines)}
+    for name in ("exact_match_strict", "exact_match_flexible"):
+        summary |= rate(name, [line[name] for line in lines])
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def read_matches(folder: Path) -> dict[int, bool]:
@@ -197,8 +236,8 @@ def format_page(rows: dict[str, dict[str, Any]], command: str, run: Run) -> str:
         paired = f"{row['only_this']} / {row['only_other']} ({row['p_value']:.2g})" if "p_value" in row else ""
         lines.append(
             f"| {row['label']} | {100 * row['strict']:.2f} % [{100 * low:.2f}, {100 * high:.2f}] | "
-            f"{100 * row['flexible']:.2f} % | {row['nll']:.4f} | {row['NFE']:.1f} | "
-            f"{row['tokens per forward pass']:.2f} | {paired} |"
+            f"{100 * row['flexible']:.2f} % | {cell(row, 'nll', 4)} | {cell(row, 'NFE', 1)} | "
+            f"{cell(row, 'tokens per forward pass', 2)} | {paired} |"
         )
     lengths = [
         f"| {name} | {training.start or 'the checkpoint'} | {max(1, round(run.steps * training.length)):,} |"
@@ -213,7 +252,8 @@ def format_page(rows: dict[str, dict[str, Any]], command: str, run: Run) -> str:
 
 {n:,} problems of the test split, answered once, greedily, with weights in bfloat16. NLL in nats per token of plan and
 execution, over the tokens that the model itself writes (without plans: of the execution); exact for blocks of one
-token, else an upper bound. The last column counts the problems that only one of two models solves, and gives the
+token, else an upper bound. The checkpoint itself answers under lm-evaluation-harness, with the prompt of its task
+gsm8k. The last column counts the problems that only one of two models solves, and gives the
 p-value of McNemar's exact test. A constant answer is right in 2.7 % of the test problems at best, the best single
 number of the question in 6.4 %.
 
@@ -223,6 +263,10 @@ The runs, with the recipe `{RECIPE}` (16 problems per step):
 
 {trained}
 """
+
+
+def cell(row: dict[str, Any], name: str, digits: int) -> str:
+    return f"{row[name]:.{digits}f}" if name in row else ""
 
 
 def main() -> None:
@@ -242,6 +286,9 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     rows = {}
     for name in args.only:
+        if name in FEW_SHOT:
+            run.answer_few_shot(name)
+            continue
         for training in ancestry(ROWS[name].training):
             run.train(training)
         run.answer(name)

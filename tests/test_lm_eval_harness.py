@@ -13,8 +13,10 @@ import pytest
 import yaml
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager, get_task_dict
 
 from hierbd3lm.data.gsm8k.answers import extract_flexible, extract_strict
+from hierbd3lm.data.gsm8k.problems import load_gsm8k_rows
 from hierbd3lm.evaluation.arguments import EvaluationArguments
 from hierbd3lm.evaluation.lm_eval.adapter import HierBD3LMHarnessModel
 from hierbd3lm.evaluation.runner import evaluate
@@ -37,6 +39,28 @@ def test_task_is_scored_like_gsm8k_of_the_harness():
     for name in ("filter_list", "metric_list", "generation_kwargs", "output_type", "doc_to_target", "metadata"):
         assert own[name] == theirs[name]
     assert (own["doc_to_text"], own["num_fewshot"]) == ("{{question}}", 0)
+
+
+def test_task_with_examples_is_gsm8k_of_the_harness_on_our_rows(tmp_path, monkeypatch):
+    for split, numbers in (("train", range(9)), ("test", range(20, 23))):
+        rows = [{"question": f"Mia has {i} apples.", "answer": f"So <<{i}+0={i}>>{i}.\n#### {i}"} for i in numbers]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("GSM8K_DIR", str(tmp_path))
+    task = get_task_dict(["gsm8k_fewshot"], TaskManager(include_path=str(TASKS)))["gsm8k_fewshot"]
+    path = Path(lm_eval.__file__).with_name("tasks").joinpath("gsm8k", "gsm8k.yaml")
+    theirs = yaml.safe_load(path.read_text())
+    splits = {split: load_gsm8k_rows(split) for split in ("train", "test")}
+    for name in ("tag", "dataset_path", "dataset_name"):
+        del theirs[name]
+    expected = ConfigurableTask(config=theirs | {"custom_dataset": lambda **_: splits})
+    for made in (task, expected):
+        made.set_fewshot_seed(1234)
+        made.build_all_requests()
+    assert [request.args for request in task.instances] == [request.args for request in expected.instances]
+    prompt, settings = task.instances[0].args
+    assert prompt.count("Question: Mia has") == 6 and prompt.endswith("20 apples.\nAnswer:")
+    assert "Question:" in settings["until"]
+    assert [task.config.metric_list, task.config.filter_list] == [theirs["metric_list"], theirs["filter_list"]]
 
 
 def run_task(lm, rows, **fields):

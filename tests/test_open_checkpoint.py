@@ -66,3 +66,18 @@ def test_only_missing_files_are_made_and_the_row_is_read_from_them(tmp_path, mon
     assert row["strict"] == 0.5 and row["NFE"] == 7.0 and row["nll"] == 0.5
     page = open_checkpoint.format_page({"sft": row}, "the command", made)
     assert "50.00 % [10.00, 90.00]" in page and "| sft | the checkpoint | 100 |" in page
+
+
+def test_answers_of_the_harness_are_read_problem_by_problem(tmp_path):
+    samples = [
+        {"doc_id": index, "filter": kind, "exact_match": float(index == 1 and kind == "strict-match")}
+        for kind in ("strict-match", "flexible-extract")
+        for index in (2, 0, 1, 3)
+    ]
+    path = tmp_path / "folder" / "samples_gsm8k_fewshot_2026-01-01.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    open_checkpoint.write_few_shot_summary(tmp_path)
+    assert open_checkpoint.read_matches(tmp_path) == {0: False, 1: True, 2: False, 3: False}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["n"], summary["exact_match_strict"], summary["exact_match_flexible"]) == (4, 0.25, 0)
