@@ -276,6 +276,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/open_checkpoint"), help="Folder of the runs.")
     parser.add_argument("--steps", type=int, default=120, help="Steps of the first training.")
     parser.add_argument("--limit", type=int, default=None, help="Number of test problems; all if omitted.")
+    names = [*ROWS, *FEW_SHOT]
     parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="ROW", help=f"Some of {names}.")
     args = parser.parse_args()
     for name in ("steps", "limit"):
