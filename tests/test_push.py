@@ -66,7 +66,7 @@ def hub(monkeypatch):
 def folder(tmp_path):
     """A tiny checkpoint with its tokenizer, and files that nobody else needs."""
     folder, tokenizer = tmp_path / "mine", make_tokenizer()
-    HierBD3LMForBlockDiffusion(make_config_for(tokenizer)).save_pretrained(folder)
+    HierBD3LMForBlockDiffusion(make_config_for(tokenizer, question_len=128)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for name in ("training_args.bin", "notes.txt", "data.py", "events.out", ".env"):
         (folder / name).write_text("mine")

@@ -62,7 +62,7 @@ def test_training_and_evaluation_of_local_files_use_no_network(tmp_path):
     train += ["--num_validation_examples", "4", "--per_device_train_batch_size", "4", "--use_cpu", "true"]
     train += ["--backbone", json.dumps(SIZES | {"num_key_value_heads": 1, "head_dim": 16}), "--synthetic", "null"]
     train += ["--num_train_examples", "null", "--dataset_num_proc", "null", "--eval_noise_draws", "1"]
-    model = ["--model", "run", "--dataset", "rows.jsonl", "--device", "cpu"]
+    model = ["--model", "run", "--split", "validation", "--device", "cpu"]
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment |= {"HF_HOME": str(tmp_path / "home")}
     for arguments in (train, ["eval", *model], ["ppl", *model, "--num_draws", "1"]):
