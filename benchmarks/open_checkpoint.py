@@ -145,7 +145,7 @@ class Run:
             row |= {column: summary[key] for column, key in COLUMNS.items()}
             likelihood = json.loads((self.folder / ROWS[name].training / "likelihood.json").read_text())
             row |= {key: likelihood[key] for key in ("nll", "plan_nll", "execution_nll") if key in likelihood}
-        if name != COMPARED_WITH:
+        if name != COMPARED_WITH and (folder / COMPARED_WITH / "predictions.jsonl").is_file():
             row |= compare(*(read_matches(folder / other) for other in (name, COMPARED_WITH)))
         return row
 
