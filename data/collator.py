@@ -196,7 +196,7 @@ def cut_steps(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     execution, end = example["execution"], 0
     steps = example.get("execution_steps")
     steps, ends = split_steps(execution) if steps is None else steps, []
-    for step in steps:
+    for step in (step.strip(STEP_ENDS) for step in steps):  # an empty line belongs to the step before it
         start = execution.find(step, end)
         if start < 0:
             raise ValueError(f"`execution` must hold the steps of `execution_steps` in order, but lacks {step!r}")

@@ -175,3 +175,21 @@ def test_execution_nll_of_ar_is_that_of_the_backbone(tmp_path):
         nats -= sum(log_probs[i - 1, tokens[i]].item() for i in range(len(given), len(tokens)))
     measured = measure_likelihood(model, dataset, plan_is_given=True)
     assert measured["execution_nll"] == pytest.approx(nats / COUNTS["execution"], rel=1e-5)
+
+
+def test_the_price_of_parallelism_is_the_difference_to_the_total_order(tmp_path, monkeypatch):
+    rows = [
+        {"question": "?", "plan": "x = 1 + 2\ny = 3 + 4\nz = x + y", "execution": "x = 3\ny = 7\nz = 10\n#### 10"},
+        {"question": "2?", "plan": "x = 1 + 2\ny = x + 4", "execution": "x = 3\ny = 7\n#### 7"},
+    ]
+    graphs = {"graph": [[[], [], [0, 1]], [[], [0]]], "total": [[[], [0], [0, 1]], [[], [0]]]}
+    make_checkpoint(tmp_path, execution_order="plan", step_len=16, execution_len=96, plan_len=48)
+    results = {}
+    for name, depends_on in graphs.items():
+        lines = [json.dumps(row | {"depends_on": graph}) for row, graph in zip(rows, depends_on, strict=True)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+        results[name] = run(tmp_path, monkeypatch, "--num_draws", "2")
+    graph, total = results["graph"], results["total"]
+    assert graph["total_order_nll"] == pytest.approx(total["nll"], rel=1e-6) and graph["nll"] != total["nll"]
+    assert graph["price_of_parallelism"] == graph["nll"] - graph["total_order_nll"]
+    assert total["price_of_parallelism"] == 0

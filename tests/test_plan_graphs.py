@@ -98,6 +98,8 @@ def test_what_has_no_graph_is_cut_at_its_lines():
     steps = cut_steps({"execution": "a b\n\nc\nd\n#### 4"}, tokenizer)
     assert steps == {"step_lengths": [5, 2, 2, 6], "depends_on": [[], [0], [0, 1]]}
     assert cut_steps({"execution": "a\nb"}, tokenizer) == {"step_lengths": [2, 1, 0], "depends_on": [[], [0]]}
+    empty_line = {"execution": "a\n\nb\n#### 4", "execution_steps": ["a", "\nb"]}  # some rows of GSM8K have such steps
+    assert cut_steps(empty_line, tokenizer)["step_lengths"] == [3, 2, 6]
     assert cut_steps({"execution": ""}, tokenizer) == {"step_lengths": [0], "depends_on": []}
 
 
