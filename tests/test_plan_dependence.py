@@ -102,7 +102,7 @@ class Writer:
         self.rows, self.execute = {row["question"]: row for row in rows}, execute
         self.given = []  # a pair of question and plan for each row of each call; no plan where the model writes it
 
-    def __call__(self, model, input_ids, attention_mask, plan_ids=None, generation_config=None):
+    def __call__(self, model, input_ids, attention_mask, plan_ids=None, generation_config=None, **others):
         assert (plan_ids is not None) == (generation_config.stage == "execution")
         questions = [self.decode(ids) for ids in input_ids]
         given = [None] * len(questions) if plan_ids is None else [self.decode(ids) for ids in plan_ids]

@@ -47,7 +47,7 @@ class Scripted:
     def __init__(self, checkpoint, texts):
         self.tokenizer, self.texts, self.batches = AutoTokenizer.from_pretrained(checkpoint + "/tokenizer"), texts, []
 
-    def __call__(self, model, input_ids, attention_mask, plan_ids=None, generation_config=None, streamer=None):
+    def __call__(self, model, input_ids, attention_mask, plan_ids=None, generation_config=None, **others):
         questions = [
             self.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(input_ids, attention_mask, strict=True)
         ]
