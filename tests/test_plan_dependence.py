@@ -111,6 +111,7 @@ class Writer:
         plans = [row["plan"] if plan is None else plan for row, plan in zip(rows, given, strict=True)]
         executions = [self.execute(row, plan) for row, plan in zip(rows, plans, strict=True)]
         return SimpleNamespace(
+            plan_followed=None,
             plan=self.encode(plans),
             execution=self.encode(executions),
             num_forward_passes=torch.ones(len(rows), dtype=torch.long),

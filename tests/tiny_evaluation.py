@@ -58,6 +58,7 @@ class Scripted:
         num_tokens = torch.tensor([len(plan) + len(steps) + 2 for plan, steps in zip(plans, executions, strict=True)])
         passes = (num_tokens + 3) // 4
         return SimpleNamespace(
+            plan_followed=None,
             plan=self.pad(plans),
             execution=self.pad(executions),
             num_forward_passes=passes,
