@@ -111,10 +111,10 @@ def passes_of_reference(row: Mapping[str, Any], tokenizer: Any) -> dict[str, int
 def count_reference_passes(most_steps: int, num_problems: int) -> str:
     """Return a table of the passes of reference answers: of synthetic problems by width, and of GSM8K."""
     tokenizer = train_tokenizer(vocabulary_texts(SyntheticConfig(**PROBLEMS, num_steps=(1, most_steps))))
-    sets = {
-        f"synthetic, S = {shape_of(width, most_steps)[0]}": test_problems(width, most_steps, num_problems)
-        for width in WIDTHS
-    }
+    sets = {}
+    for width in WIDTHS:
+        steps, depth = shape_of(width, most_steps)
+        sets[f"synthetic, {steps} steps, depth {depth}"] = test_problems(width, most_steps, num_problems)
     if os.environ.get("GSM8K_DIR"):
         sets["GSM8K test"] = load_gsm8k("test")
     lines = ["| problems | S/D | passes chain | passes plan | ratio | of the execution alone |", "|" + "---|" * 6]
