@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any, NoReturn
 
 import torch
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, run_as_future
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
@@ -439,7 +439,7 @@ class HierBD3LMTrainer(Trainer):
         self._finish_current_push()
         revision = args.hub_revision if revision is None else revision
         push = functools.partial(push_run, args.output_dir, self.hub_model_id, commit_message, token, revision)
-        return push() if blocking else HfApi().run_as_future(push)
+        return push() if blocking else run_as_future(push)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Start to push a checkpoint, unless the push before is not done yet."""

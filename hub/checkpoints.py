@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from tempfile import mkdtemp
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, run_as_future
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
@@ -44,16 +44,16 @@ def push_checkpoint(
         files |= {f"{place}/{name}": file for name, file in (others | files).items()}
         replaced.append(f"{place}/*")
 
-    def finish(job: Future) -> None:
-        shutil.rmtree(staging, ignore_errors=True)
-        if (error := job.exception()) is not None:
+    def commit() -> CommitInfo:
+        try:
+            return commit_files(files, repo_id, message, token=token, revision=revision, replaced=replaced)
+        except Exception as error:
             logger.warning(f"{folder} was not pushed to {repo_id}, and the run goes on: {error}")
+            raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
-    job = HfApi().run_as_future(
-        commit_files, files, repo_id, message, token=token, revision=revision, replaced=replaced
-    )
-    job.add_done_callback(finish)
-    return job
+    return run_as_future(commit)  # one after the other: a later checkpoint must not be overtaken
 
 
 def _link(source: str, target: str) -> None:

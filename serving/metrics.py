@@ -65,17 +65,19 @@ class CountRequests:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status = time.perf_counter(), 499  # as nginx says: the client has hung up before the response
+        start, has_started = time.perf_counter(), False
+        path = scope["path"] if scope["path"] in self.paths else "other"
 
-        async def send_and_look(message: Message) -> None:
-            nonlocal status
+        async def send_and_count(message: Message) -> None:
+            nonlocal has_started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                has_started = True
+                self.metrics.requests.labels(path, message["status"]).inc()  # before the client can ask for it
             await send(message)
 
         try:
-            await self.app(scope, receive, send_and_look)
+            await self.app(scope, receive, send_and_count)
         finally:
-            path = scope["path"] if scope["path"] in self.paths else "other"
-            self.metrics.requests.labels(path, status).inc()
+            if not has_started:  # the client has hung up before: 499, as nginx says
+                self.metrics.requests.labels(path, 499).inc()
             self.metrics.seconds.labels(path).observe(time.perf_counter() - start)

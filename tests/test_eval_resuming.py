@@ -124,8 +124,8 @@ def test_other_weights_and_other_rows_in_the_same_place_are_refused(args, rows, 
     evaluate(args(dataset=dataset_of(rows)))
     load_model = runner.load_model
 
-    def retrained(path, device):
-        model, tokenizer = load_model(path, device)
+    def retrained(*args):
+        model, tokenizer = load_model(*args)
         with torch.no_grad():
             next(model.parameters())[0, 0] += 1
         return model, tokenizer

@@ -86,7 +86,10 @@ def test_a_given_plan_is_executed(checkpoint, capsys):
 
 @pytest.mark.parametrize(
     ("question", "message"),
-    [(TOO_LONG, r"`question` must have at most 96 tokens, but got \d+"), (SPECIAL, "must not spell out a special")],
+    [
+        (TOO_LONG, r"`question` must have at most question_len=96 tokens, but got \d+"),
+        (SPECIAL, r"must not contain special tokens, but got plan \(\d+\)"),
+    ],
 )
 def test_a_question_that_does_not_fit_is_refused(checkpoint, question, message):
     with pytest.raises(ValueError, match=message):
@@ -139,7 +142,7 @@ def test_a_chat_answers_every_question_and_survives_those_that_do_not_fit(checkp
     printed = capsys.readouterr()
     answers = [expected(question) for question in QUESTIONS[:2]]
     assert printed.out == "".join(f"--- Plan\n{plan}\n--- Execution\n{text}\n" for plan, text, _ in answers)
-    assert "`question` must have at most 96 tokens" in printed.err
+    assert "`question` must have at most question_len=96 tokens" in printed.err
 
 
 def test_a_live_answer_shades_what_is_masked_and_ends_as_the_answer(checkpoint, expected):

@@ -62,6 +62,7 @@ def test_main_row_gives_question_plan_execution_answer():
             "Natalia sold 48/2 = 24 clips in May.",
             "Natalia sold 48+24 = 72 clips altogether in April and May.",
         ],
+        "depends_on": [[], [0]],
     }
 
 
@@ -73,6 +74,7 @@ def test_socratic_row_gives_sub_questions_and_steps():
         "answer": "72",
         "plan_steps": ["How many clips did Natalia sell in May?", "How many clips did Natalia sell altogether?"],
         "execution_steps": ["Natalia sold 48/2 = 24 clips in May.", "Natalia sold 48+24 = 72 clips altogether."],
+        "depends_on": None,
     }
 
 

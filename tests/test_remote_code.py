@@ -20,7 +20,7 @@ CODE = {
     f"{name}_hierbd3lm.py"
     for name in (
         *("backbones", "cache", "configuration", "denoising", "diffusion", "dit", "generation"),
-        *("masking", "modeling", "order", "samplers", "settings"),
+        *("masking", "modeling", "order", "samplers", "schedule", "settings"),
     )
 }
 AUTO_MAP = {
