@@ -26,13 +26,9 @@ def interleaved_medians(cases: dict[str, Callable[[], Any]], repeats: int) -> di
     """Return the median seconds of each case, after one warm-up run, with the cases run in turns."""
     for run in cases.values():
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(repeats):
-        for name, run in cases.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        name: statistics.median(values) for name, values in _time_in_turns(cases, repeats, time.perf_counter).items()
+    }
 
 
 def interleaved_cpu_seconds(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -40,13 +36,20 @@ def interleaved_cpu_seconds(cases: dict[str, Callable[[], Any]], repeats: int) -
 
     With one thread this is the time that a case takes on a quiet machine, as long as the caches are its own.
     """
+    return {name: min(values) for name, values in _time_in_turns(cases, repeats, time.process_time).items()}
+
+
+def _time_in_turns(
+    cases: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Return the time of every run of each case by the clock."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, run in cases.items():
-            start = time.process_time()
+            start = clock()
             run()
-            seconds[name].append(time.process_time() - start)
-    return {name: min(values) for name, values in seconds.items()}
+            seconds[name].append(clock() - start)
+    return seconds
 
 
 def added_memory(run: Callable[[], Any]) -> int:
