@@ -1,6 +1,6 @@
 """Decoding of segments to text, and whether a tokenizer keeps the answers of executions."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -16,6 +16,11 @@ NUM_SHOWN = 3  # lost answers in the warning
 def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Decode a segment. Special tokens of the backbone are kept: an answer may have to be cut at one of them."""
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def decode_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Decode a segment of an answer for a reader, without special tokens."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def count_lost_answers(executions: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> int:

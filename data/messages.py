@@ -1,11 +1,11 @@
 """Chat messages: a template that renders a plan as reasoning content, and answers that become messages."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_hierbd3lm import SPECIAL_TOKENS
+from .decoding import decode_text
 
 # A question as a model without a chat template was trained on it, and an answer in the layout of a sequence.
 CHAT_TEMPLATE = (
@@ -30,13 +30,8 @@ def answer_messages(output: Any, tokenizer: PreTrainedTokenizerBase) -> list[dic
     Returns:
         dicts with `role` ("assistant"), `reasoning_content` (the plan) and `content` (the execution).
     """
-    texts = ([decode_content(ids, tokenizer) for ids in getattr(output, name)] for name in ("plan", "execution"))
+    texts = ([decode_text(ids, tokenizer) for ids in getattr(output, name)] for name in ("plan", "execution"))
     return [_message(plan, execution) for plan, execution in zip(*texts, strict=True)]
-
-
-def decode_content(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Decode one segment of an answer, without special tokens."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def parse_answer(text: str) -> dict[str, str]:

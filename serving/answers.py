@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
 from ..data.collator import check_content, check_lengths
+from ..data.decoding import decode_text
 from ..evaluation.prompts import Prompt
 from ..evaluation.runner import Written
 from ..generation_hierbd3lm import check_stage, make_schedule, order_of
@@ -50,11 +51,6 @@ def read_answer(prompt: Prompt, written: Written, tokenizer: PreTrainedTokenizer
         "num_plan_tokens": len(written.plan_ids),
         "num_execution_tokens": len(written.execution_ids),
     }
-
-
-def decode_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Decode a segment for a reader."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def format_answer(answer: dict[str, Any]) -> str:

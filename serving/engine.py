@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from ..data.collator import collate_questions
+from ..data.decoding import decode_text
 from ..denoising_hierbd3lm import Answer
 from ..evaluation.prompts import Prompt
 from ..evaluation.runner import Written, generate_batch, read_output
@@ -19,7 +20,7 @@ from ..masking_hierbd3lm import EXECUTION, PADDING, PLAN
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..order_hierbd3lm import BlockOrder
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, settings_of
-from .answers import decode_text, read_answer
+from .answers import read_answer
 
 logger = logging.get_logger(__name__)
 

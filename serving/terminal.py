@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..configuration_hierbd3lm import HierBD3LMConfig
-from .answers import decode_text, format_answer, format_costs
+from ..data.decoding import decode_text
+from .answers import format_answer, format_costs
 
 if TYPE_CHECKING:
     from rich.text import Text
