@@ -25,7 +25,7 @@ MARK_AS_STOPPED = """() => document.querySelectorAll(".panel[aria-busy=true]").f
 QUEUE = {
     "concurrency_id": "model",
     "concurrency_limit": 1,
-    "trigger_mode": "always_last",  # a click just after a stop is not lost
+    "trigger_mode": "multiple",  # in the other modes a click just after a stop is lost
     "show_progress": "hidden",
     "api_visibility": "private",
 }

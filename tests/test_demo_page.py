@@ -1,6 +1,5 @@
 """The page in a real browser: headless Chromium, driven by Playwright."""
 
-import os
 import re
 import shutil
 
@@ -34,8 +33,6 @@ def address(loaded):
 
 @pytest.fixture(scope="module")
 def browser():
-    if "BROWSER_TESTS" not in os.environ:
-        pytest.skip("tests of the page in Chromium run where BROWSER_TESTS is set, on a quiet machine")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("there is no chromium: `apt-get install chromium`")
