@@ -18,6 +18,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train:main", "train a model from a recipe, from scratch or from an open checkpoint"),
+    "grpo": Command("rl.command:main", "train a model with rewards for its answers: GRPO on TRL"),
     "eval": Command("eval_gsm8k:main", "have a checkpoint answer problems, and score the answers"),
     "generate": Command("serving.generate:main", "answer a question, a file of questions or a dataset; chat"),
     "serve": Command("serving.serve:main", "serve a model: an OpenAI-compatible API over HTTP"),

@@ -22,6 +22,7 @@ from hierbd3lm.evaluation.arguments import (
     SampleArguments,
 )
 from hierbd3lm.evaluation.lm_eval.__main__ import TASKS, with_include_path
+from hierbd3lm.rl.settings import PolicyArguments, RolloutArguments
 from hierbd3lm.serving.arguments import GenerateArguments, ServeArguments
 from hierbd3lm.training.recipes import find_recipe, recipe_names
 from hierbd3lm.training.settings import ModelArguments, ObjectiveArguments
@@ -29,6 +30,7 @@ from hierbd3lm.training.settings import ModelArguments, ObjectiveArguments
 ROOT = Path(hierbd3lm.__file__).parent
 SETTINGS = {
     "train": (ModelArguments, DataArguments, ObjectiveArguments),
+    "grpo": (PolicyArguments, DataArguments, RolloutArguments),
     "eval": (EvaluationArguments,),
     "generate": (GenerateArguments,),
     "serve": (ServeArguments,),

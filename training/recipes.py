@@ -6,14 +6,15 @@ from typing import Any, get_args, get_type_hints
 
 NULL = "null"  # as in YAML
 FOLDER = Path(__file__).parents[1] / "configs"
+GRPO_FOLDER = FOLDER / "grpo"
 
 
-def recipe_names() -> list[str]:
-    """Return the names of the package's recipes."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+def recipe_names(folder: Path = FOLDER) -> list[str]:
+    """Return the names of the package's recipes: those of `hierbd3lm train`, or of another command in its folder."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def find_recipe(name: str) -> Path:
+def find_recipe(name: str, folder: Path = FOLDER) -> Path:
     """Return a file, or a recipe of the package: `configs/quickstart.yaml`, `quickstart.yaml`, `quickstart`.
 
     Raises:
@@ -22,11 +23,11 @@ def find_recipe(name: str) -> Path:
     if Path(name).is_file():
         _check_encoding(Path(name))
         return Path(name)
-    stem = name.removeprefix("configs/").removesuffix(".yaml")
-    names = recipe_names()
+    stem = name.removeprefix(f"{folder.relative_to(FOLDER.parent).as_posix()}/").removesuffix(".yaml")
+    names = recipe_names(folder)
     if stem not in names:
         raise ValueError(f"`config` must be a file or one of the recipes {', '.join(names)}, but got {name!r}")
-    return FOLDER / f"{stem}.yaml"
+    return folder / f"{stem}.yaml"
 
 
 def _check_encoding(path: Path) -> None:

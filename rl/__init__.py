@@ -1,0 +1,1 @@
+"""Reinforcement learning with verifiable rewards: GRPO of plans and executions, on TRL."""

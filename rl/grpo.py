@@ -1,0 +1,337 @@
+"""GRPO of a model that plans first: TRL's trainer with rollouts, log-probabilities and credit of block diffusion."""
+
+import copy
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer
+
+from ..data.arguments import parse_json
+from ..data.collator import HierarchicalDataCollator
+from ..data.decoding import decode
+from ..evaluation.likelihood import with_predicted_tokens
+from ..evaluation.prompts import Prompt, encode_prompt
+from ..evaluation.runner import Written, generate_batch
+from ..masking_hierbd3lm import EXECUTION, PLAN
+from ..settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
+from ..training.objectives import make_objective
+from .log_probs import token_log_probs
+from .settings import SEQUENCE, RolloutArguments
+
+# setting of GRPOConfig that does not apply -> its only accepted value
+FIXED = {
+    "use_vllm": False,
+    "use_transformers_continuous_batching": False,
+    "use_liger_kernel": False,
+    "top_entropy_quantile": 1.0,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "multi_objective_aggregation": "sum_then_normalize",
+}
+LEAST_SPREAD = 1e-4  # added to standard deviations, as in TRL
+
+
+@dataclass
+class HierBD3LMGRPOConfig(RolloutArguments, GRPOConfig):
+    """TRL's `GRPOConfig` with the settings of plans, executions and noise.
+
+    `num_generations` is `num_plans * executions_per_plan`. The lengths of answers are those of the model's
+    configuration, and `generation_kwargs` holds settings of [`HierBD3LMGenerationConfig`].
+    """
+
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Save memory by computing activations again in the backward pass."}
+    )
+
+    def __post_init__(self):
+        self.check_rollouts()
+        if isinstance(self.generation_kwargs, str):
+            self.generation_kwargs = parse_json("generation_kwargs", self.generation_kwargs)
+        self.num_generations = self.num_plans * self.executions_per_plan
+        super().__post_init__()
+        for name, value in FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"`{name}` must be {value!r} for block diffusion, but got {getattr(self, name)!r}")
+        per_process = self.per_device_train_batch_size * self.steps_per_generation
+        if per_process % self.num_generations:
+            raise ValueError(
+                f"`per_device_train_batch_size` * `steps_per_generation` must be a multiple of "
+                f"num_plans * executions_per_plan = {self.num_generations}, so that a process holds all samples of a "
+                f"question, but got {per_process}"
+            )
+
+
+class HierBD3LMGRPOTrainer(GRPOTrainer):
+    """Train a [`HierBD3LMForBlockDiffusion`] with GRPO (Shao et al. 2024, "DeepSeekMath", section 4.1).
+
+    For each question `num_plans` plans are sampled, and `executions_per_plan` executions of each. A completion is
+    plan and execution with their special tokens. Reward functions have TRL's signature, and get the texts as
+    `generated_plan` and `generated_execution` beside the columns of the dataset. The dataset has a column `prompt`
+    with questions, as text.
+
+    Policy, old policy and reference score a completion under the same noise. The logged `entropy` is the mean negative
+    log-probability of the sampled tokens.
+
+    Overridden methods of TRL's `GRPOTrainer`:
+
+    - `__init__`: pass the rollouts as `rollout_func`, and copy the reference model instead of loading it again.
+    - `_get_per_token_logps_and_entropies`: score tokens by [`token_log_probs`].
+    - `_calculate_rewards`: keep the rewards for the advantages.
+    - `_generate_and_score_completions`: give plan and execution their own advantages.
+
+    Raises:
+        ValueError: for a model without a plan, or with `execution_order="plan"`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reward_funcs: Callable | list[Callable],
+        args: HierBD3LMGRPOConfig,
+        train_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        **kwargs: Any,
+    ):
+        check_model(model)
+        beta, args.beta = args.beta, 0.0  # with another value TRL loads the reference from a folder
+        is_adapter = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
+        reference = copy.deepcopy(model).eval().requires_grad_(False) if beta and not is_adapter else None
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            rollout_func=self._rollout,
+            **kwargs,
+        )
+        self.beta = args.beta = beta
+        if reference is not None:
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        self.objective = make_objective(self._unwrapped().config)
+        self._collator = HierarchicalDataCollator(self._unwrapped().config)
+        self._noise_key = 0
+        self._rewards = torch.empty(0)
+
+    def _unwrapped(self) -> PreTrainedModel:
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _rollout(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list[Any]]:
+        """Sample plans and executions; `prompts` holds each question once for each of its completions."""
+        model, mode = self._unwrapped(), "train" if self.model.training else "eval"
+        self._noise_key = self.state.global_step
+        settings = self._generation_settings(model)
+        was_training = model.training
+        model.eval()
+        try:
+            questions = self._encode(prompts, model)[:: self.args.executions_per_plan]
+            plans = self._generate_stage(model, questions, settings, "plan")
+            given = [
+                Prompt(0, one.question_ids, plan.plan_ids, []) for one, plan in zip(questions, plans, strict=True)
+            ]
+            repeated = [prompt for prompt in given for _ in range(self.args.executions_per_plan)]
+            executions = self._generate_stage(model, repeated, settings, "execution")
+        finally:
+            model.train(was_training)
+        repeated_plans = [plan for plan in plans for _ in range(self.args.executions_per_plan)]
+        pairs = [*zip(repeated_plans, executions, strict=True)]
+        passes = [plan.num_forward_passes + execution.num_forward_passes for plan, execution in pairs]
+        self._metrics[mode]["nfe"].append(sum(passes) / len(passes))
+        texts = [(decode(p.plan_ids, self._tokenizer), decode(e.execution_ids, self._tokenizer)) for p, e in pairs]
+        plan_texts, execution_texts = map(list, zip(*texts, strict=True))
+        return {
+            "prompt_ids": [prompt.question_ids for prompt in repeated],
+            "completion_ids": [self._join(model, *pair) for pair in pairs],
+            "logprobs": None,
+            "generated_plan": plan_texts,
+            "generated_execution": execution_texts,
+        }
+
+    def _generation_settings(self, model: PreTrainedModel) -> HierBD3LMGenerationConfig:
+        key = f"{self.args.seed} {self.state.global_step} {self.accelerator.process_index}"
+        settings = {"temperature": self.args.temperature, "top_p": self.args.top_p, "seed": zlib.crc32(key.encode())}
+        return resolve_settings(model.generation_config, settings | (self.args.generation_kwargs or {}))
+
+    def _encode(self, prompts: Sequence[str], model: PreTrainedModel) -> list[Prompt]:
+        """Encode the questions.
+
+        Raises:
+            ValueError: for a question that the model does not accept.
+        """
+        encoded = [encode_prompt(0, prompt, None, self._tokenizer, model.config) for prompt in prompts]
+        for text, prompt in zip(prompts, encoded, strict=True):
+            if not prompt.is_answered:
+                raise ValueError(
+                    f"`prompt` must have at most question_len={model.config.question_len} tokens and spell out no "
+                    f"special token, but got {text!r}"
+                )
+        return encoded
+
+    def _generate_stage(
+        self, model: PreTrainedModel, prompts: Sequence[Prompt], settings: HierBD3LMGenerationConfig, stage: str
+    ) -> list[Written]:
+        most = model.config.plan_len - 1  # of a plan that is given
+        settings = resolve_settings(settings, {"stage": stage})
+        prompts = [
+            Prompt(0, one.question_ids, None if one.plan_ids is None else one.plan_ids[:most], []) for one in prompts
+        ]
+        return generate_batch(model, prompts, settings, tokenizer=self._tokenizer)
+
+    @staticmethod
+    def _join(model: PreTrainedModel, plan: Written, execution: Written) -> list[int]:
+        """Return plan and execution with openers, and with `<|end|>` where the model wrote it."""
+        config = model.config
+        ids = []
+        for opener, content, finished in (
+            (config.plan_token_id, plan.plan_ids, plan.finished),
+            (config.execution_token_id, execution.execution_ids, execution.finished),
+        ):
+            ids += [opener, *content, *([config.end_token_id] if finished else [])]
+        return ids
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        """Return the log-probability of each token of the completions, `(batch, logits_to_keep)`; 0 for openers and
+        for the last tokens of segments without `<|end|>`, which have no room for it."""
+        log_probs = [
+            self._score(model, ids, mask.bool(), logits_to_keep)
+            for ids, mask in zip(
+                input_ids.split(batch_size or len(input_ids)),
+                attention_mask.split(batch_size or len(input_ids)),
+                strict=True,
+            )
+        ]
+        log_probs = torch.cat(log_probs)
+        return log_probs, -log_probs.detach() if compute_entropy else None, None
+
+    def _score(
+        self, model: Any, input_ids: torch.LongTensor, mask: torch.BoolTensor, num_completion: int
+    ) -> torch.Tensor:
+        config = self._unwrapped().config
+        features, places, seeds = [], [], []
+        for row, kept in zip(input_ids.tolist(), mask.tolist(), strict=True):
+            real = [token for token, is_real in zip(row, kept, strict=True) if is_real]
+            start = len(row) - num_completion
+            num_question = sum(kept[:start])
+            feature, of_segments = split_completion(real[num_question:], config)
+            features.append({"question_ids": real[:num_question]} | feature)
+            places.append(of_segments)
+            seeds.append(zlib.crc32(repr((self.args.seed, self._noise_key, real)).encode()))
+        batch = {name: ids.to(input_ids.device) for name, ids in self._collator(features).items()}
+        batch = with_predicted_tokens(self._unwrapped(), batch)
+        args = self.args
+        with self.accelerator.autocast():
+            values = token_log_probs(model, self.objective, batch, seeds, args.num_noise_draws, args.log_prob_weights)
+        index = find_columns(batch, places)
+        return values.new_zeros(len(input_ids), num_completion).index_put(index[:2], values[index[0], index[2]])
+
+    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
+        self._rewards = super()._calculate_rewards(*args)
+        return self._rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        mode = "train" if self.model.training else "eval"
+        output = super()._generate_and_score_completions(inputs)
+        if self.args.credit == SEQUENCE:
+            return output
+        rewards = (self._rewards * self.reward_weights.to(self._rewards)).nansum(dim=1)
+        rewards[self._rewards.isnan().all(dim=1)] = torch.nan
+        plan, execution = segment_advantages(
+            rewards, self.args.num_plans, self.args.executions_per_plan, self.scale_rewards
+        )
+        self._metrics[mode]["advantages/plan_abs"].append(plan.abs().mean().item())
+        self._metrics[mode]["advantages/execution_abs"].append(execution.abs().mean().item())
+        start = self.accelerator.process_index * len(inputs)
+        plan, execution = (values[start : start + len(inputs), None] for values in (plan, execution))
+        opener = output["completion_ids"] == self._unwrapped().config.execution_token_id
+        output["advantages"] = torch.where(opener.cumsum(dim=1) > 0, execution, plan)
+        return output
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` for a model whose answers have no plan, or steps that are denoised at the same time."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if PLAN not in base.order.segments:
+        raise ValueError(f"`model` must write a plan, but got algorithm {base.config.algorithm!r} without one")
+    if base.order.follows_plan:
+        raise ValueError("`model` must have execution_order='chain', but got 'plan'")
+
+
+def split_completion(tokens: Sequence[int], config: Any) -> tuple[dict[str, list[int]], dict[int, list[int]]]:
+    """Split a completion into the contents of plan and execution.
+
+    Returns:
+        `plan_ids` and `execution_ids`, cut where opener and `<|end|>` would not fit; and for each segment the places
+        in the completion of its scored tokens, in order.
+    """
+    border = tokens.index(config.execution_token_id)
+    feature, places = {}, {}
+    for name, segment, start, stop, most in (
+        ("plan_ids", PLAN, 1, border, config.plan_len - 2),
+        ("execution_ids", EXECUTION, border + 1, len(tokens), config.execution_len - 2),
+    ):
+        has_end = stop > start and tokens[stop - 1] == config.end_token_id
+        content = list(tokens[start : stop - has_end])[:most]
+        feature[name] = content
+        places[segment] = [*range(start, start + len(content)), *([stop - 1] if has_end else [])]
+    return feature, places
+
+
+def find_columns(
+    batch: dict[str, torch.Tensor], places: Sequence[dict[int, list[int]]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return row, place in the completion, and column in the batch of every scored token."""
+    counted, found = batch["labels"] != -100, []
+    for row, of_segments in enumerate(places):
+        for segment, of_tokens in of_segments.items():
+            columns = (counted[row] & (batch["segment_ids"][row] == segment)).nonzero()[:, 0].tolist()
+            found += [(row, place, column) for place, column in zip(of_tokens, columns, strict=False)]
+    return tuple(torch.tensor(found, device=counted.device).view(-1, 3).T)
+
+
+def segment_advantages(
+    rewards: torch.Tensor, num_plans: int, executions_per_plan: int, scale: str = "group"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the advantage of each completion's plan and of its execution.
+
+    A plan's is its mean reward against the other plans of the question, an execution's its reward against the other
+    executions of its plan.
+
+    Args:
+        rewards: `(num_questions * num_plans * executions_per_plan,)`; NaN where nothing could be scored.
+        scale: divide by the standard deviation of what is compared (`group`), of all in the batch (`batch`), or not
+            (`none`).
+
+    Returns:
+        two tensors of the shape of `rewards`; 0 where the reward is NaN.
+    """
+    of_executions = rewards.view(-1, num_plans, executions_per_plan)
+    of_plans = of_executions.nanmean(dim=2, keepdim=True)
+
+    def centred(values: torch.Tensor, dim: int) -> torch.Tensor:
+        difference = values - values.nanmean(dim=dim, keepdim=True)
+        if scale == "none":
+            return difference
+        group = tuple(range(difference.ndim)) if scale == "batch" else dim
+        num_known = (~difference.isnan()).sum(dim=group, keepdim=True)
+        spread = (difference.square().nansum(dim=group, keepdim=True) / (num_known - 1).clamp(min=1)).sqrt()
+        return difference / (spread + LEAST_SPREAD)
+
+    plan = centred(of_plans, 1).expand_as(of_executions)
+    execution = centred(of_executions, 2)
+    return tuple(values.nan_to_num(nan=0.0).flatten() for values in (plan, execution))
