@@ -13,7 +13,7 @@ from hierbd3lm.training.recipes import GRPO_FOLDER, find_recipe, recipe_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
     from hierbd3lm.rl.grpo import HierBD3LMGRPOConfig
@@ -48,7 +48,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     train(*parse_arguments(sys.argv[1:] if argv is None else argv, prog))
 
 
-def train(policy_args: PolicyArguments, data_args: DataArguments, args: "HierBD3LMGRPOConfig") -> None:
+def train(
+    policy_args: PolicyArguments,
+    data_args: DataArguments,
+    args: "HierBD3LMGRPOConfig",
+    callbacks: Sequence["TrainerCallback"] = (),
+) -> None:
     """Load a model and problems, train with GRPO, and save the model."""
     from hierbd3lm.data.splits import load_split
     from hierbd3lm.rl.grpo import HierBD3LMGRPOTrainer
@@ -69,7 +74,7 @@ def train(policy_args: PolicyArguments, data_args: DataArguments, args: "HierBD3
         args,
         train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=[SaveDataArguments(data_args)],
+        callbacks=[SaveDataArguments(data_args), *callbacks],
     )
     if trainer.is_world_process_zero():
         data_args.save(args.output_dir)
