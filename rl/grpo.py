@@ -111,6 +111,7 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
             **kwargs,
         )
         self.beta = args.beta = beta
+        self.eos_token_ids = [self._unwrapped().config.end_token_id]  # ends a completion that is not cut
         if reference is not None:
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         self.objective = make_objective(self._unwrapped().config)

@@ -194,6 +194,18 @@ def test_policy_and_reference_see_the_same_noise(tmp_path):
     assert all(nfe >= 2 for nfe in logged(trainer, "nfe"))
 
 
+def test_completions_that_end_are_told_from_those_that_are_cut(tmp_path):
+    trainer, ends = make_trainer(tmp_path), []
+    sample = trainer.rollout_func
+    trainer.rollout_func = lambda *args: ends.append(sample(*args)) or ends[-1]
+    trainer.model.train()
+    trainer._generate_and_score_completions([{"prompt": "2 and 3?"}] * 40)
+    end = trainer.model.config.end_token_id
+    cut = [ids[-1] != end for ids in ends[0]["completion_ids"]]
+    assert trainer._metrics["train"]["completions/clipped_ratio"] == [pytest.approx(sum(cut) / len(cut))]
+    assert 0 < sum(cut) < len(cut)
+
+
 def test_rewards_see_both_texts_and_the_columns_of_the_dataset(tmp_path):
     seen = []
 
@@ -325,6 +337,6 @@ def test_rewards_are_found_by_name():
 
 @pytest.mark.parametrize("name", recipe_names(GRPO_FOLDER))
 def test_recipes_are_read(name):
-    policy, _, args = command.parse_arguments([name])
+    policy, _, args = command.parse_arguments([name, "--use_cpu", "true"])
     assert [command.find_reward(reward) for reward in policy.rewards]
     assert args.num_generations == args.num_plans * args.executions_per_plan
