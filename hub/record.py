@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -12,17 +12,20 @@ from ..data.run_folder import write_json
 from ..training.settings import AdapterArguments, ObjectiveArguments
 from .facts import RECORD_FILE, license_in
 
-if TYPE_CHECKING:
-    from ..training.settings import ModelArguments
-
 RECIPE = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 RECIPE += ("optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm")
 RECIPE += ("bf16", "fp16", "seed", "data_seed")
 OBJECTIVE = tuple(item.name for item in fields(ObjectiveArguments) if not item.name.startswith(("eval_", "logging_")))
 
 
-def make_record(model_args: "ModelArguments", args: TrainingArguments) -> dict[str, Any]:
+def make_record(
+    model_args: AdapterArguments, args: TrainingArguments, further_settings: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the record of a run.
+
+    Args:
+        model_args: has `init_from`, too, and perhaps `dtype`.
+        further_settings: of a method other than likelihood training.
 
     Returns:
         `init_from`: name of the checkpoint that the run starts from, None if there is none; `license`: that of a base
@@ -35,8 +38,8 @@ def make_record(model_args: "ModelArguments", args: TrainingArguments) -> dict[s
     return {
         "init_from": public_name(base),
         "license": license_in(Path(base)) if base else None,
-        "dtype": model_args.dtype,
-        "settings": settings,
+        "dtype": getattr(model_args, "dtype", "float32"),
+        "settings": settings | (further_settings or {}),
     }
 
 
@@ -47,8 +50,10 @@ def _as_json(value: Any) -> Any:
 class SaveRecord(TrainerCallback):
     """Save the record of a run in its folder and with each checkpoint."""
 
-    def __init__(self, model_args: "ModelArguments", args: TrainingArguments):
-        self.record = make_record(model_args, args)
+    def __init__(
+        self, model_args: AdapterArguments, args: TrainingArguments, further_settings: dict[str, Any] | None = None
+    ):
+        self.record = make_record(model_args, args, further_settings)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._save(args, state, "")

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from transformers import HfArgumentParser
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
     from hierbd3lm.rl.grpo import HierBD3LMGRPOConfig
 
+RECORDED = (*(item.name for item in fields(RolloutArguments)), "temperature", "beta", "epsilon", "num_iterations")
 USAGE = "%(prog)s [recipe] [--setting value ...]"
 EPILOG = """The settings of TRL's GRPOConfig are accepted too, such as --output_dir, --max_steps, --learning_rate,
 --temperature, --beta and --resume_from_checkpoint (a folder, or `last`)."""
@@ -56,6 +58,7 @@ def train(
 ) -> None:
     """Load a model and problems, train with GRPO, and save the model."""
     from hierbd3lm.data.splits import load_split
+    from hierbd3lm.hub.record import SaveRecord
     from hierbd3lm.rl.grpo import HierBD3LMGRPOTrainer
     from hierbd3lm.training.checkpoints import find_checkpoint
     from hierbd3lm.training.lora import add_adapter, load_checkpoint, load_tokenizer
@@ -68,13 +71,15 @@ def train(
     dataset = make_prompts(load_split(data_args, "train"), tokenizer, model.config)
     if policy_args.use_peft:
         model = add_adapter(model, policy_args.init_from, policy_args)
+    recorded = {"method": "GRPO"} | {name: getattr(args, name) for name in RECORDED}
+    recorded["rewards"] = ", ".join(policy_args.rewards)
     trainer = HierBD3LMGRPOTrainer(
         model,
         rewards,
         args,
         train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=[SaveDataArguments(data_args), *callbacks],
+        callbacks=[SaveDataArguments(data_args), SaveRecord(policy_args, args, recorded), *callbacks],
     )
     if trainer.is_world_process_zero():
         data_args.save(args.output_dir)
@@ -83,6 +88,7 @@ def train(
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+    trainer.create_model_card()
 
 
 def make_prompts(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", config: "HierBD3LMConfig") -> "Dataset":

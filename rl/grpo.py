@@ -1,9 +1,11 @@
 """GRPO of a model that plans first: TRL's trainer with rollouts, log-probabilities and credit of block diffusion."""
 
 import copy
+import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from ..data.decoding import decode
 from ..evaluation.likelihood import with_predicted_tokens
 from ..evaluation.prompts import Prompt, encode_prompt
 from ..evaluation.runner import Written, generate_batch
+from ..hub.card import write_card
 from ..masking_hierbd3lm import EXECUTION, PLAN
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
 from ..training.objectives import make_objective
@@ -57,6 +60,8 @@ class HierBD3LMGRPOConfig(RolloutArguments, GRPOConfig):
         for name, value in FIXED.items():
             if getattr(self, name) != value:
                 raise ValueError(f"`{name}` must be {value!r} for block diffusion, but got {getattr(self, name)!r}")
+        if self.push_to_hub:
+            raise ValueError("`push_to_hub` must be False, but got True: `hierbd3lm push` pushes the trained model")
         per_process = self.per_device_train_batch_size * self.steps_per_generation
         if per_process % self.num_generations:
             raise ValueError(
@@ -81,6 +86,7 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
 
     - `__init__`: pass the rollouts as `rollout_func`, and copy the reference model instead of loading it again.
     - `_get_per_token_logps_and_entropies`: score tokens by [`token_log_probs`].
+    - `create_model_card`: write the card from the files of the run.
     - `_calculate_rewards`: keep the rewards for the advantages.
     - `_generate_and_score_completions`: give plan and execution their own advantages.
 
@@ -240,6 +246,13 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
             values = token_log_probs(model, self.objective, batch, seeds, args.num_noise_draws, args.log_prob_weights)
         index = find_columns(batch, places)
         return values.new_zeros(len(input_ids), num_completion).index_put(index[:2], values[index[0], index[2]])
+
+    def create_model_card(self, model_name: str | None = None, **metadata: Any) -> None:
+        """Write the model card from the saved files of the run, if there are any yet; see [`~hub.card.write_card`]."""
+        folder = self.args.output_dir
+        is_saved = any(Path(folder, name).is_file() for name in ("config.json", "adapter_config.json"))
+        if self.is_world_process_zero() and is_saved:
+            write_card(folder, state=dataclasses.asdict(self.state), **metadata)
 
     def _calculate_rewards(self, *args: Any) -> torch.Tensor:
         self._rewards = super()._calculate_rewards(*args)

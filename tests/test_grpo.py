@@ -263,6 +263,7 @@ def test_a_reward_grows(tmp_path, credit):
         ({"credit": "token"}, "`credit` must be one of segment, sequence, but got 'token'"),
         ({"per_device_train_batch_size": 6}, "must be divisible by num_generations"),
         ({"top_entropy_quantile": 0.5}, "`top_entropy_quantile` must be 1.0 for block diffusion, but got 0.5"),
+        ({"push_to_hub": True}, "`push_to_hub` must be False, but got True: `hierbd3lm push`"),
         ({"num_noise_draws": 0}, "`num_noise_draws` must be >= 1, but got 0"),
         ({"log_prob_weights": "one"}, "`log_prob_weights` must be one of bound, uniform, but got 'one'"),
     ],
@@ -305,6 +306,8 @@ def test_a_run_that_is_resumed_ends_with_the_same_weights(checkpoint, tmp_path, 
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert "8 problems; dropped, as the model does not accept the question: 0" in capsys.readouterr().out
     HierBD3LMForBlockDiffusion.from_pretrained(tmp_path / "whole")
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "GRPO" in card and str(tmp_path) not in card and str(checkpoint) not in card
 
 
 @pytest.mark.slow
