@@ -1,8 +1,8 @@
 """GRPO from a checkpoint: exact match on held-out problems before and after, with both kinds of credit.
 
 `python -m hierbd3lm.benchmarks.grpo CHECKPOINT [--minutes N] [--seeds N ...]`. Every run trains for the same time from
-the same checkpoint with the recipe `problems`, and is evaluated greedily, before and after, on the same problems of
-the test split. An interrupted measurement resumes after the last finished run. Writes results/grpo_problems.json
+the same checkpoint with the recipe `problems`, and is evaluated greedily token by token, before and after, on
+the same problems of the test split. An interrupted measurement resumes after the last finished run. Writes results/grpo_problems.json
 and .md.
 """
 
@@ -25,6 +25,7 @@ from hierbd3lm.rl.settings import CREDITS
 from .measure import as_flags, bar, format_table, make_parser, trained_folder, write_results
 
 RECIPE = "problems"
+BLOCK_SIZE = 1  # of the recipe
 LEAST_GAIN = 0.1
 EXACT_MATCH = "exact_match_strict"
 
@@ -59,6 +60,7 @@ def train(checkpoint: Path, folder: Path, credit: str, seed: int, minutes: float
 def evaluate(model: Path, folder: Path, num_problems: int) -> list[bool]:
     """Return for each problem whether the greedy answer is right."""
     settings = {"model": model, "output_dir": folder, "limit": num_problems, "sampler": "first_hitting"}
+    settings["block_size"] = BLOCK_SIZE
     if not (folder / "summary.json").is_file():
         words = [sys.executable, "-m", "hierbd3lm.cli", "eval", *as_flags(settings), "--overwrite"]
         subprocess.run(words, env=os.environ, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -67,7 +67,8 @@ def train(
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     rewards = [find_reward(name) for name in policy_args.rewards]
     tokenizer = load_tokenizer(policy_args.init_from)
-    model = load_checkpoint(policy_args.init_from, tokenizer, {})
+    fields_of_config = {} if policy_args.block_size is None else {"block_size": policy_args.block_size}
+    model = load_checkpoint(policy_args.init_from, tokenizer, fields_of_config)
     dataset = make_prompts(load_split(data_args, "train"), tokenizer, model.config)
     if policy_args.use_peft:
         model = add_adapter(model, policy_args.init_from, policy_args)

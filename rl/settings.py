@@ -57,6 +57,12 @@ class PolicyArguments(AdapterArguments):
     init_from: str | None = field(
         default=None, metadata={"help": "Checkpoint or adapter of a model that plans first, to start from."}
     )
+    block_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Block size to train with, in place of the checkpoint's. Log-probabilities of blocks of 1 are exact."
+        },
+    )
     rewards: list[str] = field(
         default_factory=lambda: ["exact_match"],
         metadata={

@@ -320,6 +320,13 @@ def test_an_adapter_is_trained_against_its_base(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_is_trained_in_blocks_of_one(checkpoint, tmp_path):
+    command.main(command_line(checkpoint, tmp_path, "--block_size", "1", "--max_steps", "1"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["plan_block_size"] == config["execution_block_size"] == 1
+
+
+@pytest.mark.slow
 def test_two_processes_train_one_model(checkpoint, tmp_path):
     words = command_line(checkpoint, tmp_path, "--per_device_train_batch_size", "4", "--max_steps", "2")
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hierbd3lm.rl.command", *words]
