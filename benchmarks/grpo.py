@@ -1,9 +1,9 @@
 """GRPO from a checkpoint: exact match on held-out problems before and after, with both kinds of credit.
 
 `python -m hierbd3lm.benchmarks.grpo CHECKPOINT [--minutes N] [--seeds N ...]`. Every run trains for the same time from
-the same checkpoint with the recipe `problems`, and is evaluated greedily token by token, before and after, on
-the same problems of the test split. An interrupted measurement resumes after the last finished run. Writes results/grpo_problems.json
-and .md.
+the same checkpoint with the recipe `problems`, in blocks of one token, and is evaluated greedily on the same problems
+of the test split. The gain is relative to the checkpoint in its own blocks. An interrupted measurement resumes after
+the last finished run. Writes results/grpo_problems.json and .md.
 """
 
 import json
@@ -28,6 +28,7 @@ RECIPE = "problems"
 BLOCK_SIZE = 1  # of the recipe
 LEAST_GAIN = 0.1
 EXACT_MATCH = "exact_match_strict"
+OWN_BLOCKS = "in the checkpoint's own blocks"
 
 
 class TimeLimit(TrainerCallback):
@@ -57,15 +58,16 @@ def train(checkpoint: Path, folder: Path, credit: str, seed: int, minutes: float
     command.train(*command.parse_arguments([RECIPE, *as_flags(settings)]), callbacks=[TimeLimit(60 * minutes)])
 
 
-def evaluate(model: Path, folder: Path, num_problems: int) -> list[bool]:
-    """Return for each problem whether the greedy answer is right."""
+def evaluate(model: Path, folder: Path, num_problems: int, block_size: int | None = BLOCK_SIZE) -> dict[str, Any]:
+    """Return the exact match of greedy answers; in the checkpoint's own blocks if `block_size` is None."""
     settings = {"model": model, "output_dir": folder, "limit": num_problems, "sampler": "first_hitting"}
-    settings["block_size"] = BLOCK_SIZE
+    if block_size is not None:
+        settings["block_size"] = block_size
     if not (folder / "summary.json").is_file():
         words = [sys.executable, "-m", "hierbd3lm.cli", "eval", *as_flags(settings), "--overwrite"]
         subprocess.run(words, env=os.environ, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     lines = map(json.loads, (folder / "predictions.jsonl").read_text().splitlines())
-    return [line[EXACT_MATCH] for line in sorted(lines, key=lambda line: line["index"])]
+    return rate(EXACT_MATCH, [line[EXACT_MATCH] for line in lines])
 
 
 def read_history(folder: Path) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def read_history(folder: Path) -> dict[str, Any]:
     }
 
 
-def format_rows(before: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def format_rows(before: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -> str:
     """Format the table of the runs."""
     lines = [
         "| credit | seed | steps | mean reward, first to last fifth | exact match after | gain |",
@@ -91,9 +93,12 @@ def format_rows(before: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             for row in rows
         ),
     ]
-    low, high = before[f"{EXACT_MATCH}_interval"]
-    start = f"Before: {100 * before[EXACT_MATCH]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]."
-    return "\n\n".join([start, "\n".join(lines)])
+    starts = [
+        f"Before, {where}: {100 * start[EXACT_MATCH]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]."
+        for where, start in before.items()
+        for low, high in [start[f"{EXACT_MATCH}_interval"]]
+    ]
+    return "\n\n".join([*starts, "\n".join(lines)])
 
 
 def main() -> None:
@@ -110,20 +115,22 @@ def main() -> None:
     args = parser.parse_args()
     check_at_least("num_problems", args.num_problems, 1)
     checkpoint, rows = Path(args.checkpoint), []
-    matches = evaluate(checkpoint, args.output_dir / "before", args.num_problems)
-    before = rate(EXACT_MATCH, matches)
+    before = {
+        OWN_BLOCKS: evaluate(checkpoint, args.output_dir / "before_own", args.num_problems, block_size=None),
+        "token by token": evaluate(checkpoint, args.output_dir / "before", args.num_problems),
+    }
     for seed in args.seeds:
         for credit in args.credits:
             folder = args.output_dir / f"{credit}_{seed}"
             train(checkpoint, folder, credit, seed, args.minutes)
-            after = rate(EXACT_MATCH, evaluate(folder, folder / "answers", args.num_problems))
-            gain = after[EXACT_MATCH] - before[EXACT_MATCH]
+            after = evaluate(folder, folder / "answers", args.num_problems)
+            gain = after[EXACT_MATCH] - before[OWN_BLOCKS][EXACT_MATCH]
             rows.append({"credit": credit, "seed": seed, "gain": gain} | after | read_history(folder))
     bars = [
         bar(f"gain of exact match, {row['credit']} credit, seed {row['seed']}", row["gain"], LEAST_GAIN, False)
         for row in rows
     ]
-    details = {"minutes": args.minutes, "n": len(matches), "before": before, "runs": rows}
+    details = {"minutes": args.minutes, "n": args.num_problems, "before": before, "runs": rows}
     text = "\n\n".join([format_rows(before, rows), format_table(bars)])
     write_results("grpo", "problems", bars, details, text)
 

@@ -60,7 +60,7 @@ class PolicyArguments(AdapterArguments):
     block_size: int | None = field(
         default=None,
         metadata={
-            "help": "Block size to train with, in place of the checkpoint's. Log-probabilities of blocks of 1 are exact."
+            "help": "Block size to train with, in place of the checkpoint's; with 1 log-probabilities are exact."
         },
     )
     rewards: list[str] = field(
