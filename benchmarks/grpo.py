@@ -18,7 +18,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hierbd3lm.data.arguments import check_at_least
-from hierbd3lm.evaluation.scoring import rate
 from hierbd3lm.rl import command
 from hierbd3lm.rl.settings import CREDITS
 
@@ -66,8 +65,8 @@ def evaluate(model: Path, folder: Path, num_problems: int, block_size: int | Non
     if not (folder / "summary.json").is_file():
         words = [sys.executable, "-m", "hierbd3lm.cli", "eval", *as_flags(settings), "--overwrite"]
         subprocess.run(words, env=os.environ, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    lines = map(json.loads, (folder / "predictions.jsonl").read_text().splitlines())
-    return rate(EXACT_MATCH, [line[EXACT_MATCH] for line in lines])
+    summary = json.loads((folder / "summary.json").read_text())
+    return {key: summary[key] for key in (EXACT_MATCH, f"{EXACT_MATCH}_interval")}
 
 
 def read_history(folder: Path) -> dict[str, Any]:

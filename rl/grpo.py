@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +137,19 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
         was_training = model.training
         model.eval()
         try:
-            questions = self._encode(prompts, model)[:: self.args.executions_per_plan]
-            plans = self._generate_stage(model, questions, settings, "plan")
-            given = [
-                Prompt(0, one.question_ids, plan.plan_ids, []) for one, plan in zip(questions, plans, strict=True)
+            questions = self._encode(prompts[:: self.args.executions_per_plan], model)
+            plans = generate_batch(
+                model, questions, resolve_settings(settings, {"stage": "plan"}), tokenizer=self._tokenizer
+            )
+            most = model.config.plan_len - 1  # of a plan that is given
+            repeated = [
+                replace(question, plan_ids=plan.plan_ids[:most])
+                for question, plan in zip(questions, plans, strict=True)
+                for _ in range(self.args.executions_per_plan)
             ]
-            repeated = [prompt for prompt in given for _ in range(self.args.executions_per_plan)]
-            executions = self._generate_stage(model, repeated, settings, "execution")
+            executions = generate_batch(
+                model, repeated, resolve_settings(settings, {"stage": "execution"}), tokenizer=self._tokenizer
+            )
         finally:
             model.train(was_training)
         repeated_plans = [plan for plan in plans for _ in range(self.args.executions_per_plan)]
@@ -179,16 +185,6 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
                     f"special token, but got {text!r}"
                 )
         return encoded
-
-    def _generate_stage(
-        self, model: PreTrainedModel, prompts: Sequence[Prompt], settings: HierBD3LMGenerationConfig, stage: str
-    ) -> list[Written]:
-        most = model.config.plan_len - 1  # of a plan that is given
-        settings = resolve_settings(settings, {"stage": stage})
-        prompts = [
-            Prompt(0, one.question_ids, None if one.plan_ids is None else one.plan_ids[:most], []) for one in prompts
-        ]
-        return generate_batch(model, prompts, settings, tokenizer=self._tokenizer)
 
     @staticmethod
     def _join(model: PreTrainedModel, plan: Written, execution: Written) -> list[int]:
