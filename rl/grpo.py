@@ -126,8 +126,7 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
         self._rewards = torch.empty(0)
 
     def _unwrapped(self) -> PreTrainedModel:
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return without_adapter(self.accelerator.unwrap_model(self.model))
 
     def _rollout(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """Sample plans and executions; `prompts` holds each question once for each of its completions."""
@@ -273,9 +272,14 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
         return output
 
 
+def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model inside an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def check_model(model: PreTrainedModel) -> None:
     """Raise a `ValueError` for a model whose answers have no plan, or steps that are denoised at the same time."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapter(model)
     if PLAN not in base.order.segments:
         raise ValueError(f"`model` must write a plan, but got algorithm {base.config.algorithm!r} without one")
     if base.order.follows_plan:
