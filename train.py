@@ -4,12 +4,10 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from transformers import HfArgumentParser
+from typing import TYPE_CHECKING
 
 from hierbd3lm.data.arguments import DataArguments
-from hierbd3lm.training.recipes import find_recipe, recipe_names, split_nulls
+from hierbd3lm.training.recipes import parse_settings, print_own_help
 from hierbd3lm.training.settings import ModelArguments, ObjectiveArguments
 
 if TYPE_CHECKING:
@@ -24,56 +22,21 @@ FLAGS = {
     "name": "dataset_name",
     "split": "dataset_train_split` or `dataset_validation_split",
 }
-USAGE = "%(prog)s [recipe] [--setting value ...]"
-EPILOG = """The settings of transformers' TrainingArguments are accepted too, such as --output_dir, --max_steps,
+OTHER_SETTINGS = """The settings of transformers' TrainingArguments are accepted too, such as --output_dir, --max_steps,
 --learning_rate, --per_device_train_batch_size, --report_to and --resume_from_checkpoint (a folder, or `last`):
-`--help_all` lists them. Recipes:"""
+`--help_all` lists them."""
 
 
 def parse_arguments(
     argv: Sequence[str], prog: str | None = None
 ) -> tuple[ModelArguments, DataArguments, "TrainScriptArguments"]:
-    """Read `[recipe] [--setting value ...]`; a setting on the command line overrides the recipe.
-
-    A recipe is a YAML file, or the name of one of the package's own (see [`find_recipe`]). `--setting null` unsets a
-    setting of the recipe.
-    """
-    argv = list(argv)
+    """Read `[recipe] [--setting value ...]`; see [`~training.recipes.parse_settings`]."""
     if {"-h", "--help"} & set(argv):
-        _own_parser(prog).print_help()
-        raise SystemExit(0)
-
-    from trl import TrlParser
+        print_own_help((ModelArguments, DataArguments, ObjectiveArguments), prog, OTHER_SETTINGS)
 
     from hierbd3lm.training.arguments import TrainScriptArguments
 
-    class Parser(TrlParser):
-        def set_defaults_with_config(self, **config: Any) -> list[str]:
-            return super().set_defaults_with_config(**config | unset)
-
-    types = (ModelArguments, DataArguments, TrainScriptArguments)
-    argv, unset = split_nulls(argv, types)
-    parser = Parser(types, prog=prog, usage=USAGE)
-    parser.set_defaults(**unset)
-    if "--help_all" in argv:
-        parser.print_help()
-        raise SystemExit(0)
-    if argv and not argv[0].startswith("-"):
-        argv.insert(0, "--config")
-    if "--config" in argv[:-1]:
-        place = argv.index("--config") + 1
-        argv[place] = str(find_recipe(argv[place]))
-    return parser.parse_args_and_config(argv)
-
-
-def _own_parser(prog: str | None) -> HfArgumentParser:
-    """Return a parser of this package's own settings: those of transformers take seconds to import."""
-    epilog = f"{EPILOG} {', '.join(recipe_names())}."
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, ObjectiveArguments), prog=prog, usage=USAGE, epilog=epilog
-    )
-    parser.add_argument("--help_all", action="store_true", help="Show the settings of TrainingArguments too.")
-    return parser
+    return parse_settings(argv, (ModelArguments, DataArguments, TrainScriptArguments), prog)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:

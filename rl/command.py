@@ -6,11 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from transformers import HfArgumentParser
-
 from hierbd3lm.data.arguments import DataArguments
 from hierbd3lm.rl.settings import PolicyArguments, RolloutArguments
-from hierbd3lm.training.recipes import GRPO_FOLDER, find_recipe, recipe_names
+from hierbd3lm.training.recipes import GRPO_FOLDER, parse_settings, print_own_help
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,29 +18,20 @@ if TYPE_CHECKING:
     from hierbd3lm.rl.grpo import HierBD3LMGRPOConfig
 
 RECORDED = (*(item.name for item in fields(RolloutArguments)), "temperature", "beta", "epsilon", "num_iterations")
-USAGE = "%(prog)s [recipe] [--setting value ...]"
-EPILOG = """The settings of TRL's GRPOConfig are accepted too, such as --output_dir, --max_steps, --learning_rate,
---temperature, --beta and --resume_from_checkpoint (a folder, or `last`)."""
+OTHER_SETTINGS = """The settings of TRL's GRPOConfig are accepted too, such as --output_dir, --max_steps, --learning_rate,
+--temperature, --beta and --resume_from_checkpoint (a folder, or `last`): `--help_all` lists them."""
 
 
 def parse_arguments(
     argv: Sequence[str], prog: str | None = None
 ) -> tuple[PolicyArguments, DataArguments, "HierBD3LMGRPOConfig"]:
-    """Read `[recipe] [--setting value ...]`; a setting on the command line overrides the recipe."""
-    argv = list(argv)
+    """Read `[recipe] [--setting value ...]`; see [`~training.recipes.parse_settings`]."""
     if {"-h", "--help"} & set(argv):
-        types = (PolicyArguments, DataArguments, RolloutArguments)
-        epilog = f"{EPILOG} Recipes: {', '.join(recipe_names(GRPO_FOLDER))}."
-        HfArgumentParser(types, prog=prog, usage=USAGE, epilog=epilog).print_help()
-        raise SystemExit(0)
-
-    from trl import TrlParser
+        print_own_help((PolicyArguments, DataArguments, RolloutArguments), prog, OTHER_SETTINGS, GRPO_FOLDER)
 
     from hierbd3lm.rl.grpo import HierBD3LMGRPOConfig
 
-    if argv and not argv[0].startswith("-"):
-        argv[:1] = ["--config", str(find_recipe(argv[0], GRPO_FOLDER))]
-    return TrlParser((PolicyArguments, DataArguments, HierBD3LMGRPOConfig), prog=prog).parse_args_and_config(argv)
+    return parse_settings(argv, (PolicyArguments, DataArguments, HierBD3LMGRPOConfig), prog, GRPO_FOLDER)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:

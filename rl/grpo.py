@@ -31,6 +31,10 @@ FIXED = {
     "use_vllm": False,
     "use_transformers_continuous_batching": False,
     "use_liger_kernel": False,
+    "top_k": 0,
+    "min_p": None,
+    "repetition_penalty": 1.0,
+    "cache_implementation": None,
     "top_entropy_quantile": 1.0,
     "entropy_coef": 0.0,
     "use_adaptive_entropy": False,
@@ -60,6 +64,11 @@ class HierBD3LMGRPOConfig(RolloutArguments, GRPOConfig):
         for name, value in FIXED.items():
             if getattr(self, name) != value:
                 raise ValueError(f"`{name}` must be {value!r} for block diffusion, but got {getattr(self, name)!r}")
+        if self.num_generations_eval not in (None, self.num_generations):
+            raise ValueError(
+                f"`num_generations_eval` must be None or num_plans * executions_per_plan = {self.num_generations}, but "
+                f"got {self.num_generations_eval}"
+            )
         if self.push_to_hub:
             raise ValueError("`push_to_hub` must be False, but got True: `hierbd3lm push` pushes the trained model")
         per_process = self.per_device_train_batch_size * self.steps_per_generation

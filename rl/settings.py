@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..data.arguments import check_at_least
 from ..training.settings import AdapterArguments
 
 SEGMENT, SEQUENCE = CREDITS = ("segment", "sequence")
@@ -37,9 +38,8 @@ class RolloutArguments:
 
     def check_rollouts(self) -> None:
         """Raise a `ValueError` for a value out of its range."""
-        for name, low in (("num_plans", 1), ("executions_per_plan", 1), ("num_noise_draws", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"`{name}` must be >= {low}, but got {getattr(self, name)}")
+        for name in ("num_plans", "executions_per_plan", "num_noise_draws"):
+            check_at_least(name, getattr(self, name), 1)
         for name, known in (("credit", CREDITS), ("log_prob_weights", WEIGHTS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}, but got {getattr(self, name)!r}")

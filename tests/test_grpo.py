@@ -264,7 +264,9 @@ def test_a_reward_grows(tmp_path, credit):
         ({"per_device_train_batch_size": 6}, "must be divisible by num_generations"),
         ({"top_entropy_quantile": 0.5}, "`top_entropy_quantile` must be 1.0 for block diffusion, but got 0.5"),
         ({"push_to_hub": True}, "`push_to_hub` must be False, but got True: `hierbd3lm push`"),
-        ({"num_noise_draws": 0}, "`num_noise_draws` must be >= 1, but got 0"),
+        ({"top_k": 5}, "`top_k` must be 0 for block diffusion, but got 5"),
+        ({"num_generations_eval": 2}, "`num_generations_eval` must be None or num_plans"),
+        ({"num_noise_draws": 0}, "`num_noise_draws` must be at least 1, but got 0"),
         ({"log_prob_weights": "one"}, "`log_prob_weights` must be one of bound, uniform, but got 'one'"),
     ],
 )
@@ -350,3 +352,4 @@ def test_recipes_are_read(name):
     policy, _, args = command.parse_arguments([name, "--use_cpu", "true"])
     assert [command.find_reward(reward) for reward in policy.rewards]
     assert args.num_generations == args.num_plans * args.executions_per_plan
+    assert command.parse_arguments([name, "--use_cpu", "true", "--block_size", "null"])[0].block_size is None

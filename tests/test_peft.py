@@ -299,8 +299,8 @@ def test_a_new_run_starts_from_an_adapter_in_full_or_with_a_new_adapter(tied_bas
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ({"lora_r": 0}, "`lora_r` must be >= 1, but got 0"),
-        ({"lora_alpha": 0}, "`lora_alpha` must be >= 1, but got 0"),
+        ({"lora_r": 0}, "`lora_r` must be at least 1, but got 0"),
+        ({"lora_alpha": 0}, "`lora_alpha` must be at least 1, but got 0"),
         ({"lora_dropout": 1.0}, r"`lora_dropout` must be in \[0, 1\), but got 1.0"),
         ({"lora_modules_to_save": ["embed_tokens"]}, "`lora_modules_to_save` must not name the embeddings"),
     ],

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 
 from transformers import TrainingArguments
 
+from ..data.arguments import check_at_least
 from ..diffusion_hierbd3lm import ESTIMATORS
 from .block_growth import read_schedule
 from .clip_search import Candidates
@@ -36,16 +37,14 @@ class HierBD3LMTrainingArguments(ObjectiveArguments, TrainingArguments):
                 f"sizes cannot be compared, but got {self.metric_for_best_model!r}; `load_best_model_at_end` and the "
                 f"scheduler `reduce_lr_on_plateau` set it to 'loss'"
             )
-        if self.noisy_copies < 1:
-            raise ValueError(f"`noisy_copies` must be >= 1, but got {self.noisy_copies}")
+        check_at_least("noisy_copies", self.noisy_copies, 1)
         if not self.filler_weight >= 0:
             raise ValueError(f"`filler_weight` must be >= 0, but got {self.filler_weight}")
         if self.clip_search is not None:
             self._check_clip_search()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), but got {self.ema_decay}")
-        if self.eval_noise_draws < 1:
-            raise ValueError(f"`eval_noise_draws` must be >= 1, but got {self.eval_noise_draws}")
+        check_at_least("eval_noise_draws", self.eval_noise_draws, 1)
         if self.label_smoothing_factor != 0:
             raise ValueError(f"`label_smoothing_factor` must be 0 for a NELBO, but got {self.label_smoothing_factor}")
         if self.dataloader_drop_last:
@@ -65,8 +64,7 @@ class HierBD3LMTrainingArguments(ObjectiveArguments, TrainingArguments):
                 raise ValueError(f"`{name}` must be False, but got True: evaluations use the precision of training")
 
     def _check_clip_search(self) -> None:
-        if self.clip_search_levels < 1:
-            raise ValueError(f"`clip_search_levels` must be >= 1, but got {self.clip_search_levels}")
+        check_at_least("clip_search_levels", self.clip_search_levels, 1)
         try:
             Candidates(tuple(self.clip_search), self.clip_search_levels)
         except ValueError as error:

@@ -14,6 +14,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..backbones_hierbd3lm import check_tied_as_loaded, find_gguf
 from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig, config_fields
+from ..data.arguments import check_at_least
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from .settings import AdapterArguments
 
@@ -77,8 +78,7 @@ def add_adapter(model: HierBD3LMForBlockDiffusion, base: str, args: AdapterArgum
 def check_adapter(args: AdapterArguments) -> None:
     """Raise a ValueError if a setting is out of its range."""
     for name in ("lora_r", "lora_alpha"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"`{name}` must be >= 1, but got {getattr(args, name)}")
+        check_at_least(name, getattr(args, name), 1)
     if not 0 <= args.lora_dropout < 1:
         raise ValueError(f"`lora_dropout` must be in [0, 1), but got {args.lora_dropout}")
 

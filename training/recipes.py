@@ -4,9 +4,59 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from transformers import HfArgumentParser
+
 NULL = "null"  # as in YAML
 FOLDER = Path(__file__).parents[1] / "configs"
 GRPO_FOLDER = FOLDER / "grpo"
+USAGE = "%(prog)s [recipe] [--setting value ...]"
+
+
+def parse_settings(
+    argv: Sequence[str], types: Sequence[type], prog: str | None = None, folder: Path = FOLDER
+) -> tuple[Any, ...]:
+    """Read `[recipe] [--setting value ...]`; a setting on the command line overrides the recipe.
+
+    A recipe is a YAML file, or the name of one in the folder (see [`find_recipe`]). `--setting null` unsets a setting
+    of the recipe. `--help_all` prints the help and exits.
+
+    Args:
+        types: the dataclasses that declare the settings.
+
+    Returns:
+        an instance of each of `types`.
+    """
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        def set_defaults_with_config(self, **config: Any) -> list[str]:
+            return super().set_defaults_with_config(**config | unset)
+
+    argv, unset = split_nulls(argv, types)
+    parser = Parser(types, prog=prog, usage=USAGE)
+    parser.set_defaults(**unset)
+    if "--help_all" in argv:
+        parser.print_help()
+        raise SystemExit(0)
+    if argv and not argv[0].startswith("-"):
+        argv.insert(0, "--config")
+    if "--config" in argv[:-1]:
+        place = argv.index("--config") + 1
+        argv[place] = str(find_recipe(argv[place], folder))
+    return parser.parse_args_and_config(argv)
+
+
+def print_own_help(types: Sequence[type], prog: str | None, note: str, folder: Path = FOLDER) -> None:
+    """Print the help of the package's own settings, and exit: those of transformers take seconds to import.
+
+    Args:
+        note: printed below the settings, before the names of the folder's recipes.
+    """
+    epilog = f"{note} Recipes: {', '.join(recipe_names(folder))}."
+    parser = HfArgumentParser(types, prog=prog, usage=USAGE, epilog=epilog)
+    parser.add_argument("--help_all", action="store_true", help="Show those other settings too.")
+    parser.print_help()
+    raise SystemExit(0)
 
 
 def recipe_names(folder: Path = FOLDER) -> list[str]:
