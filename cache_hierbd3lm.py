@@ -7,7 +7,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from .masking_hierbd3lm import CLEAN, PADDING, TokenLayout
 
-INITIAL_ROOM = 128  # columns for finished blocks
+LEAST_GROWTH = 32  # columns for finished blocks
 
 
 class BlockCacheLayer(DynamicLayer):
@@ -36,13 +36,15 @@ class BlockCacheLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Puts this pass's keys and values into the scratch space; returns views of them and all finished blocks."""
+        length = key_states.shape[2]
+        if not self.cache.used:
+            self.cache.make_room(length)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        stop, length = self.cache.scratch, key_states.shape[2]
-        rows = slice(0, self.cache.num_rows)
-        self.keys[rows, :, stop - length : stop] = key_states
-        self.values[rows, :, stop - length : stop] = value_states
-        view = slice(stop - length, stop + self.cache.used)
+        start, rows = self.cache.start_of_pass(length), slice(0, self.cache.num_rows)
+        self.keys[rows, :, start : start + length] = key_states
+        self.values[rows, :, start : start + length] = value_states
+        view = slice(start, start + length + self.cache.used)
         return self.keys[rows, :, view], self.values[rows, :, view]
 
     def grow(self) -> None:
@@ -60,13 +62,14 @@ class BlockCache(Cache):
     """Keys and values of finished blocks. A pass sees them and leaves no trace; `commit` keeps its clean tokens.
 
     Rows fill at their own pace, each from the left; columns that a row has not filled are padding to it. Memory grows
-    by half of what is used. For compiled passes it is allocated once.
+    by a quarter of what is used. For compiled passes it is allocated once.
 
     Args:
         num_layers: layers of the backbone.
         num_rows: rows of the batch.
-        scratch: most tokens that a pass may have.
-        capacity: most tokens that a row may keep.
+        scratch: most tokens that a pass may have, except where no block is finished: such a pass, as that of the
+            prompt, writes where its clean tokens will stay.
+        capacity: most tokens that a row may keep, and that a pass before any finished block may have.
         is_compiled: whether passes are compiled. Layers are best allocated before the first one, so that it is no case
             of its own.
     """
@@ -83,7 +86,7 @@ class BlockCache(Cache):
         super().__init__(layers=[BlockCacheLayer(self) for _ in range(num_layers)])
         self.is_compiled = is_compiled
         self.num_rows, self.scratch, self.capacity = num_rows, scratch, capacity
-        self.room = capacity if is_compiled else min(capacity, INITIAL_ROOM)  # columns that are allocated
+        self.room = capacity if is_compiled else 0  # columns for finished blocks that are allocated
         self.used = 0  # columns that a pass sees: some row has filled them
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
         self._block_ids = torch.full((num_rows, capacity), PADDING, device=device)
@@ -96,6 +99,10 @@ class BlockCache(Cache):
         positions = self._position_ids[: self.num_rows, : self.used]
         return TokenLayout(block_ids, torch.full_like(block_ids, CLEAN), positions)
 
+    def start_of_pass(self, length: int) -> int:
+        """Return the column in which a pass of `length` tokens starts."""
+        return self.scratch - length if self.used else self.scratch
+
     def commit(self, block_ids: torch.Tensor, position_ids: torch.Tensor, pass_length: int) -> None:
         """Keeps the first tokens of the pass that has just run.
 
@@ -103,13 +110,13 @@ class BlockCache(Cache):
             block_ids, position_ids (`torch.LongTensor` of shape `(batch, length)`): of those tokens.
             pass_length: tokens of the pass.
         """
-        start, real = self.scratch - pass_length, block_ids != PADDING
+        start, real = self.start_of_pass(pass_length), block_ids != PADDING
         if self.num_rows == 1 and real.all():
             self._commit_row(block_ids, position_ids, start)
             return
         lengths = self.lengths + real.sum(dim=1)
         used = int(lengths.max())
-        self._make_room(used)
+        self.make_room(used)
         row, source = real.nonzero(as_tuple=True)
         target = (self.lengths[:, None] + real.long().cumsum(dim=1) - 1)[row, source]
         self._block_ids[row, target] = block_ids[row, source]
@@ -122,21 +129,34 @@ class BlockCache(Cache):
     def _commit_row(self, block_ids: torch.Tensor, position_ids: torch.Tensor, start: int) -> None:
         """The same for a single row without padding, whose columns move as one slice; `start` is the first."""
         length = block_ids.shape[1]
-        self._make_room(self.used + length)
+        self.make_room(self.used + length)
         target = slice(self.used, self.used + length)
         self._block_ids[:1, target], self._position_ids[:1, target] = block_ids, position_ids
         column = self.scratch + self.used
-        for layer in self.layers:
-            for states in (layer.keys, layer.values):
-                states[:1, :, column : column + length] = states[:1, :, start : start + length]
+        for states in (states for layer in self.layers if start != column for states in (layer.keys, layer.values)):
+            states[:1, :, column : column + length] = states[:1, :, start : start + length]
         self.lengths += length
         self.used += length
 
-    def _make_room(self, needed: int) -> None:
+    def make_room(self, needed: int) -> None:
+        """Move to more memory if there is no room for so many columns."""
         if needed > self.room:
-            self.room = min(self.capacity, needed + needed // 2)
+            self.room = min(self.capacity, needed + max(needed // 4, LEAST_GROWTH))
             for layer in self.layers:
-                layer.grow()
+                if layer.is_initialized:
+                    layer.grow()
+
+    def repeat_rows(self, copies: int) -> None:
+        """Repeat each row so many times; the copies of a row are next to each other."""
+        for layer in (layer for layer in self.layers if layer.is_initialized):
+            layer.keys, layer.values = (
+                states[: self.num_rows].repeat_interleave(copies, dim=0) for states in (layer.keys, layer.values)
+            )
+        self._block_ids, self._position_ids, self.lengths = (
+            ids[: self.num_rows].repeat_interleave(copies, dim=0)
+            for ids in (self._block_ids, self._position_ids, self.lengths)
+        )
+        self.num_rows *= copies
 
     def keep_rows(self, keep: torch.BoolTensor) -> torch.LongTensor:
         """Drops the other rows: the last rows move into the holes, so that no more than those are copied.

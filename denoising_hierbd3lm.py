@@ -170,6 +170,7 @@ class BlockDenoiser:
         question (`torch.LongTensor` of shape `(batch, question_length)`), attention_mask: as in `generate`.
         read_plan: returns for the content ids of a plan what each of its steps depends on, and whether the plan says
             so; of an order that follows the plan only.
+        copies: number of rows next to each other that have the same prompt, which is then encoded once for all.
     """
 
     def __init__(
@@ -182,8 +183,9 @@ class BlockDenoiser:
         attention_mask: torch.Tensor,
         streamer: BaseStreamer | None,
         read_plan: Callable[[list[int]], tuple[DependsOn, bool]] | None = None,
+        copies: int = 1,
     ):
-        self.read_plan = read_plan
+        self.read_plan, self.copies = read_plan, copies
         self.model, self.settings, self.sampler, self.streamer = model, settings, sampler, streamer
         self.answer, self.schedule, self.order = answer, answer.schedule, answer.order
         self.device, self.width = question.device, answer.schedule.width
@@ -213,12 +215,13 @@ class BlockDenoiser:
         self._read_plans()
         self.schedule.start()
         self._open_canvases(torch.ones_like(self.schedule.progress.active))
+        # finished blocks that are not cached yet, and the canvas
+        pass_width = (3 if self.schedule.opens_finished else 2) * self.width
         self.cache = BlockCache(
             num_layers=model.config.backbone_config.num_hidden_layers,
-            num_rows=len(question),
-            # a pass: pending, at most two canvases of it new, and the canvas
-            scratch=prompt.shape[1] + 3 * self.width,
-            capacity=prompt.shape[1] + int(self.schedule.limits.sum()),
+            num_rows=len(question) // copies,
+            scratch=pass_width,
+            capacity=prompt.shape[1] + max(pass_width, int(self.schedule.limits.sum())),
             device=self.device,
             is_compiled=settings.compile_steps,
         )
@@ -234,6 +237,8 @@ class BlockDenoiser:
         """
         self.processors = processors
         self._advance()
+        if self.copies > 1:
+            self._encode_prompts()
         while len(self.rows.index):
             self._step()
             self._advance()
@@ -259,9 +264,7 @@ class BlockDenoiser:
         candidates = masked if rows.reveal_times is None else masked & self._due(masked)
         states = self._states()
         logits = self.model.project(states[candidates[:, self.columns]])
-        if rows.pending.shape[1]:
-            for name in ("pending", "pending_block_ids", "pending_position_ids"):
-                setattr(rows, name, getattr(rows, name)[:, :0])
+        self._keep_pending(slice(0))
         logits = logits.float()
         if self.processors:
             logits = self.processors(self._before(candidates), logits)
@@ -312,19 +315,39 @@ class BlockDenoiser:
             self.cache.commit(rows.pending_block_ids, rows.pending_position_ids, tokens.shape[1])
         if not self.order.is_shifted:
             return states[:, num_pending:]
-        if rows.states_before is None:
-            rows.states_before = states.new_zeros(len(states), len(self.schedule.widths), states.shape[-1])
-        if num_pending:
-            before = rows.canvas_position_ids[:, self.starts, None] - 1 == rows.pending_position_ids[:, None]
-            before = before & (rows.pending_block_ids != PADDING)[:, None]  # (rows, slots, pending)
-            found = states[torch.arange(len(states), device=self.device)[:, None], before.long().argmax(dim=2)]
-            rows.states_before = torch.where(before.any(dim=2, keepdim=True), found, rows.states_before)
+        self._find_states_before(states)
         if not self.reads_canvas:
             return rows.states_before
         shifted = states[:, num_pending:].roll(1, dims=1)
         starts = self.starts[self.columns]
         shifted[:, starts] = rows.states_before[:, self.schedule.slot_of[self.columns][starts]]
         return shifted
+
+    def _find_states_before(self, states: torch.FloatTensor) -> None:
+        """Keep the hidden states of the tokens before the canvas that are among those of a pass."""
+        rows = self.rows
+        if rows.states_before is None:
+            rows.states_before = states.new_zeros(len(states), len(self.schedule.widths), states.shape[-1])
+        if rows.pending.shape[1]:
+            before = rows.canvas_position_ids[:, self.starts, None] - 1 == rows.pending_position_ids[:, None]
+            before = before & (rows.pending_block_ids != PADDING)[:, None]  # (rows, slots, pending)
+            found = states[torch.arange(len(states), device=self.device)[:, None], before.long().argmax(dim=2)]
+            rows.states_before = torch.where(before.any(dim=2, keepdim=True), found, rows.states_before)
+
+    def _encode_prompts(self) -> None:
+        """Encode the prompt of each group of copies once, and give every copy its keys and values."""
+        ids = self.rows.pending, self.rows.pending_block_ids, self.rows.pending_position_ids
+        tokens, block_ids, position_ids = (one[:: self.copies] for one in ids)
+        sees = self.schedule.progress.sees[:: self.copies] if self.order.follows_plan else None
+        if tokens.shape[1]:
+            layout = TokenLayout(block_ids, torch.full_like(block_ids, CLEAN), position_ids)
+            states = self.model.encode(tokens, layout, self.cache, self.order, sees)
+            self.cache.commit(block_ids, position_ids, tokens.shape[1])
+            self.answer.num_forward_passes += 1
+            if self.order.is_shifted:
+                self._find_states_before(states.repeat_interleave(self.copies, dim=0))
+            self._keep_pending(slice(0))
+        self.cache.repeat_rows(self.copies)
 
     def _masked(self) -> torch.BoolTensor:
         return self.rows.canvas == self.order.mask_token_id
@@ -427,11 +450,12 @@ class BlockDenoiser:
 
     def _drop_padding(self) -> None:
         """Drop pending columns that no row uses, such as those of rows that have left."""
-        rows = self.rows
-        if rows.pending.shape[1] > 2 * self.width:
-            used = (rows.pending_block_ids != PADDING).any(dim=0)
-            for name in ("pending", "pending_block_ids", "pending_position_ids"):
-                setattr(rows, name, getattr(rows, name)[:, used])
+        if self.rows.pending.shape[1] > 2 * self.width:
+            self._keep_pending((self.rows.pending_block_ids != PADDING).any(dim=0))
+
+    def _keep_pending(self, columns: slice | torch.BoolTensor) -> None:
+        for name in ("pending", "pending_block_ids", "pending_position_ids"):
+            setattr(self.rows, name, getattr(self.rows, name)[:, columns])
 
 
 def never_written(order: BlockOrder, settings: HierBD3LMGenerationConfig) -> torch.LongTensor:

@@ -26,7 +26,6 @@ NOT_APPLICABLE = {
     "do_sample": "`temperature` > 0 samples, 0 is greedy",
     "top_k": "`top_p` limits the distribution",
     **dict.fromkeys(("num_beams", "num_beam_groups", "penalty_alpha"), "`sampler` chooses how tokens are revealed"),
-    "num_return_sequences": "repeat the rows of `input_ids`",
     "use_cache": "the block cache is always used",
     "bos_token_id": "special tokens are those of the configuration",
     **dict.fromkeys(

@@ -22,9 +22,9 @@ FLAGS = {
     "name": "dataset_name",
     "split": "dataset_train_split` or `dataset_validation_split",
 }
-OTHER_SETTINGS = """The settings of transformers' TrainingArguments are accepted too, such as --output_dir, --max_steps,
---learning_rate, --per_device_train_batch_size, --report_to and --resume_from_checkpoint (a folder, or `last`):
-`--help_all` lists them."""
+OTHER_SETTINGS = """The settings of transformers' TrainingArguments are accepted too, such as --output_dir,
+--max_steps, --learning_rate, --per_device_train_batch_size, --report_to and --resume_from_checkpoint (a folder, or
+`last`): `--help_all` lists them."""
 
 
 def parse_arguments(

@@ -17,7 +17,7 @@ MAX_FACTOR = 30  # of the plot
 def draw_bars(folder: Path) -> None:
     """Plot the factor by which each result in a folder is better or worse than its limit, into bars.png."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    rows = [row for result in results for row in result.get("bars", ())][::-1]
+    rows = [row for result in results for row in result.get("bars", ()) if row["limit"] is not None][::-1]
     factors = [margin(row) for row in rows]
     figure = Figure(figsize=(11, 1 + 0.27 * len(rows)), layout="constrained")
     axes = figure.subplots()

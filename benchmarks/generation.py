@@ -1,7 +1,9 @@
 """Cost of generation, compared with greedy `generate()` of the same weights as an autoregressive model.
 
-`python -m hierbd3lm.benchmarks.generation [part ...]`. Random weights, 256 new tokens, block size 16, in float32 on 2
-threads; ratios are of medians of interleaved measurements.
+`python -m hierbd3lm.benchmarks.generation [part ...]`. Random weights, on 2 threads; ratios are of medians of
+interleaved measurements. The parts `smollm2_...` and `qwen3_...` have the shapes of SmolLM2-135M and of Qwen3-0.6B,
+converted as an open checkpoint is; `samplers` has 8 layers of size 256, in float32. Eager generation is compared with
+eager generation, compiled with compiled: there the AR model has transformers' static cache and compiled step.
 """
 
 import functools
@@ -10,22 +12,30 @@ from typing import Any
 from unittest import mock
 
 import torch
+from transformers import CompileConfig
 
 from hierbd3lm.cache_hierbd3lm import BlockCache
 from hierbd3lm.denoising_hierbd3lm import BlockDenoiser
 from hierbd3lm.masking_hierbd3lm import CLEAN, NOISY, TokenLayout
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 
-from .measure import Measured, bar, interleaved_medians, measure_parts
-from .models import BACKBONE, FIRST_CONTENT_ID, SPECIAL_IDS, make_model
+from .measure import Measured, added_memory, bar, interleaved_medians, interleaved_seconds, measure_parts, ratio_bar
+from .models import BACKBONE, FIRST_CONTENT_ID, QWEN3, SMOLLM2, SPECIAL_IDS, make_model
 
 NEW_TOKENS = 256  # a plan of 128 and an execution of 128, including their openers
 QUESTION_LEN = 57  # GSM8K's mean
+ONE, FOUR = "1 token per step", "4 tokens per step"
+SAMPLERS = {ONE: {"sampler": "first_hitting"}, FOUR: {"sampler": "ancestral", "num_steps": 4}}
+CONVERTED = {"prediction": "shifted", "question_attention": "causal"}
+# (batch size, what) -> target
+SMALL_TARGETS = {(1, ONE): 0.8, (1, FOUR): 2.5, (8, ONE): 1.0, (8, FOUR): 2.0}
+TARGETS = {(1, ONE): 0.9, (1, FOUR): 3.6, (8, ONE): 0.75, (8, FOUR): 2.5}
+MOST_OF_A_PASS = 1.15  # of an AR step, at batch size 1
 
 
-def endless_model(**fields: object) -> HierBD3LMForBlockDiffusion:
+def endless_model(backbone: dict[str, Any] = BACKBONE, **fields: object) -> HierBD3LMForBlockDiffusion:
     """Make a model that never generates `<|end|>`, so that every answer has its maximum length."""
-    model = make_model(**fields).eval()
+    model = make_model(backbone=backbone, **fields).eval()
     bias = torch.zeros(model.config.vocab_size)
     bias[SPECIAL_IDS["end"]] = -1e4
     model.backbone.lm_head.bias = torch.nn.Parameter(bias)
@@ -37,41 +47,89 @@ def questions(batch_size: int, length: int = QUESTION_LEN) -> torch.Tensor:
     return torch.randint(FIRST_CONTENT_ID, 4096, (batch_size, length), generator=generator)
 
 
-def autoregressive(model: HierBD3LMForBlockDiffusion, input_ids: torch.Tensor, new_tokens: int) -> Callable[[], Any]:
-    """Return greedy `generate()` of transformers with its default cache."""
-    mask = torch.ones_like(input_ids)
+def autoregressive(
+    model: HierBD3LMForBlockDiffusion,
+    input_ids: torch.Tensor,
+    new_tokens: int,
+    mask: torch.Tensor | None = None,
+    is_compiled: bool = False,
+) -> Callable[[], Any]:
+    """Return greedy `generate()` of transformers, with its default cache or with a static one and compiled steps."""
+    mask = torch.ones_like(input_ids) if mask is None else mask
     settings = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
+    if is_compiled:
+        compile_config = CompileConfig()
+        compile_config._compile_all_devices = True  # else transformers does not compile on a CPU
+        settings |= {"cache_implementation": "static", "compile_config": compile_config}
     return lambda: model.backbone.generate(input_ids, attention_mask=mask, **settings)
 
 
-def measure_samplers(repeats: int) -> Measured:
-    """Compare tokens per second, with eager and with compiled steps; the AR model runs eagerly."""
-    model = endless_model(question_len=64, plan_len=NEW_TOKENS // 2, execution_len=NEW_TOKENS // 2)
-    four = "4 tokens per step"
-    samplers = {"first_hitting": {"sampler": "first_hitting"}, four: {"sampler": "ancestral", "num_steps": 4}}
-    limits = {(1, "first_hitting"): 0.8, (1, four): 2.5, (8, "first_hitting"): 1.0, (8, four): 2.0}
+def measure_samplers(
+    model: HierBD3LMForBlockDiffusion,
+    batch_sizes: tuple[int, ...],
+    new_tokens: int,
+    targets: dict[tuple[int, str], float],
+    repeats: int,
+) -> Measured:
+    """Compare tokens per second with the AR model's, eager with eager and compiled with compiled."""
     bars, details = [], {}
-    for batch_size in (1, 8):
-        input_ids = questions(batch_size)
-        cases = {"ar": autoregressive(model, input_ids, NEW_TOKENS)}
-        for name, settings in samplers.items():
-            for compiled in (False, True):
-                run = functools.partial(model.generate, input_ids, compile_steps=compiled, **settings)
-                cases[f"{name}, {'compiled' if compiled else 'eager'}"] = run
-        seconds = interleaved_medians(cases, repeats)
-        passes = {
-            name: int(model.generate(input_ids, **settings).num_forward_passes.max())
-            for name, settings in samplers.items()
-        }
-        details[f"batch {batch_size}"] = seconds | {"passes": passes}
-        for case in list(cases)[1:]:
-            name = case.rpartition(", ")[0]
-            claim = f"batch {batch_size}: tokens/s / AR tokens/s, {case} ({passes[name]} forward passes)"
-            bars.append(bar(claim, seconds["ar"] / seconds[case], limits[batch_size, name], False))
-        if batch_size == 1:
-            claim = "first_hitting: forward passes for 256 tokens"
-            bars.append(bar(claim, passes["first_hitting"], NEW_TOKENS + 2, True))
+    for batch_size in batch_sizes:
+        torch.compiler.reset()  # else the second batch size has symbolic shapes
+        input_ids, cases = questions(batch_size), {}
+        for way, is_compiled in (("eager", False), ("compiled", True)):
+            cases[f"AR, {way}"] = autoregressive(model, input_ids, new_tokens, is_compiled=is_compiled)
+            for name, settings in SAMPLERS.items():
+                run = functools.partial(model.generate, input_ids, compile_steps=is_compiled, **settings)
+                cases[f"{name}, {way}"] = run
+        seconds = interleaved_seconds(cases, repeats)
+        passes = {name: int(cases[f"{name}, eager"]().num_forward_passes.max()) for name in SAMPLERS}
+        details[f"batch {batch_size}"] = {"seconds": seconds, "passes": passes, "new_tokens": new_tokens}
+        for way in ("eager", "compiled"):
+            ar = seconds[f"AR, {way}"]
+            for name in SAMPLERS:
+                claim = f"batch size {batch_size}, {way}, {name} ({passes[name]} NFE): tokens/s / AR tokens/s"
+                own = seconds[f"{name}, {way}"]
+                bars.append(ratio_bar(claim, ar, own, targets.get((batch_size, name)), at_most=False))
+            claim = f"batch size {batch_size}, {way}: time of a forward pass / time of an AR step"
+            per_pass = [one * new_tokens / passes[ONE] for one in seconds[f"{ONE}, {way}"]]
+            limit = MOST_OF_A_PASS if batch_size == 1 and targets is TARGETS else None
+            bars.append(ratio_bar(claim, per_pass, ar, limit, at_most=True))
     return bars, details
+
+
+def measure_small(repeats: int) -> Measured:
+    half = NEW_TOKENS // 2
+    model = endless_model(question_len=64, plan_len=half, execution_len=half)
+    bars, details = measure_samplers(model, (1, 8), NEW_TOKENS, SMALL_TARGETS, repeats)
+    passes = details["batch 1"]["passes"][ONE]
+    return [*bars, bar("1 token per step: NFE for 256 tokens", passes, NEW_TOKENS + 2, True)], details
+
+
+def measure_size(
+    backbone: dict[str, Any],
+    dtype: torch.dtype,
+    new_tokens: int,
+    batch_sizes: tuple[int, ...],
+    targets: dict[tuple[int, str], float],
+    repeats: int,
+) -> Measured:
+    half = new_tokens // 2
+    fields = {"question_len": 64, "plan_len": half, "execution_len": half} | CONVERTED
+    model = endless_model(backbone, **fields).to(dtype)
+    return measure_samplers(model, batch_sizes, new_tokens, targets, repeats)
+
+
+def measure_memory() -> Measured:
+    """Compare the memory of 64 answers of two blocks, under limits of 256 and 8,192 tokens, with the AR model's."""
+    model = endless_model(
+        SMOLLM2 | {"max_position_embeddings": 8512}, question_len=64, plan_len=256, execution_len=8192
+    )
+    input_ids, new_tokens = questions(64), 2 * model.config.plan_block_size
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    own = added_memory(lambda: model.generate(input_ids, max_plan_len=16, max_new_tokens=new_tokens, **SAMPLERS[FOUR]))
+    ar = added_memory(autoregressive(model, input_ids, new_tokens))
+    claim = "batch size 64, limits of 256 and 8,192 tokens, 32 new tokens: memory that generation adds / that of AR"
+    return [bar(claim, own / ar, 1.5, True)], {"own": own, "ar": ar, "weights": weights}
 
 
 def measure_context(repeats: int) -> Measured:
@@ -93,7 +151,7 @@ def measure_context(repeats: int) -> Measured:
 @torch.no_grad()
 def filled_cache(model: HierBD3LMForBlockDiffusion, length: int) -> BlockCache:
     """Make a cache with a question of `length` tokens."""
-    cache = BlockCache(BACKBONE["num_hidden_layers"], 1, length + 64, length + 64, torch.device("cpu"))
+    cache = BlockCache(BACKBONE["num_hidden_layers"], 1, 64, length + 64, torch.device("cpu"))
     input_ids, positions = questions(1, length), torch.arange(length)[None]
     blocks = torch.zeros_like(input_ids)
     model.encode(input_ids, TokenLayout(blocks, torch.full_like(blocks, CLEAN), positions), cache)
@@ -151,8 +209,13 @@ def measure_ragged(repeats: int) -> Measured:
     return [bar(claim, seconds["ragged"] / own, 1.3, True)], seconds
 
 
+BATCH_SIZES = (1, 4, 8)
 PARTS: dict[str, Callable[[], Measured]] = {
-    "samplers": lambda: measure_samplers(repeats=3),
+    "samplers": lambda: measure_small(repeats=5),
+    "smollm2_bfloat16": lambda: measure_size(SMOLLM2, torch.bfloat16, NEW_TOKENS, BATCH_SIZES, TARGETS, repeats=5),
+    "smollm2_float32": lambda: measure_size(SMOLLM2, torch.float32, 64, BATCH_SIZES, {}, repeats=5),
+    "qwen3_bfloat16": lambda: measure_size(QWEN3, torch.bfloat16, 64, BATCH_SIZES, {}, repeats=5),
+    "memory": measure_memory,
     "context": lambda: measure_context(repeats=15),
     "ragged": lambda: measure_ragged(repeats=1),
 }

@@ -24,11 +24,14 @@ CHANGES = ("status", "--porcelain", "-uno", "--", ":/", ":!results")  # git argu
 
 def interleaved_medians(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Return the median seconds of each case, after one warm-up run, with the cases run in turns."""
+    return {name: statistics.median(values) for name, values in interleaved_seconds(cases, repeats).items()}
+
+
+def interleaved_seconds(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of every run of each case, after one warm-up run, with the cases run in turns."""
     for run in cases.values():
         run()
-    return {
-        name: statistics.median(values) for name, values in _time_in_turns(cases, repeats, time.perf_counter).items()
-    }
+    return _time_in_turns(cases, repeats, time.perf_counter)
 
 
 def interleaved_cpu_seconds(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -77,6 +80,7 @@ def describe_machine() -> dict[str, Any]:
     """Return machine, versions and commit, for every file of results."""
     return {
         "cpu": _cpu_name(),
+        "instructions": _instructions(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
@@ -93,15 +97,32 @@ def _cpu_name() -> str:
     return f"{names[0]}, {len(names)} cores" if names else platform.processor()
 
 
+def _instructions() -> str:
+    """Return what the CPU has for products in bfloat16, and the widest vectors that torch uses."""
+    path = Path("/proc/cpuinfo")
+    flags = path.read_text().split() if path.is_file() else []
+    known = [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *known])
+
+
 def _git(*arguments: str) -> str:
     root = Path(__file__).parent
     return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def bar(claim: str, measured: float, limit: float, at_most: bool) -> dict[str, Any]:
-    """Return a row of the table: a measured value and its limit."""
-    met = measured <= limit if at_most else measured >= limit
+def bar(claim: str, measured: float, limit: float | None, at_most: bool) -> dict[str, Any]:
+    """Return a row of the table: a measured value and its limit, if it has one."""
+    met = None if limit is None else measured <= limit if at_most else measured >= limit
     return {"claim": claim, "measured": measured, "limit": limit, "direction": "<=" if at_most else ">=", "met": met}
+
+
+def ratio_bar(
+    claim: str, seconds: list[float], other_seconds: list[float], limit: float | None, at_most: bool
+) -> dict[str, Any]:
+    """Return a row with the ratio of medians of two cases, and the least and greatest ratio of a turn as `spread`."""
+    ratios = [one / other for one, other in zip(seconds, other_seconds, strict=True)]
+    ratio = statistics.median(seconds) / statistics.median(other_seconds)
+    return bar(claim, ratio, limit, at_most) | {"spread": [min(ratios), max(ratios)]}
 
 
 def measure_parts(script: str, parts: dict[str, Callable[[], Measured]], description: str | None) -> None:
@@ -171,6 +192,11 @@ def format_table(bars: list[dict[str, Any]]) -> str:
     """Format the bars as a Markdown table."""
     lines = ["| claim | measured | limit | met |", "|---|---|---|---|"]
     for row in bars:
-        verdict = "yes" if row["met"] else "**no**"
-        lines.append(f"| {row['claim']} | {row['measured']:.3g} | {row['direction']} {row['limit']:.3g} | {verdict} |")
+        measured = f"{row['measured']:.3g}"
+        if "spread" in row:
+            low, high = row["spread"]
+            measured += f" ({low:.3g} to {high:.3g})"
+        verdict = {None: "", True: "yes", False: "**no**"}[row["met"]]
+        limit = "" if row["limit"] is None else f"{row['direction']} {row['limit']:.3g}"
+        lines.append(f"| {row['claim']} | {measured} | {limit} | {verdict} |")
     return "\n".join(lines)

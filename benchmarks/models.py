@@ -1,6 +1,7 @@
 """Models and batches of the benchmarks."""
 
 import os
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -20,15 +21,40 @@ BACKBONE = {
     "head_dim": 32,
     "tie_word_embeddings": True,
 }
+SMOLLM2 = {  # of SmolLM2-135M
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+QWEN3 = {  # of Qwen3-0.6B
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
 SPECIAL_IDS = {"pad": 0, "end": 1, "plan": 2, "execution": 3, "mask": 4}
 FIRST_CONTENT_ID = 5
 
 
-def make_model(vocab_size: int = 4096, **fields: object) -> HierBD3LMForBlockDiffusion:
-    """Make a random model with 8 layers, hidden size 256 and block size 16."""
+def make_model(
+    vocab_size: int = 4096, backbone: dict[str, Any] = BACKBONE, **fields: object
+) -> HierBD3LMForBlockDiffusion:
+    """Make a random model with block size 16; the backbone's own vocabulary size comes before `vocab_size`."""
     torch.manual_seed(0)
     ids = {f"{role}_token_id": token for role, token in SPECIAL_IDS.items()}
-    backbone = BACKBONE | {"vocab_size": vocab_size}
+    backbone = {"vocab_size": vocab_size} | backbone
     return HierBD3LMForBlockDiffusion._from_config(
         HierBD3LMConfig(backbone_config=backbone, **({"block_size": 16} | ids | fields))
     )

@@ -86,6 +86,8 @@ FEW_SHOT = {
     "zero_shot": 0,
     "eight_shot": 8,
 }  # the checkpoint itself under lm-evaluation-harness: examples in its prompt
+# Single queries in bfloat16 take several times as long with torch's kernel on a CPU.
+ANSWERING = {"dtype": "bfloat16", "batch_size": 64, "attn_implementation": "eager"}
 COMPARED_WITH = "sft"  # every other row is tested against it, problem by problem
 COLUMNS = {  # of the table -> keys of summary.json
     "NFE": "num_forward_passes_mean",
@@ -111,7 +113,7 @@ class Run:
         settings |= {"warmup_steps": max(1, steps // 20), "save_steps": max(1, steps // 10), "eval_strategy": "no"}
         settings |= {"save_total_limit": 1, "use_cpu": not torch.cuda.is_available()} | training.settings
         self._make(folder / "trainer_state.json", ["train", RECIPE, *as_flags(settings)])
-        likelihood = ["--model", folder, "--split", "test", "--num_draws", 4, "--dtype", "bfloat16", *self._limit()]
+        likelihood = ["--model", folder, "--split", "test", "--num_draws", 2, "--dtype", "bfloat16", *self._limit()]
         self._make(folder / "likelihood.json", ["ppl", *map(str, likelihood)])
 
     def answer(self, name: str) -> None:
@@ -120,7 +122,7 @@ class Run:
         if settings.get("given_plan") == "OTHER":
             settings = settings | {"given_plan": self._exchanged_plans()}
         folder = self.folder / "answers" / name
-        settings = {"model": self.folder / row.training, "output_dir": folder, "dtype": "bfloat16"} | settings
+        settings = {"model": self.folder / row.training, "output_dir": folder} | ANSWERING | settings
         self._make(folder / "summary.json", ["eval", *as_flags(settings), *map(str, self._limit())])
 
     def answer_few_shot(self, name: str) -> None:

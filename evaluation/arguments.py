@@ -10,6 +10,7 @@ from ..data.text.sets import TEXT_SETS
 from ..settings_hierbd3lm import SETTINGS, GenerationSettings
 
 DTYPES = ("float32", "bfloat16", "float16")
+ATTENTIONS = ("sdpa", "eager", "flex_attention")
 NUM_SYNTHETIC = 300  # default number of problems
 REFERENCE_PLANS = "reference"
 PLAN_RANKINGS = ("likelihood", "agreement")
@@ -56,13 +57,21 @@ class CheckpointArguments:
     dtype: str | None = field(
         default=None, metadata={"help": f"Precision of the weights: {', '.join(DTYPES)}; as saved if omitted."}
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Attention implementation: {', '.join(ATTENTIONS)}. In bfloat16 on a CPU, `eager` is faster for "
+            "large batches."
+        },
+    )
 
     def __post_init__(self):
         self.check_processes()
         for name in ("limit", "batch_size"):
             check_at_least(name, getattr(self, name), 1)
-        if self.dtype not in (None, *DTYPES):
-            raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)} or None, but got {self.dtype!r}")
+        for name, known in (("dtype", DTYPES), ("attn_implementation", ATTENTIONS)):
+            if getattr(self, name) not in (None, *known):
+                raise ValueError(f"`{name}` must be one of {', '.join(known)} or None, but got {getattr(self, name)!r}")
         if self.device is None:
             self.device = default_device()
 

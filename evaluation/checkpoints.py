@@ -26,17 +26,19 @@ logger = logging.get_logger(__name__)
 
 
 def load_model(
-    path: str, device: str, dtype: str | None = None
+    path: str, device: str, dtype: str | None = None, attn_implementation: str | None = None
 ) -> tuple[HierBD3LMForBlockDiffusion, PreTrainedTokenizerBase]:
     """Load a checkpoint, or an adapter merged into its base, onto the device, with its tokenizer.
 
-    `dtype` is the precision of the weights, such as `bfloat16`; as saved if omitted.
+    `dtype` is the precision of the weights, such as `bfloat16`; as saved if omitted. `attn_implementation` is that of
+    transformers' `from_pretrained`.
 
     Raises:
         ValueError: if the configuration at `path` is missing, or that of another model, such as an autoregressive
             one; if weights are missing, damaged, NaN or infinite; and if the tokenizer is that of another model.
     """
-    kwargs = {} if dtype is None else {"dtype": dtype}
+    kwargs = {"dtype": dtype, "attn_implementation": attn_implementation}
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
     if is_adapter(path):
         model, tokenizer = load_adapter(path, device, **kwargs)
     else:

@@ -20,7 +20,7 @@ def measure_checkpoint(args: LikelihoodArguments) -> dict[str, Any]:
     With `execution_order="plan"` the result has `total_order_nll` too, where every step sees all before it, and
     `price_of_parallelism`, what the order of the plan adds to it, both in nats per token.
     """
-    model, tokenizer = load_model(args.model, args.device, args.dtype)
+    model, tokenizer = load_model(args.model, args.device, args.dtype, args.attn_implementation)
     data_args, examples = load_examples(args, args.text_column)
     dataset, report = encode_split(examples, replace(data_args, over_long="drop"), tokenizer, model.config)
     if len(dataset) == 0:

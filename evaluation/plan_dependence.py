@@ -56,7 +56,7 @@ ANALYSIS_FILE, TABLE_FILE, SWAPS_FILE = "analysis.json", "analysis.md", "swaps.j
 def analyse_checkpoint(args: AnalysisArguments) -> dict[str, Any]:
     """Analyse a checkpoint, or resume the analysis; returns the content of `analysis.json`."""
     figure_class()  # fails before the analysis if matplotlib is missing
-    model, tokenizer = load_model(args.model, args.device, args.dtype)
+    model, tokenizer = load_model(args.model, args.device, args.dtype, args.attn_implementation)
     data_args, dataset = load_examples(args)
     settings = describe_run(args, data_args, dataset, model) | {
         "num_draws": args.num_draws,

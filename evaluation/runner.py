@@ -50,7 +50,7 @@ class Written:
 
 def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Evaluate a checkpoint, or resume the evaluation; returns the predictions and the summary."""
-    model, tokenizer = load_model(args.model, args.device, args.dtype)
+    model, tokenizer = load_model(args.model, args.device, args.dtype, args.attn_implementation)
     settings = resolve_settings(model.generation_config, args.generation_settings())
     segment_limits(model.config, order_of(model, settings), settings)
     from .several_plans import PlanChoice, check_plans  # which imports this module
@@ -215,13 +215,13 @@ def generate_batch(
     settings: HierBD3LMGenerationConfig,
     streamer: BaseStreamer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    num_answers: int = 1,
 ) -> list[Written]:
-    """Generate the answer to each prompt; `tokenizer` reads the plans of `execution_order="plan"`."""
+    """Generate so many answers to each prompt; `tokenizer` reads the plans of `execution_order="plan"`."""
     pad = model.config.pad_token_id
     prompt = {name: ids.to(model.device) for name, ids in collate_prompts(prompts, pad).items()}
-    return read_output(
-        model.generate(**prompt, generation_config=settings, streamer=streamer, tokenizer=tokenizer), pad
-    )
+    others = {"streamer": streamer, "tokenizer": tokenizer, "num_return_sequences": num_answers}
+    return read_output(model.generate(**prompt, generation_config=settings, **others), pad)
 
 
 def read_output(output: HierBD3LMGenerationOutput, pad: int) -> list[Written]:

@@ -102,7 +102,8 @@ def answer_with_plans(
     """
     check_plans(num_plans, executions_per_plan, ranking, num_executed, settings)
     questions = [prompt for prompt in prompts for _ in range(num_plans)]
-    plans = generate_batch(model, questions, resolve_settings(settings, {"stage": "plan"}), tokenizer=tokenizer)
+    of_stage = resolve_settings(settings, {"stage": "plan"})
+    plans = generate_batch(model, prompts, of_stage, tokenizer=tokenizer, num_answers=num_plans)
     of_question = [range(start, start + num_plans) for start in range(0, len(plans), num_plans)]
     texts = [decode(plan.plan_ids, tokenizer) for plan in plans]
     costs = [_cost([plans[row] for row in rows]) for rows in of_question]
@@ -199,10 +200,10 @@ def execute(
 ) -> dict[int, list[Written]]:
     """Execute the plans of some rows several times each, in one batch; greedily if once."""
     stage = {"stage": "execution"} | ({"temperature": 0.0} if executions_per_plan == 1 else {})
-    repeated = [row for row in rows for _ in range(executions_per_plan)]
     most = model.config.plan_len - 1  # of a plan that is given
-    prompts = [replace(questions[row], plan_ids=plans[row].plan_ids[:most]) for row in repeated]
-    written = generate_batch(model, prompts, resolve_settings(settings, stage), tokenizer=tokenizer)
+    prompts = [replace(questions[row], plan_ids=plans[row].plan_ids[:most]) for row in rows]
+    of_stage = resolve_settings(settings, stage)
+    written = generate_batch(model, prompts, of_stage, tokenizer=tokenizer, num_answers=executions_per_plan)
     starts = range(0, len(written), executions_per_plan)
     groups = [written[start : start + executions_per_plan] for start in starts]
     return dict(zip(rows, groups, strict=True))

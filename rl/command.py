@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from hierbd3lm.rl.grpo import HierBD3LMGRPOConfig
 
 RECORDED = (*(item.name for item in fields(RolloutArguments)), "temperature", "beta", "epsilon", "num_iterations")
-OTHER_SETTINGS = """The settings of TRL's GRPOConfig are accepted too, such as --output_dir, --max_steps, --learning_rate,
---temperature, --beta and --resume_from_checkpoint (a folder, or `last`): `--help_all` lists them."""
+OTHER_SETTINGS = """The settings of TRL's GRPOConfig are accepted too, such as --output_dir, --max_steps,
+--learning_rate, --temperature, --beta and --resume_from_checkpoint (a folder, or `last`): `--help_all` lists them."""
 
 
 def parse_arguments(

@@ -66,8 +66,8 @@ class HierBD3LMGRPOConfig(RolloutArguments, GRPOConfig):
                 raise ValueError(f"`{name}` must be {value!r} for block diffusion, but got {getattr(self, name)!r}")
         if self.num_generations_eval not in (None, self.num_generations):
             raise ValueError(
-                f"`num_generations_eval` must be None or num_plans * executions_per_plan = {self.num_generations}, but "
-                f"got {self.num_generations_eval}"
+                f"`num_generations_eval` must be None or num_plans * executions_per_plan = {self.num_generations}, "
+                f"but got {self.num_generations_eval}"
             )
         if self.push_to_hub:
             raise ValueError("`push_to_hub` must be False, but got True: `hierbd3lm push` pushes the trained model")
@@ -139,40 +139,40 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
 
     def _rollout(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """Sample plans and executions; `prompts` holds each question once for each of its completions."""
-        model, mode = self._unwrapped(), "train" if self.model.training else "eval"
+        args, model, mode = self.args, self._unwrapped(), "train" if self.model.training else "eval"
         self._noise_key = self.state.global_step
-        settings = self._generation_settings(model)
         was_training = model.training
         model.eval()
         try:
-            questions = self._encode(prompts[:: self.args.executions_per_plan], model)
-            plans = generate_batch(
-                model, questions, resolve_settings(settings, {"stage": "plan"}), tokenizer=self._tokenizer
-            )
+            questions = self._encode(prompts[:: args.num_generations], model)
+            plans = self._write(model, "plan", questions, args.num_plans)
+            repeated = [question for question in questions for _ in range(args.num_plans)]
             most = model.config.plan_len - 1  # of a plan that is given
-            repeated = [
+            prompts_of_plans = [
                 replace(question, plan_ids=plan.plan_ids[:most])
-                for question, plan in zip(questions, plans, strict=True)
-                for _ in range(self.args.executions_per_plan)
+                for question, plan in zip(repeated, plans, strict=True)
             ]
-            executions = generate_batch(
-                model, repeated, resolve_settings(settings, {"stage": "execution"}), tokenizer=self._tokenizer
-            )
+            executions = self._write(model, "execution", prompts_of_plans, args.executions_per_plan)
         finally:
             model.train(was_training)
-        repeated_plans = [plan for plan in plans for _ in range(self.args.executions_per_plan)]
+        repeated_plans = [plan for plan in plans for _ in range(args.executions_per_plan)]
         pairs = [*zip(repeated_plans, executions, strict=True)]
         passes = [plan.num_forward_passes + execution.num_forward_passes for plan, execution in pairs]
         self._metrics[mode]["nfe"].append(sum(passes) / len(passes))
         texts = [(decode(p.plan_ids, self._tokenizer), decode(e.execution_ids, self._tokenizer)) for p, e in pairs]
         plan_texts, execution_texts = map(list, zip(*texts, strict=True))
         return {
-            "prompt_ids": [prompt.question_ids for prompt in repeated],
+            "prompt_ids": [prompt.question_ids for prompt in repeated for _ in range(args.executions_per_plan)],
             "completion_ids": [self._join(model, *pair) for pair in pairs],
             "logprobs": None,
             "generated_plan": plan_texts,
             "generated_execution": execution_texts,
         }
+
+    def _write(self, model: PreTrainedModel, stage: str, prompts: Sequence[Prompt], num_answers: int) -> list[Written]:
+        """Sample so many plans, or executions, for each prompt."""
+        settings = resolve_settings(self._generation_settings(model), {"stage": stage})
+        return generate_batch(model, prompts, settings, tokenizer=self._tokenizer, num_answers=num_answers)
 
     def _generation_settings(self, model: PreTrainedModel) -> HierBD3LMGenerationConfig:
         key = f"{self.args.seed} {self.state.global_step} {self.accelerator.process_index}"

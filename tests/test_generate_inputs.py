@@ -67,3 +67,14 @@ def test_a_pad_token_inside_a_question_is_a_guess_that_is_said(model, capture_wa
     question = torch.tensor([[5, pad, 7]])
     as_padding = model.generate(question, attention_mask=torch.tensor([[1, 0, 1]]))
     assert without_mask.sequences.tolist() == as_padding.sequences.tolist()
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, True])
+def test_a_number_of_answers_that_is_none_is_refused(model, number):
+    with pytest.raises(ValueError, match="`num_return_sequences` must be an integer >= 1, but got"):
+        model.generate(IDS, num_return_sequences=number, temperature=0.5)
+
+
+def test_several_greedy_answers_are_refused_as_they_are_the_same(model):
+    with pytest.raises(ValueError, match="`num_return_sequences` must be 1 at temperature 0"):
+        model.generate(IDS, num_return_sequences=2)

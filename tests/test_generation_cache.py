@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from hierbd3lm.cache_hierbd3lm import INITIAL_ROOM, BlockCache
+from hierbd3lm.cache_hierbd3lm import LEAST_GROWTH, BlockCache
 
 from .tiny import make_model
 from .tiny_backbones import make_backbone_config
@@ -40,7 +40,7 @@ def test_a_pass_leaves_no_trace_in_finished_blocks(sampler):
     with mock.patch.object(model, "encode", watched):
         model.generate(left_pad(RAGGED_QUESTIONS), sampler=sampler)
     assert len(snapshots) > 5
-    assert len(storages) == 1  # no more is used than was allocated at first
+    assert len(storages) <= 2  # moved once at most
 
 
 def test_memory_grows_with_what_is_used():
@@ -60,9 +60,12 @@ def test_memory_grows_with_what_is_used():
     questions = torch.randint(5, 40, (64, 20))
     with mock.patch.object(model, "encode", watched):
         limited = model.generate(questions, max_new_tokens=400)
-    assert max(used for _, used in rooms) > 3 * INITIAL_ROOM
-    assert all(room <= max(INITIAL_ROOM, 1.5 * max(used, 20) + 8) for room, used in rooms)
-    assert len({room for room, _ in rooms}) <= 5  # moved a few times
+    assert max(used for _, used in rooms) > 10 * LEAST_GROWTH
+    first_pass = 20 + 4  # question and block
+    for room, used in rooms:
+        needed = max(used, first_pass)
+        assert room <= max(1.25 * needed, needed + LEAST_GROWTH) + 8
+    assert len({room for room, _ in rooms}) <= 10  # moved a few times
     alone = model.generate(questions[:1], max_new_tokens=400)
     assert limited.sequences[0, : alone.sequences.shape[1]].tolist() == alone.sequences[0].tolist()
 

@@ -60,7 +60,8 @@ def test_the_best_plans_are_executed_and_all_passes_are_counted(calls):
     )
     plans, executions = calls
     assert (plans.generation_config.stage, executions.generation_config.stage) == ("plan", "execution")
-    assert len(plans.input_ids) == 3 * 4 and len(executions.input_ids) == 3 * 2 * 3
+    assert (len(plans.input_ids), plans.num_return_sequences) == (3, 4)
+    assert (len(executions.input_ids), executions.num_return_sequences) == (3 * 2, 3)
     assert executions.generation_config.temperature == 1.0
     passes = [call.output.num_forward_passes.tolist() for call in calls]
     for place, result in enumerate(results):
@@ -70,9 +71,9 @@ def test_the_best_plans_are_executed_and_all_passes_are_counted(calls):
         assert executed == sorted(best) and result.best == best[0]
         assert [len(result.executions[number]) for number in executed] == [3, 3]
         assert result.num_forward_passes == sum(passes[0][4 * place :][:4]) + sum(passes[1][6 * place :][:6])
-        given = executions.plan_ids[6 * place : 6 * place + 6].tolist()
+        given = executions.plan_ids[2 * place : 2 * place + 2].tolist()
         words = [Words().decode([token for token in row if token]) for row in given]
-        assert words == [result.plans[number] for number in best for _ in range(3)]
+        assert words == [result.plans[number] for number in best]
 
 
 def test_a_single_execution_is_greedy(calls):
@@ -113,7 +114,7 @@ def test_every_algorithm_ranks_its_plans_by_likelihood(algorithm, calls):
 
 def test_agreement_executes_all_plans(calls):
     results = answer_with_plans(speaker(), Words(), PROMPTS, settings(), 3, 2, ranking="agreement")
-    assert len(calls[1].input_ids) == 3 * 3 * 2
+    assert (len(calls[1].input_ids), calls[1].num_return_sequences) == (3 * 3, 2)
     assert all(len(texts) == 2 for result in results for texts in result.executions)
 
 
