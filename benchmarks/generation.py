@@ -7,6 +7,8 @@ eager generation, compiled with compiled: there the AR model has transformers' s
 """
 
 import functools
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -31,6 +33,7 @@ CONVERTED = {"prediction": "shifted", "question_attention": "causal"}
 SMALL_TARGETS = {(1, ONE): 0.8, (1, FOUR): 2.5, (8, ONE): 1.0, (8, FOUR): 2.0}
 TARGETS = {(1, ONE): 0.9, (1, FOUR): 3.6, (8, ONE): 0.75, (8, FOUR): 2.5}
 MOST_OF_A_PASS = 1.15  # of an AR step, at batch size 1
+MOST_OUTSIDE = 0.1
 
 
 def endless_model(backbone: dict[str, Any] = BACKBONE, **fields: object) -> HierBD3LMForBlockDiffusion:
@@ -94,7 +97,34 @@ def measure_samplers(
             per_pass = [one * new_tokens / passes[ONE] for one in seconds[f"{ONE}, {way}"]]
             limit = MOST_OF_A_PASS if batch_size == 1 and targets is TARGETS else None
             bars.append(ratio_bar(claim, per_pass, ar, limit, at_most=True))
+        claim = f"batch size {batch_size}, eager: share of the time outside the backbone's layers and head"
+        share = statistics.median(share_outside(model, cases[f"{ONE}, eager"]) for _ in range(repeats))
+        bars.append(bar(claim, share, MOST_OUTSIDE, at_most=True))
     return bars, details
+
+
+def share_outside(model: HierBD3LMForBlockDiffusion, run: Callable[[], Any]) -> float:
+    """Return the share of the time of a call that passes outside the backbone's body and its head."""
+    inside = 0.0
+
+    def timed(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            start = time.perf_counter()
+            result = forward(*args, **kwargs)
+            inside += time.perf_counter() - start
+            return result
+
+        return wrapped
+
+    body, head = model.backbone.base_model, model.get_output_embeddings()
+    with (
+        mock.patch.object(body, "forward", timed(body.forward)),
+        mock.patch.object(head, "forward", timed(head.forward)),
+    ):
+        start = time.perf_counter()
+        run()
+        return 1 - inside / (time.perf_counter() - start)
 
 
 def measure_small(repeats: int) -> Measured:

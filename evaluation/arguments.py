@@ -71,7 +71,9 @@ class CheckpointArguments:
             check_at_least(name, getattr(self, name), 1)
         for name, known in (("dtype", DTYPES), ("attn_implementation", ATTENTIONS)):
             if getattr(self, name) not in (None, *known):
-                raise ValueError(f"`{name}` must be one of {', '.join(known)} or None, but got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(known)} or None, but got {getattr(self, name)!r}"
+                )
         if self.device is None:
             self.device = default_device()
 
