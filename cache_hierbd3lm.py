@@ -1,13 +1,20 @@
 """The block cache: keys and values of finished blocks, which a denoising pass sees and leaves as they are."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .masking_hierbd3lm import CLEAN, PADDING, TokenLayout
 
 LEAST_GROWTH = 32  # columns for finished blocks
+GROUPED = "hierbd3lm_grouped_sdpa"  # attention implementation
+MOST_GROUPED = 64  # query tokens: of a long prompt, the mask of a group would cost more than repeated keys
 
 
 class BlockCacheLayer(DynamicLayer):
@@ -178,3 +185,55 @@ class BlockCache(Cache):
         self.lengths, self.num_rows = self.lengths[new_order], count
         self.used = max(self.lengths.tolist(), default=0)
         return new_order
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention by `scaled_dot_product_attention` that reads a cached key once for all query heads of its group.
+
+    transformers repeats the cached keys and values for each query head, except for a single query token. Here the
+    query tokens of a group's heads are one after the other in one head.
+
+    Args:
+        query (`torch.Tensor` of shape `(rows, heads, length, size)`), key, value
+            (`(rows, key_heads, num_keys, size)`), attention_mask (`(rows, 1, length, num_keys)`, *optional*): as of
+            transformers' attention functions.
+    """
+    rows, heads, length, _ = query.shape
+    key_heads = key.shape[1]
+    is_short = torch.compiler.is_compiling() or length <= MOST_GROUPED
+    is_plain = not kwargs.get("dropout") and all(kwargs.get(name) is None for name in ("softcap", "position_bias"))
+    if key_heads == heads or attention_mask is None or not (is_short and is_plain):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    groups = heads // key_heads
+    states = nn.functional.scaled_dot_product_attention(
+        query.reshape(rows, key_heads, groups * length, -1),
+        key,
+        value,
+        attn_mask=attention_mask.repeat(1, 1, groups, 1),
+        scale=scaling,
+    )
+    return states.reshape(rows, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+
+
+@contextlib.contextmanager
+def grouping(config: PreTrainedConfig) -> Iterator[None]:
+    """Let a backbone with `sdpa` attention run with [`grouped_attention`] within the context."""
+    if config._attn_implementation != "sdpa":
+        yield
+        return
+    config._attn_implementation = GROUPED
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"

@@ -24,7 +24,7 @@ from .backbones_hierbd3lm import (
     take_text_part,
     vocabulary_size,
 )
-from .cache_hierbd3lm import BlockCache
+from .cache_hierbd3lm import BlockCache, grouping
 from .configuration_hierbd3lm import HierBD3LMConfig, config_fields, refuse_misspelt_fields
 from .diffusion_hierbd3lm import TOKEN_LOSSES, masked_nll
 from .generation_hierbd3lm import HierBD3LMGenerationMixin
@@ -280,8 +280,12 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
             order: order over the blocks; the model's if omitted.
             sees: which parts each part of a row sees, `(batch, parts, parts)`, where that differs between the rows.
         """
-        body = self._compiled_body if cache is not None and cache.is_compiled else self.backbone.base_model
-        return body(**self._backbone_inputs(tokens, layout, cache, order, sees)).last_hidden_state
+        inputs = self._backbone_inputs(tokens, layout, cache, order, sees)
+        if cache is None:
+            return self.backbone.base_model(**inputs).last_hidden_state
+        with grouping(self.backbone.config):
+            body = self._compiled_body if cache.is_compiled else self.backbone.base_model
+            return body(**inputs).last_hidden_state
 
     def masked_nll(
         self, masked: torch.BoolTensor, input_ids: torch.LongTensor, **layout: torch.Tensor

@@ -58,11 +58,7 @@ class CheckpointArguments:
         default=None, metadata={"help": f"Precision of the weights: {', '.join(DTYPES)}; as saved if omitted."}
     )
     attn_implementation: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Attention implementation: {', '.join(ATTENTIONS)}. In bfloat16 on a CPU, `eager` is faster for "
-            "large batches."
-        },
+        default=None, metadata={"help": f"Attention implementation: {', '.join(ATTENTIONS)}."}
     )
 
     def __post_init__(self):

@@ -1,12 +1,13 @@
 """The block cache holds each finished block once, and nothing else."""
 
 import itertools
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
-from hierbd3lm.cache_hierbd3lm import LEAST_GROWTH, BlockCache
+from hierbd3lm.cache_hierbd3lm import LEAST_GROWTH, BlockCache, grouped_attention
 
 from .tiny import make_model
 from .tiny_backbones import make_backbone_config
@@ -68,6 +69,35 @@ def test_memory_grows_with_what_is_used():
     assert len({room for room, _ in rooms}) <= 10  # moved a few times
     alone = model.generate(questions[:1], max_new_tokens=400)
     assert limited.sequences[0, : alone.sequences.shape[1]].tolist() == alone.sequences[0].tolist()
+
+
+@pytest.mark.parametrize("length", [1, 5, 70])
+def test_grouped_attention_is_attention_over_repeated_keys(length):
+    torch.manual_seed(0)
+    query = torch.randn(2, 6, length, 4, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 2, 90, 4, dtype=torch.float64)
+    mask = torch.rand(2, 1, length, 90) < 0.5
+    mask[..., 0] = True
+    scores = torch.einsum("rhqd,rhkd->rhqk", query, key.repeat_interleave(3, dim=1)) * 0.3
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    expected = torch.einsum("rhqk,rhkd->rqhd", weights, value.repeat_interleave(3, dim=1))
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    states, _ = grouped_attention(module, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(states, expected)
+
+
+def test_a_denoising_pass_reads_cached_keys_once_for_all_heads_of_a_group():
+    model, heads = speaker(), []  # 4 heads, 2 of keys
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *args, **kwargs):
+        heads.append((query.shape[1], key.shape[1]))
+        return attend(query, key, *args, **kwargs)
+
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", watched):
+        model.generate(left_pad(RAGGED_QUESTIONS))
+    assert set(heads) == {(2, 2)}
+    assert model.backbone.config._attn_implementation == "sdpa"
 
 
 class ListCache:
