@@ -144,7 +144,7 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
         was_training = model.training
         model.eval()
         try:
-            questions = self._encode(prompts[:: args.num_generations], model)
+            questions = self._encode(prompts, model)
             plans = self._write(model, "plan", questions, args.num_plans)
             repeated = [question for question in questions for _ in range(args.num_plans)]
             most = model.config.plan_len - 1  # of a plan that is given
@@ -180,13 +180,20 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
         return resolve_settings(model.generation_config, settings | (self.args.generation_kwargs or {}))
 
     def _encode(self, prompts: Sequence[str], model: PreTrainedModel) -> list[Prompt]:
-        """Encode the questions.
+        """Encode each question, which `prompts` holds `num_generations` times in a row, once.
 
         Raises:
-            ValueError: for a question that the model does not accept.
+            ValueError: for a question that the model does not accept, or that is there another number of times.
         """
-        encoded = [encode_prompt(0, prompt, None, self._tokenizer, model.config) for prompt in prompts]
-        for text, prompt in zip(prompts, encoded, strict=True):
+        samples = self.args.num_generations
+        questions = prompts[::samples]
+        if [question for question in questions for _ in range(samples)] != prompts:
+            raise ValueError(
+                f"`per_device_eval_batch_size` must be a multiple of num_plans * executions_per_plan = {samples}, so "
+                f"that a process holds all samples of a question, but got {self.args.per_device_eval_batch_size}"
+            )
+        encoded = [encode_prompt(0, question, None, self._tokenizer, model.config) for question in questions]
+        for text, prompt in zip(questions, encoded, strict=True):
             if not prompt.is_answered:
                 raise ValueError(
                     f"`prompt` must have at most question_len={model.config.question_len} tokens and spell out no "

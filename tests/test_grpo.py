@@ -288,6 +288,12 @@ def test_a_question_that_does_not_fit_is_refused(tmp_path):
         trainer._rollout(["x" * 17] * 4, trainer)
 
 
+def test_samples_of_a_question_that_are_spread_over_batches_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match="`per_device_eval_batch_size` must be a multiple of"):
+        trainer._rollout(["1 and 2?"] * 3 + ["2 and 3?"] * 3, trainer)
+
+
 # The command
 
 
