@@ -89,6 +89,7 @@ FEW_SHOT = {
 # The limits are for answers that do not end.
 ANSWERING = {"dtype": "bfloat16", "batch_size": 128, "max_plan_len": 192, "max_execution_len": 256}
 COMPARED_WITH = "sft"  # every other row is tested against it, problem by problem
+NLLS = {"NLL per token": "nll", "plan": "plan_nll", "execution": "execution_nll"}
 COLUMNS = {  # of the table -> keys of summary.json
     "NFE": "num_forward_passes_mean",
     "tokens per forward pass": "tokens_per_forward",
@@ -145,11 +146,22 @@ class Run:
             row |= {kind: summary[rate], f"{kind}_interval": summary[f"{rate}_interval"]}
         if name in ROWS:
             row |= {column: summary[key] for column, key in COLUMNS.items()}
-            likelihood = json.loads((self.folder / ROWS[name].training / "likelihood.json").read_text())
-            row |= {key: likelihood[key] for key in ("nll", "plan_nll", "execution_nll") if key in likelihood}
         if name != COMPARED_WITH and (folder / COMPARED_WITH / "predictions.jsonl").is_file():
             row |= compare(*(read_matches(folder / other) for other in (name, COMPARED_WITH)))
         return row
+
+    def trained(self) -> dict[str, dict[str, Any]]:
+        """Return what each finished training starts from, its steps, and its likelihood of the test split."""
+        runs = {}
+        for name, training in TRAININGS.items():
+            folder = self.folder / name
+            if (folder / "trainer_state.json").is_file() and (folder / "likelihood.json").is_file():
+                state, likelihood = (
+                    json.loads((folder / file).read_text()) for file in ("trainer_state.json", "likelihood.json")
+                )
+                nll = {key: likelihood[key] for key in NLLS.values() if key in likelihood}
+                runs[name] = {"start": training.start, "steps": state["global_step"]} | nll
+        return runs
 
     def _exchanged_plans(self) -> Path:
         """Write the reference plan of each problem's successor as its own."""
@@ -225,11 +237,11 @@ def compare(matches: dict[int, bool], others: dict[int, bool]) -> dict[str, Any]
     }
 
 
-def format_page(rows: dict[str, dict[str, Any]], command: str, run: Run) -> str:
+def format_page(rows: dict[str, dict[str, Any]], runs: dict[str, dict[str, Any]], command: str) -> str:
     """Format the page in docs/."""
     note = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
     lines = [
-        "| | exact match, strict (95 % interval) | flexible | NLL per token | NFE | tokens per forward pass | "
+        "| | exact match, strict (95 % interval) | flexible | finished | NFE | tokens per forward pass | "
         f"solved only by it / only by {ROWS[COMPARED_WITH].label} (p) |",
         "|---" * 7 + "|",
     ]
@@ -238,30 +250,33 @@ def format_page(rows: dict[str, dict[str, Any]], command: str, run: Run) -> str:
         paired = f"{row['only_this']} / {row['only_other']} ({row['p_value']:.2g})" if "p_value" in row else ""
         lines.append(
             f"| {row['label']} | {100 * row['strict']:.2f} % [{100 * low:.2f}, {100 * high:.2f}] | "
-            f"{100 * row['flexible']:.2f} % | {cell(row, 'nll', 4)} | {cell(row, 'NFE', 1)} | "
+            f"{100 * row['flexible']:.2f} % | {cell(row, 'finished', 2)} | {cell(row, 'NFE', 1)} | "
             f"{cell(row, 'tokens per forward pass', 2)} | {paired} |"
         )
     lengths = [
-        f"| {name} | {training.start or 'the checkpoint'} | {max(1, round(run.steps * training.length)):,} |"
-        for name, training in TRAININGS.items()
-        if (run.folder / name / "trainer_state.json").is_file()
+        f"| {name} | {run['start'] or 'the checkpoint'} | {run['steps']:,} | "
+        + " | ".join(cell(run, key, 4) for key in NLLS.values())
+        + " |"
+        for name, run in runs.items()
     ]
-    table, trained = "\n".join(lines), "\n".join(["| run | starts from | steps |", "|---|---|---|", *lengths])
+    heads = ["| run | starts from | steps | " + " | ".join(NLLS) + " |", "|---" * (3 + len(NLLS)) + "|"]
+    table, trained = "\n".join(lines), "\n".join([*heads, *lengths])
     n = next(iter(rows.values()))["n"]
     return f"""# An open checkpoint on GSM8K
 
 `{command}`: {note}.
 
-{n:,} problems of the test split, answered once, greedily, with weights in bfloat16. NLL in nats per token of plan and
-execution, over the tokens that the model itself writes (without plans: of the execution); exact for blocks of one
-token, else an upper bound. The checkpoint itself answers under lm-evaluation-harness, with the prompt of its task
-gsm8k. The last column counts the problems that only one of two models solves, and gives the
-p-value of McNemar's exact test. A constant answer is right in 2.7 % of the test problems at best, the best single
-number of the question in 6.4 %.
+{n:,} problems of the test split, answered once, greedily, with weights in bfloat16, in at most
+{ANSWERING["max_plan_len"]} tokens of plan and {ANSWERING["max_execution_len"]} of execution. The checkpoint itself
+answers under lm-evaluation-harness, with the prompt of its task gsm8k. The last column counts the problems that only
+one of two models solves, and gives the p-value of McNemar's exact test. A constant answer is right in 2.7 % of the test
+problems at best, the best single number of the question in 6.4 %.
 
 {table}
 
-The runs, with the recipe `{RECIPE}` (16 problems per step):
+The runs, with the recipe `{RECIPE}` (16 problems per step). NLL in nats per token of the test split's plans and
+executions, over the tokens that the model itself writes (without plans: of the execution); exact for blocks of one
+token, else an upper bound.
 
 {trained}
 """
@@ -296,9 +311,10 @@ def main() -> None:
     for name in args.only:
         rows[name] = run.row(name)
     command = shlex.join(["python", "-m", "hierbd3lm.benchmarks.open_checkpoint", *sys.argv[1:]])
-    content = {"command": command, "machine": describe_machine(), "steps": args.steps, "rows": rows}
+    runs = run.trained()
+    content = {"command": command, "machine": describe_machine(), "rows": rows, "runs": runs}
     (RESULTS / "open_checkpoint.json").write_text(json.dumps(content, indent=2) + "\n")
-    page = format_page(rows, command, run)
+    page = format_page(rows, runs, command)
     (ROOT / "docs" / "open_checkpoint.md").write_text(page)
     print(page)
 

@@ -43,7 +43,7 @@ def test_only_missing_files_are_made_and_the_row_is_read_from_them(tmp_path, mon
         flags = dict(zip(words[4::2], words[5::2], strict=False))
         if words[3] == "train":
             (tmp_path / "sft").mkdir(exist_ok=True)
-            (tmp_path / "sft" / "trainer_state.json").write_text("{}")
+            (tmp_path / "sft" / "trainer_state.json").write_text(json.dumps({"global_step": 100}))
         elif words[3] == "ppl":
             (tmp_path / "sft" / "likelihood.json").write_text(json.dumps({"nll": 0.5, "num_tokens": 9}))
         else:
@@ -63,9 +63,9 @@ def test_only_missing_files_are_made_and_the_row_is_read_from_them(tmp_path, mon
         made.answer("sft")
     assert [command[0] for command in commands] == ["train", "ppl", "eval"]
     row = made.row("sft")
-    assert row["strict"] == 0.5 and row["NFE"] == 7.0 and row["nll"] == 0.5
-    page = open_checkpoint.format_page({"sft": row}, "the command", made)
-    assert "50.00 % [10.00, 90.00]" in page and "| sft | the checkpoint | 100 |" in page
+    assert row["strict"] == 0.5 and row["NFE"] == 7.0
+    page = open_checkpoint.format_page({"sft": row}, made.trained(), "the command")
+    assert "50.00 % [10.00, 90.00]" in page and "| sft | the checkpoint | 100 | 0.5000 |" in page
 
 
 def test_answers_of_the_harness_are_read_problem_by_problem(tmp_path):
