@@ -114,7 +114,7 @@ class Run:
         settings |= {"warmup_steps": max(1, steps // 20), "save_steps": max(1, steps // 10), "eval_strategy": "no"}
         settings |= {"save_total_limit": 1, "use_cpu": not torch.cuda.is_available()} | training.settings
         self._make(folder / "trainer_state.json", ["train", RECIPE, *as_flags(settings)])
-        likelihood = ["--model", folder, "--split", "test", "--num_draws", 2, "--dtype", "bfloat16", *self._limit()]
+        likelihood = ["--model", folder, "--split", "test", "--num_draws", 1, "--dtype", "bfloat16", *self._limit()]
         self._make(folder / "likelihood.json", ["ppl", *map(str, likelihood)])
 
     def answer(self, name: str) -> None:
@@ -269,8 +269,8 @@ def format_page(rows: dict[str, dict[str, Any]], runs: dict[str, dict[str, Any]]
 {n:,} problems of the test split, answered once, greedily, with weights in bfloat16, in at most
 {ANSWERING["max_plan_len"]} tokens of plan and {ANSWERING["max_execution_len"]} of execution. The checkpoint itself
 answers under lm-evaluation-harness, with the prompt of its task gsm8k. The last column counts the problems that only
-one of two models solves, and gives the p-value of McNemar's exact test. A constant answer is right in 2.7 % of the test
-problems at best, the best single number of the question in 6.4 %.
+one of two models solves, and gives the p-value of McNemar's exact test. A constant answer is right in 2.7 % of the
+test problems at best, the best single number of the question in 6.4 %.
 
 {table}
 
