@@ -10,13 +10,15 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from transformers import CompileConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hierbd3lm.cache_hierbd3lm import BlockCache
+from hierbd3lm.cache_hierbd3lm import BlockCache, grouped_attention
 from hierbd3lm.denoising_hierbd3lm import BlockDenoiser
 from hierbd3lm.masking_hierbd3lm import CLEAN, NOISY, TokenLayout
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
@@ -203,6 +205,26 @@ def attention_of_all_layers(query: torch.Tensor, keys: torch.Tensor) -> None:
         torch.nn.functional.scaled_dot_product_attention(query, keys, keys, attn_mask=mask)
 
 
+def measure_attention(repeats: int) -> Measured:
+    """Compare attention of a pass to the cache, in bfloat16, with transformers' for the heads of SmolLM2-135M."""
+    heads, key_heads, size, num_keys = 9, 3, 64, 256
+    module = SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True)
+    bars, details = [], {}
+    for batch_size, length in ((1, 16), (8, 16), (128, 4)):
+        query = torch.randn(batch_size, heads, length, size, dtype=torch.bfloat16)
+        key, value = torch.randn(2, batch_size, key_heads, num_keys, size, dtype=torch.bfloat16)
+        mask = torch.ones(batch_size, 1, length, num_keys, dtype=torch.bool)
+        cases = {
+            function.__name__: functools.partial(function, module, query, key, value, mask)
+            for function in (grouped_attention, sdpa_attention_forward)
+        }
+        seconds = interleaved_seconds(cases, repeats)
+        claim = f"attention of {batch_size} x {length} tokens to {num_keys} keys: grouped / transformers' sdpa"
+        bars.append(ratio_bar(claim, *seconds.values(), 1, at_most=True))
+        details[f"{batch_size} x {length}"] = seconds
+    return bars, details
+
+
 RAGGED_BLOCKS = [2, 4, 8, 16] * 8  # number of execution blocks of each of 32 rows
 
 
@@ -246,6 +268,7 @@ PARTS: dict[str, Callable[[], Measured]] = {
     "smollm2_float32": lambda: measure_size(SMOLLM2, torch.float32, 64, BATCH_SIZES, {}, repeats=5),
     "qwen3_bfloat16": lambda: measure_size(QWEN3, torch.bfloat16, 64, BATCH_SIZES, {}, repeats=5),
     "memory": measure_memory,
+    "attention": lambda: measure_attention(repeats=51),
     "context": lambda: measure_context(repeats=15),
     "ragged": lambda: measure_ragged(repeats=1),
 }
