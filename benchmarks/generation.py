@@ -1,8 +1,8 @@
 """Cost of generation, compared with greedy `generate()` of the same weights as an autoregressive model.
 
 `python -m hierbd3lm.benchmarks.generation [part ...]`. Random weights, on 2 threads; ratios are of medians of
-interleaved measurements. The parts `smollm2_...` and `qwen3_...` have the shapes of SmolLM2-135M and of Qwen3-0.6B,
-converted as an open checkpoint is; `samplers` has 8 layers of size 256, in float32. Eager generation is compared with
+interleaved measurements. The parts `smollm2_...` and `qwen3_...`, one for each precision and batch size, have the shapes
+of SmolLM2-135M and of Qwen3-0.6B, converted as an open checkpoint is; `samplers` has 8 layers of size 256, in float32. Eager generation is compared with
 eager generation, compiled with compiled: there the AR model has transformers' static cache and compiled step.
 """
 
@@ -141,14 +141,14 @@ def measure_size(
     backbone: dict[str, Any],
     dtype: torch.dtype,
     new_tokens: int,
-    batch_sizes: tuple[int, ...],
+    batch_size: int,
     targets: dict[tuple[int, str], float],
     repeats: int,
 ) -> Measured:
     half = new_tokens // 2
     fields = {"question_len": 64, "plan_len": half, "execution_len": half} | CONVERTED
     model = endless_model(backbone, **fields).to(dtype)
-    return measure_samplers(model, batch_sizes, new_tokens, targets, repeats)
+    return measure_samplers(model, (batch_size,), new_tokens, targets, repeats)
 
 
 def measure_memory() -> Measured:
@@ -261,12 +261,25 @@ def measure_ragged(repeats: int) -> Measured:
     return [bar(claim, seconds["ragged"] / own, 1.3, True)], seconds
 
 
-BATCH_SIZES = (1, 8)
 PARTS: dict[str, Callable[[], Measured]] = {
     "samplers": lambda: measure_small(repeats=5),
-    "smollm2_bfloat16": lambda: measure_size(SMOLLM2, torch.bfloat16, NEW_TOKENS, BATCH_SIZES, TARGETS, repeats=5),
-    "smollm2_float32": lambda: measure_size(SMOLLM2, torch.float32, 64, BATCH_SIZES, {}, repeats=5),
-    "qwen3_bfloat16": lambda: measure_size(QWEN3, torch.bfloat16, 64, BATCH_SIZES, {}, repeats=5),
+    **{
+        f"{name}_{str(dtype).removeprefix('torch.')}_{batch_size}": functools.partial(
+            measure_size,
+            backbone,
+            dtype,
+            new_tokens,
+            batch_size,
+            TARGETS if dtype == torch.bfloat16 else {},
+            repeats=5,
+        )
+        for name, backbone, dtype, new_tokens in (
+            ("smollm2", SMOLLM2, torch.bfloat16, NEW_TOKENS),
+            ("smollm2", SMOLLM2, torch.float32, 64),
+            ("qwen3", QWEN3, torch.bfloat16, 64),
+        )
+        for batch_size in (1, 4, 8)
+    },
     "memory": measure_memory,
     "attention": lambda: measure_attention(repeats=51),
     "context": lambda: measure_context(repeats=15),
