@@ -1,9 +1,10 @@
 """Cost of generation, compared with greedy `generate()` of the same weights as an autoregressive model.
 
 `python -m hierbd3lm.benchmarks.generation [part ...]`. Random weights, on 2 threads; ratios are of medians of
-interleaved measurements. The parts `smollm2_...` and `qwen3_...`, one for each precision and batch size, have the shapes
-of SmolLM2-135M and of Qwen3-0.6B, converted as an open checkpoint is; `samplers` has 8 layers of size 256, in float32. Eager generation is compared with
-eager generation, compiled with compiled: there the AR model has transformers' static cache and compiled step.
+interleaved measurements. The parts `smollm2_...` and `qwen3_...`, one for each precision and batch size, have the
+shapes of SmolLM2-135M and of Qwen3-0.6B, converted as an open checkpoint is; `samplers` has 8 layers of size 256, in
+float32. Eager generation is compared with eager generation, compiled with compiled: there the AR model has
+transformers' static cache and compiled step.
 """
 
 import functools
