@@ -370,6 +370,21 @@ def lay_out_plan(
     return tokens, total
 
 
+def repeat_rows(
+    copies: int, settings: HierBD3LMGenerationConfig, *tensors: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """Repeat the rows of what `generate` is given for several answers to each.
+
+    Raises:
+        ValueError: for a number that is not positive, or several answers at temperature 0.
+    """
+    if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
+        raise ValueError(f"`num_return_sequences` must be an integer >= 1, but got {copies!r}")
+    if copies > 1 and settings.temperature == 0:
+        raise ValueError(f"`num_return_sequences` must be 1 at temperature 0, where all are the same; got {copies}")
+    return tuple(ids if ids is None or copies == 1 else ids.repeat_interleave(copies, dim=0) for ids in tensors)
+
+
 def read_execution_start(
     config: Any,
     settings: HierBD3LMGenerationConfig,

@@ -19,8 +19,8 @@ from .tiny_tokenizer import make_config_for, make_tokenizer
 CODE = {
     f"{name}_hierbd3lm.py"
     for name in (
-        *("backbones", "cache", "causal_generation", "configuration", "denoising", "diffusion", "dit"),
-        *("generation", "masking", "modeling", "order", "samplers", "schedule", "settings"),
+        *("backbones", "cache", "configuration", "denoising", "diffusion", "dit", "generation"),
+        *("masking", "modeling", "order", "samplers", "schedule", "settings"),
     )
 }
 AUTO_MAP = {
