@@ -140,8 +140,10 @@ class BlockCache(Cache):
         target = slice(self.used, self.used + length)
         self._block_ids[:1, target], self._position_ids[:1, target] = block_ids, position_ids
         column = self.scratch + self.used
-        for states in (states for layer in self.layers if start != column for states in (layer.keys, layer.values)):
-            states[:1, :, column : column + length] = states[:1, :, start : start + length]
+        if start != column:  # else they are where they stay
+            for layer in self.layers:
+                for states in (layer.keys, layer.values):
+                    states[:1, :, column : column + length] = states[:1, :, start : start + length]
         self.lengths += length
         self.used += length
 

@@ -11,6 +11,8 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 
+from .settings_hierbd3lm import ATTENTIONS
+
 QUESTION, PLAN, EXECUTION = 0, 1, 2  # segment ids
 SEGMENT_NAMES = {PLAN: "plan", EXECUTION: "execution"}  # of the segments that are denoised
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}  # of a backbone: those that take any mask
@@ -219,7 +221,7 @@ def render_mask(
         ValueError: for an attention implementation, or a layer type of the backbone, that cannot take the mask.
     """
     implementation = backbone_config._attn_implementation
-    if implementation not in ("sdpa", "eager", "flex_attention"):
+    if implementation not in ATTENTIONS:
         raise ValueError(f"`attn_implementation` must be sdpa, eager or flex_attention, but got {implementation!r}")
     layer_types = set(getattr(backbone_config, "layer_types", None) or ())
     if unmasked := layer_types - SUPPORTED_LAYER_TYPES:

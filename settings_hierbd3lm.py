@@ -42,6 +42,7 @@ NOT_APPLICABLE = {
     ),
     "stop_strings": "it may end inside a block: cut the text, or pass `stopping_criteria`, which see whole blocks",
 }
+ATTENTIONS = ("sdpa", "eager", "flex_attention")  # that take the mask
 MAX_INTEGER = 2**63 - 1
 
 logger = logging.get_logger(__name__)

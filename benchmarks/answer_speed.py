@@ -21,11 +21,12 @@ from hierbd3lm.settings_hierbd3lm import resolve_settings
 
 from .generation import autoregressive
 from .measure import Measured, bar, format_table, make_parser, trained_folder, write_results
+from .open_checkpoint import BY_CONFIDENCE, ONE_A_STEP
 
-AR, BY_CONFIDENCE = "AR", "by confidence"
+AR, CONFIDENT = "AR", "by confidence"
 SETTINGS = {
-    "1 token per step": {"sampler": "first_hitting"},
-    BY_CONFIDENCE: {"sampler": "confidence", "left_to_right": True, "threshold": 0.9},
+    "1 token per step": ONE_A_STEP,
+    CONFIDENT: BY_CONFIDENCE,
     "run in blocks of 1": {"block_size": 1},
 }
 LEAST_SPEED_UP = 2.0  # by confidence, at batch size 1
@@ -46,7 +47,7 @@ def measure_answers(folder: str, baseline: str, limit: int, batch_sizes: tuple[i
         speeds = {name: tokens / seconds for name, (tokens, seconds) in totals.items()}
         details[f"batch {batch_size}"] = totals
         for name in SETTINGS:
-            least = LEAST_SPEED_UP if (batch_size, name) == (1, BY_CONFIDENCE) else None
+            least = LEAST_SPEED_UP if (batch_size, name) == (1, CONFIDENT) else None
             claim = f"batch size {batch_size}, {name}: tokens/s / AR tokens/s"
             bars.append(bar(claim, speeds[name] / speeds[AR], least, at_most=False))
     return bars, details
@@ -75,7 +76,7 @@ def answer(
     start = time.perf_counter()
     written = generate_batch(model, batch, resolve_settings(model.generation_config, settings))
     seconds = time.perf_counter() - start
-    return [round(one.tokens_per_forward * one.num_forward_passes) for one in written], seconds
+    return [one.num_tokens for one in written], seconds
 
 
 def main() -> None:

@@ -7,10 +7,9 @@ from typing import Any
 
 from ..data.arguments import check_at_least, optional_fields, parse_json
 from ..data.text.sets import TEXT_SETS
-from ..settings_hierbd3lm import SETTINGS, GenerationSettings
+from ..settings_hierbd3lm import ATTENTIONS, SETTINGS, GenerationSettings
 
 DTYPES = ("float32", "bfloat16", "float16")
-ATTENTIONS = ("sdpa", "eager", "flex_attention")
 NUM_SYNTHETIC = 300  # default number of problems
 REFERENCE_PLANS = "reference"
 PLAN_RANKINGS = ("likelihood", "agreement")

@@ -47,6 +47,11 @@ class Written:
     tokens_per_forward: float
     plan_followed: bool | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of denoised tokens."""
+        return round(self.tokens_per_forward * self.num_forward_passes)
+
 
 def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Evaluate a checkpoint, or resume the evaluation; returns the predictions and the summary."""
@@ -194,7 +199,7 @@ def score_written(
         more_passes, more_tokens: costs of what is not part of the answer, such as other plans.
     """
     num_passes = written.num_forward_passes + more_passes
-    num_tokens = round(written.tokens_per_forward * written.num_forward_passes) + more_tokens
+    num_tokens = written.num_tokens + more_tokens
     costs = {
         "finished": written.finished,
         "num_forward_passes": num_passes,

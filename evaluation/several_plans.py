@@ -241,5 +241,4 @@ def agreements(executions: Sequence[Sequence[str]]) -> list[float]:
 
 def _cost(written: Sequence[Written]) -> tuple[int, int]:
     """Return forward passes and denoised tokens."""
-    passes = [one.num_forward_passes for one in written]
-    return sum(passes), sum(round(one.tokens_per_forward * one.num_forward_passes) for one in written)
+    return sum(one.num_forward_passes for one in written), sum(one.num_tokens for one in written)

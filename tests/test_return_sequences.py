@@ -18,7 +18,7 @@ MODELS = {
 
 
 def compare(model, questions, plans=None, **settings):
-    """Generate with the argument and with repeated rows; return the widths of the question in both first passes."""
+    """Generate with the argument and with repeated rows; return the shapes of passes, and how many more a row took."""
     inputs = {"input_ids": left_pad(questions), "plan_ids": plans}
     inputs = {name: ids for name, ids in inputs.items() if ids is not None}
     repeated = {name: ids.repeat_interleave(COPIES, dim=0) for name, ids in inputs.items()}
