@@ -32,6 +32,8 @@ class HierBD3LMGenerationOutput(ModelOutput):
         num_forward_passes (`torch.LongTensor` of shape `(batch,)`): passes in which the row took part (NFE).
         tokens_per_forward (`torch.FloatTensor` of shape `(batch,)`):
             Denoised tokens up to and with the `<|end|>` of each segment, or of each step, per forward pass.
+        reveal_steps (`torch.LongTensor` of shape `(batch, length)`):
+            Forward pass of the row, from 1, that denoised each of those tokens, in order; right-padded with 0.
         plan_followed (`torch.BoolTensor` of shape `(batch,)`, *optional*):
             With `execution_order="plan"`: whether the execution has the order of its plan. It is false where the plan
             could not be parsed or has too many steps, so that each step came after all before it.
@@ -43,6 +45,7 @@ class HierBD3LMGenerationOutput(ModelOutput):
     finished: torch.BoolTensor | None = None
     num_forward_passes: torch.LongTensor | None = None
     tokens_per_forward: torch.FloatTensor | None = None
+    reveal_steps: torch.LongTensor | None = None
     plan_followed: torch.BoolTensor | None = None
 
 
@@ -60,11 +63,12 @@ class Answer:
         width = sum(part.max_len for part in self.order.parts)
         self.tokens = torch.full((batch, width), self.order.pad_token_id, device=device)  # by position
         self.part_ids = torch.full_like(self.tokens, PADDING)
+        self.reveal_steps = torch.zeros_like(self.tokens)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
         self.num_forward_passes = torch.zeros(batch, dtype=torch.long, device=device)
         self.plan_followed = torch.ones_like(self.finished) if self.order.follows_plan else None
         tokens, block_ids, position_ids, part_ids = schedule.context
-        self.write(torch.arange(batch, device=device), block_ids != PADDING, tokens, position_ids, part_ids)
+        self.write(torch.arange(batch, device=device), block_ids != PADDING, tokens, position_ids, part_ids, 0)
 
     def write(
         self,
@@ -73,29 +77,27 @@ class Answer:
         tokens: torch.LongTensor,
         position_ids: torch.LongTensor,
         part_ids: torch.LongTensor,
+        reveal_steps: torch.LongTensor | int,
     ) -> None:
         """Write tokens down where `which`, `(rows, length)`; `index` is the place of each row in the batch."""
         row, column = which.nonzero(as_tuple=True)
         target = index[row], position_ids[row, column] - self.question_lengths[index[row]]
         self.tokens[target] = tokens[row, column]
         self.part_ids[target] = part_ids[row, column]
+        self.reveal_steps[target] = torch.as_tensor(reveal_steps, device=tokens.device).expand_as(tokens)[row, column]
 
     def plan(self, index: int) -> list[int]:
         """Return the content of the plan of a row, without opener and `<|end|>`; `index` is its place in the batch."""
         tokens = self.tokens[index, self.part_ids[index] == 0].tolist()[1:]
         return tokens[: tokens.index(self.order.end_token_id)] if self.order.end_token_id in tokens else tokens
 
-    def output(self, question: torch.LongTensor, first_segment: int) -> HierBD3LMGenerationOutput:
-        """Return everything that was written.
-
-        Args:
-            question (`torch.LongTensor` of shape `(batch, question_length)`): as it was given.
-            first_segment: the first segment that was denoised, not given.
-        """
+    def output(self, question: torch.LongTensor) -> HierBD3LMGenerationOutput:
+        """Return everything that was written; `question` has the shape `(batch, question_length)`, as it was given."""
         order = self.order
         written = self.part_ids != PADDING
         tokens = left_justify(self.tokens, written, order.pad_token_id)
         part_ids = left_justify(self.part_ids, written, PADDING)
+        reveal_steps = left_justify(self.reveal_steps, written, 0)
         segment_ids = self._segment_ids(tokens, part_ids)
         # a run is a segment, or a step of it: an opener, content, and what an `<|end|>` begins
         edges = torch.stack(
@@ -105,14 +107,13 @@ class Answer:
         is_end = tokens == order.end_token_id
         num_ends = is_end.cumsum(dim=1)
         num_ends -= torch.where(opens, num_ends - is_end.long(), 0).cummax(dim=1).values  # of the run so far
-        contents, has_end, num_tokens = {}, {}, torch.zeros_like(self.num_forward_passes)
+        contents, has_end, is_denoised = {}, {}, torch.zeros_like(is_end)
         for segment in (PLAN, EXECUTION):
             inside = segment_ids == segment
             content, first_end = inside & (num_ends == 0) & ~opens, inside & is_end & (num_ends == 1)
             contents[segment] = left_justify(tokens, content, order.pad_token_id)
             has_end[segment] = first_end.any(dim=1) | ~inside.any(dim=1)
-            if segment >= first_segment:
-                num_tokens += (content | first_end).sum(dim=1)
+            is_denoised = is_denoised | ((content | first_end) & (reveal_steps > 0))
         finished = self.finished & has_end[PLAN] if order.predicts_execution_opener else self.finished
         return HierBD3LMGenerationOutput(
             sequences=torch.cat([question, tokens], dim=1),
@@ -120,7 +121,8 @@ class Answer:
             execution=contents[EXECUTION],
             finished=finished,
             num_forward_passes=self.num_forward_passes,
-            tokens_per_forward=num_tokens / self.num_forward_passes,
+            tokens_per_forward=is_denoised.sum(dim=1) / self.num_forward_passes,
+            reveal_steps=left_justify(reveal_steps, is_denoised, 0),
             plan_followed=self.plan_followed,
         )
 
@@ -142,8 +144,8 @@ class ActiveRows:
         index: `(rows,)`, place of the row in the batch.
         pending, pending_block_ids, pending_position_ids: `(rows, length)`, clean tokens that are not cached yet.
         canvas, canvas_block_ids, canvas_position_ids: `(rows, width)`; block ids are -1 on unused columns.
-        states_before: `(rows, slots, hidden_size)`, hidden states of the tokens before the blocks of the canvas; of a
-            shifted order only.
+        states_before: `(rows, slots, hidden_size)`, states of the tokens before the canvas's blocks, if shifted.
+        reveal_steps: `(rows, width)`, forward pass of the row that denoised each token of the canvas.
         reveal_times: `(rows, width)`, times in [0, 1] at which a scheduled sampler reveals each token, 1 first.
     """
 
@@ -154,6 +156,7 @@ class ActiveRows:
     canvas: torch.Tensor
     canvas_block_ids: torch.Tensor
     canvas_position_ids: torch.Tensor
+    reveal_steps: torch.Tensor
     states_before: torch.Tensor | None
     reveal_times: torch.Tensor | None
 
@@ -201,17 +204,8 @@ class BlockDenoiser:
         self.is_question = self.is_question.bool()
         prompt, block_ids, position_ids = self._prompt(question, attention_mask)
         blank = question.new_zeros(len(question), self.width)
-        self.rows = ActiveRows(
-            torch.arange(len(question), device=self.device),
-            prompt,
-            block_ids,
-            position_ids,
-            blank,
-            blank,
-            blank,
-            None,
-            None,
-        )
+        index = torch.arange(len(question), device=self.device)
+        self.rows = ActiveRows(index, prompt, block_ids, position_ids, blank, blank, blank, blank, None, None)
         self._read_plans()
         self.schedule.start()
         self._open_canvases(torch.ones_like(self.schedule.progress.active))
@@ -263,9 +257,8 @@ class BlockDenoiser:
         rows, masked = self.rows, self._masked()
         candidates = masked if rows.reveal_times is None else masked & self._due(masked)
         states = self._states()
-        logits = self.model.project(states[candidates[:, self.columns]])
+        logits = self.model.project(states[candidates[:, self.columns]]).float()
         self._keep_pending(slice(0))
-        logits = logits.float()
         if self.processors:
             logits = self.processors(self._before(candidates), logits)
         self._reveal(candidates, logits.index_fill(-1, self.never_written, -math.inf))
@@ -365,13 +358,16 @@ class BlockDenoiser:
 
     def _reveal(self, candidates: torch.BoolTensor, logits: torch.FloatTensor) -> None:
         """Draw the candidates' tokens and write those that the sampler accepts into the canvas."""
+        rows = self.rows
         tokens = draw_tokens(logits, self.settings.temperature, self.settings.top_p, self.generator)
-        drafted = self.rows.canvas.masked_scatter(candidates, tokens)
+        drafted = rows.canvas.masked_scatter(candidates, tokens)
         groups = self.schedule.together(candidates).flatten(0, 1)
         accepted = self.sampler.accept(groups, logits, tokens).view(candidates.shape)
-        self.rows.canvas = torch.where(accepted, drafted, self.rows.canvas)
+        rows.canvas = torch.where(accepted, drafted, rows.canvas)
+        step = self.answer.num_forward_passes[rows.index, None]
+        rows.reveal_steps = torch.where(accepted, step, rows.reveal_steps)
         if self.settings.fill_after_end:
-            self.rows.canvas = self.rows.canvas.masked_fill(self._after_end(), self.order.end_token_id)
+            rows.canvas = rows.canvas.masked_fill(self._after_end(), self.order.end_token_id)
 
     def _advance(self) -> None:
         """Close finished blocks until every row that is left has something to denoise."""
@@ -403,7 +399,7 @@ class BlockDenoiser:
         closing = done[:, self.schedule.slot_of]
         rows.canvas = rows.canvas.masked_fill(after_end & closing, self.order.end_token_id)
         closing = closing & self._inside()
-        self.answer.write(rows.index, closing, rows.canvas, rows.canvas_position_ids, part_ids)
+        self.answer.write(rows.index, closing, rows.canvas, rows.canvas_position_ids, part_ids, rows.reveal_steps)
         if self.streamer is not None:
             stream(self.streamer, rows.canvas[closing & ~after_end].cpu(), self.order)
         # of many slots, as a rule few have a block that is finished
@@ -431,6 +427,7 @@ class BlockDenoiser:
         rows, which = self.rows, which[:, self.schedule.slot_of]
         tokens, block_ids, position_ids = self.schedule.fresh_canvas(rows.index)
         fresh = {"canvas": tokens, "canvas_block_ids": block_ids, "canvas_position_ids": position_ids}
+        fresh["reveal_steps"] = torch.zeros_like(tokens)
         times = self.sampler.schedule(self._quantiles(), SCHEDULES[self.model.config.noise])
         if rows.reveal_times is None:
             rows.reveal_times = times

@@ -146,10 +146,7 @@ class HierBD3LMGenerationMixin:
                 denoiser = BlockDenoiser(self, settings, chosen, answer, *of_rows)
                 denoiser.run(processors, criteria)
         # 4. Gather what was written
-        output = answer.output(input_ids, EXECUTION if settings.stage == "execution" else PLAN)
-        if execution is not None:  # not denoised
-            output.tokens_per_forward -= execution[1] / output.num_forward_passes
-        return output
+        return answer.output(input_ids)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """Not used: peft looks it up in the base model of a `LoraConfig(task_type="CAUSAL_LM")`."""
@@ -229,7 +226,7 @@ def write_causally(
     within = (ended.cumsum(dim=1) <= 1) & (columns < torch.minimum(num_left, stopped.lengths)[:, None])
     positions = (answer.question_lengths + num_given)[:, None] + columns
     index = torch.arange(len(tokens), device=tokens.device)
-    answer.write(index, within, tokens, positions, torch.zeros_like(tokens))
+    answer.write(index, within, tokens, positions, torch.zeros_like(tokens), columns + 1)
     answer.finished = ((ended > 0) & within).any(dim=1)
     answer.num_forward_passes += within.sum(dim=1)
     if hasattr(streamer, "put_rows"):

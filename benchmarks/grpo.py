@@ -2,8 +2,9 @@
 
 `python -m hierbd3lm.benchmarks.grpo CHECKPOINT [--minutes N] [--seeds N ...]`. Every run trains for the same time from
 the same checkpoint with the recipe `problems`, in blocks of one token, and is evaluated greedily on the same problems
-of the test split. The gain is relative to the checkpoint in its own blocks. An interrupted measurement resumes after
-the last finished run. Writes results/grpo_problems.json and .md.
+of the test split. A run has the threads of its process: `--credits segment` and `--credits sequence` may run side by
+side, each on a core of its own, and a last call without `--credits` gathers both. An interrupted measurement resumes
+after the last finished run. Writes results/grpo_problems.json and .md.
 """
 
 import json
@@ -24,10 +25,8 @@ from hierbd3lm.rl.settings import CREDITS
 from .measure import as_flags, bar, format_table, make_parser, trained_folder, write_results
 
 RECIPE = "problems"
-BLOCK_SIZE = 1  # of the recipe
 LEAST_GAIN = 0.1
 EXACT_MATCH = "exact_match_strict"
-OWN_BLOCKS = "in the checkpoint's own blocks"
 
 
 class TimeLimit(TrainerCallback):
@@ -53,15 +52,13 @@ def train(checkpoint: Path, folder: Path, credit: str, seed: int, minutes: float
     if (folder / "trainer_state.json").is_file():
         return
     settings = {"init_from": checkpoint, "output_dir": folder, "credit": credit, "seed": seed}
-    settings |= {"max_steps": 100_000, "save_strategy": "no", "disable_tqdm": True}
+    settings |= {"save_strategy": "no", "disable_tqdm": True}
     command.train(*command.parse_arguments([RECIPE, *as_flags(settings)]), callbacks=[TimeLimit(60 * minutes)])
 
 
-def evaluate(model: Path, folder: Path, num_problems: int, block_size: int | None = BLOCK_SIZE) -> dict[str, Any]:
-    """Return the exact match of greedy answers; in the checkpoint's own blocks if `block_size` is None."""
+def evaluate(model: Path, folder: Path, num_problems: int) -> dict[str, Any]:
+    """Return the exact match of greedy answers in the model's own blocks."""
     settings = {"model": model, "output_dir": folder, "limit": num_problems, "sampler": "first_hitting"}
-    if block_size is not None:
-        settings["block_size"] = block_size
     if not (folder / "summary.json").is_file():
         words = [sys.executable, "-m", "hierbd3lm.cli", "eval", *as_flags(settings), "--overwrite"]
         subprocess.run(words, env=os.environ, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -81,7 +78,7 @@ def read_history(folder: Path) -> dict[str, Any]:
     }
 
 
-def format_rows(before: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -> str:
+def format_rows(before: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Format the table of the runs."""
     lines = [
         "| credit | seed | steps | mean reward, first to last fifth | exact match after | gain |",
@@ -92,12 +89,9 @@ def format_rows(before: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -
             for row in rows
         ),
     ]
-    starts = [
-        f"Before, {where}: {100 * start[EXACT_MATCH]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]."
-        for where, start in before.items()
-        for low, high in [start[f"{EXACT_MATCH}_interval"]]
-    ]
-    return "\n\n".join([*starts, "\n".join(lines)])
+    low, high = before[f"{EXACT_MATCH}_interval"]
+    start = f"Before: {100 * before[EXACT_MATCH]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]."
+    return "\n\n".join([start, "\n".join(lines)])
 
 
 def main() -> None:
@@ -114,16 +108,13 @@ def main() -> None:
     args = parser.parse_args()
     check_at_least("num_problems", args.num_problems, 1)
     checkpoint, rows = Path(args.checkpoint), []
-    before = {
-        OWN_BLOCKS: evaluate(checkpoint, args.output_dir / "before_own", args.num_problems, block_size=None),
-        "token by token": evaluate(checkpoint, args.output_dir / "before", args.num_problems),
-    }
+    before = evaluate(checkpoint, args.output_dir / "before", args.num_problems)
     for seed in args.seeds:
         for credit in args.credits:
             folder = args.output_dir / f"{credit}_{seed}"
             train(checkpoint, folder, credit, seed, args.minutes)
             after = evaluate(folder, folder / "answers", args.num_problems)
-            gain = after[EXACT_MATCH] - before[OWN_BLOCKS][EXACT_MATCH]
+            gain = after[EXACT_MATCH] - before[EXACT_MATCH]
             rows.append({"credit": credit, "seed": seed, "gain": gain} | after | read_history(folder))
     bars = [
         bar(f"gain of exact match, {row['credit']} credit, seed {row['seed']}", row["gain"], LEAST_GAIN, False)

@@ -45,12 +45,13 @@ class Written:
     finished: bool
     num_forward_passes: int
     tokens_per_forward: float
+    reveal_steps: list[int]
     plan_followed: bool | None = None
 
     @property
     def num_tokens(self) -> int:
         """Number of denoised tokens."""
-        return round(self.tokens_per_forward * self.num_forward_passes)
+        return len(self.reveal_steps)
 
 
 def evaluate(args: EvaluationArguments) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -231,13 +232,14 @@ def generate_batch(
 
 def read_output(output: HierBD3LMGenerationOutput, pad: int) -> list[Written]:
     """Return the answer of each row of an output."""
-    plans, executions, *others = (  # copied to the CPU, which waits for the device, so that timings are right
+    plans, executions, steps, *others = (  # copied to the CPU, which waits for the device, so that timings are right
         getattr(output, name).tolist()
-        for name in ("plan", "execution", "finished", "num_forward_passes", "tokens_per_forward")
+        for name in ("plan", "execution", "reveal_steps", "finished", "num_forward_passes", "tokens_per_forward")
     )
     plans, executions = ([[token for token in row if token != pad] for row in rows] for rows in (plans, executions))
+    steps = [[step for step in row if step] for row in steps]
     followed = [None] * len(plans) if output.plan_followed is None else output.plan_followed.tolist()
-    return [Written(*row) for row in zip(plans, executions, *others, followed, strict=True)]
+    return [Written(*row) for row in zip(plans, executions, *others, steps, followed, strict=True)]
 
 
 def _key(prediction: dict[str, Any]) -> tuple[int, int]:

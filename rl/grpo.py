@@ -23,8 +23,8 @@ from ..hub.card import write_card
 from ..masking_hierbd3lm import EXECUTION, PLAN
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, resolve_settings
 from ..training.objectives import make_objective
-from .log_probs import token_log_probs
-from .settings import SEQUENCE, RolloutArguments
+from .log_probs import token_log_probs, trajectory_log_probs
+from .settings import SEQUENCE, TRAJECTORY, RolloutArguments
 
 # setting of GRPOConfig that does not apply -> its only accepted value
 FIXED = {
@@ -40,6 +40,7 @@ FIXED = {
     "use_adaptive_entropy": False,
     "multi_objective_aggregation": "sum_then_normalize",
 }
+SUMS_OF_TOKENS = ("dapo", "cispo", "vespo")  # loss types to which a completion without an advantage adds nothing
 LEAST_SPREAD = 1e-4  # added to standard deviations, as in TRL
 
 
@@ -94,7 +95,8 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
     Overridden methods of TRL's `GRPOTrainer`:
 
     - `__init__`: pass the rollouts as `rollout_func`, and copy the reference model instead of loading it again.
-    - `_get_per_token_logps_and_entropies`: score tokens by [`token_log_probs`].
+    - `_get_per_token_logps_and_entropies`: score tokens by [`token_log_probs`] or [`trajectory_log_probs`].
+    - `_compute_loss`: leave out completions that do not move the policy.
     - `create_model_card`: write the card from the files of the run.
     - `_calculate_rewards`: keep the rewards for the advantages.
     - `_generate_and_score_completions`: give plan and execution their own advantages.
@@ -132,6 +134,7 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
         self.objective = make_objective(self._unwrapped().config)
         self._collator = HierarchicalDataCollator(self._unwrapped().config)
         self._noise_key = 0
+        self._trajectories: dict[tuple[int, ...], list[int]] = {}  # of the sampled rows
         self._rewards = torch.empty(0)
 
     def _unwrapped(self) -> PreTrainedModel:
@@ -159,11 +162,16 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
         pairs = [*zip(repeated_plans, executions, strict=True)]
         passes = [plan.num_forward_passes + execution.num_forward_passes for plan, execution in pairs]
         self._metrics[mode]["nfe"].append(sum(passes) / len(passes))
+        question_ids = [prompt.question_ids for prompt in repeated for _ in range(args.executions_per_plan)]
+        completions, steps = zip(*(join(model.config, *pair) for pair in pairs), strict=True)
+        if mode == "train":  # whose last samples have all been used
+            self._trajectories.clear()
+        self._trajectories |= {(*q, *c): of_row for q, c, of_row in zip(question_ids, completions, steps, strict=True)}
         texts = [(decode(p.plan_ids, self._tokenizer), decode(e.execution_ids, self._tokenizer)) for p, e in pairs]
         plan_texts, execution_texts = map(list, zip(*texts, strict=True))
         return {
-            "prompt_ids": [prompt.question_ids for prompt in repeated for _ in range(args.executions_per_plan)],
-            "completion_ids": [self._join(model, *pair) for pair in pairs],
+            "prompt_ids": question_ids,
+            "completion_ids": list(completions),
             "logprobs": None,
             "generated_plan": plan_texts,
             "generated_execution": execution_texts,
@@ -201,18 +209,6 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
                 )
         return encoded
 
-    @staticmethod
-    def _join(model: PreTrainedModel, plan: Written, execution: Written) -> list[int]:
-        """Return plan and execution with openers, and with `<|end|>` where the model wrote it."""
-        config = model.config
-        ids = []
-        for opener, content, finished in (
-            (config.plan_token_id, plan.plan_ids, plan.finished),
-            (config.execution_token_id, execution.execution_ids, execution.finished),
-        ):
-            ids += [opener, *content, *([config.end_token_id] if finished else [])]
-        return ids
-
     def _get_per_token_logps_and_entropies(
         self,
         model: Any,
@@ -241,7 +237,7 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
         self, model: Any, input_ids: torch.LongTensor, mask: torch.BoolTensor, num_completion: int
     ) -> torch.Tensor:
         config = self._unwrapped().config
-        features, places, seeds = [], [], []
+        features, places, seeds, rows = [], [], [], []
         for row, kept in zip(input_ids.tolist(), mask.tolist(), strict=True):
             real = [token for token, is_real in zip(row, kept, strict=True) if is_real]
             start = len(row) - num_completion
@@ -250,13 +246,26 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
             features.append({"question_ids": real[:num_question]} | feature)
             places.append(of_segments)
             seeds.append(zlib.crc32(repr((self.args.seed, self._noise_key, real)).encode()))
+            rows.append(tuple(real))
         batch = {name: ids.to(input_ids.device) for name, ids in self._collator(features).items()}
         batch = with_predicted_tokens(self._unwrapped(), batch)
-        args = self.args
+        args, index = self.args, find_columns(batch, places)
         with self.accelerator.autocast():
-            values = token_log_probs(model, self.objective, batch, seeds, args.num_noise_draws, args.log_prob_weights)
-        index = find_columns(batch, places)
+            if args.log_probs == TRAJECTORY and self.objective.has_noise:
+                reveal_steps = spread_steps(batch, index, [self._trajectories[row] for row in rows])
+                values = trajectory_log_probs(model, self.objective, batch, reveal_steps)
+            else:
+                values = token_log_probs(model, self.objective, batch, seeds, args.num_noise_draws, args.log_probs)
         return values.new_zeros(len(input_ids), num_completion).index_put(index[:2], values[index[0], index[2]])
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if self.beta or self.args.loss_type not in SUMS_OF_TOKENS:
+            return super()._compute_loss(model, inputs)
+        advantages = inputs["advantages"]
+        counts = (advantages != 0).view(len(advantages), -1).any(dim=1)
+        counts[0] |= ~counts.any()  # every process takes part in the backward pass
+        rows = {name for name, value in inputs.items() if torch.is_tensor(value) and value.ndim}
+        return super()._compute_loss(model, {k: v[counts] if k in rows else v for k, v in inputs.items()})
 
     def create_model_card(self, model_name: str | None = None, **metadata: Any) -> None:
         """Write the model card from the saved files of the run, if there are any yet; see [`~hub.card.write_card`]."""
@@ -300,6 +309,37 @@ def check_model(model: PreTrainedModel) -> None:
         raise ValueError(f"`model` must write a plan, but got algorithm {base.config.algorithm!r} without one")
     if base.order.follows_plan:
         raise ValueError("`model` must have execution_order='chain', but got 'plan'")
+
+
+def join(config: Any, plan: Written, execution: Written) -> tuple[list[int], list[int]]:
+    """Return plan and execution with openers, and with `<|end|>` where the model wrote it; and the forward pass that
+    denoised each token, 0 for openers."""
+    ids, steps = [], []
+    for opener, content, written in (
+        (config.plan_token_id, plan.plan_ids, plan),
+        (config.execution_token_id, execution.execution_ids, execution),
+    ):
+        ids += [opener, *content, *([config.end_token_id] if written.finished else [])]
+        steps += [0, *written.reveal_steps]
+    return ids, steps
+
+
+def spread_steps(
+    batch: dict[str, torch.Tensor], index: tuple[torch.Tensor, ...], steps: Sequence[list[int]]
+) -> torch.LongTensor:
+    """Return the forward pass that denoised each token of a batch, `(batch, length)`.
+
+    Tokens that are not scored follow the token before them: those behind an `<|end|>` are known once it is.
+
+    Args:
+        index: what [`find_columns`] returns.
+        steps: for each row, those of its completion.
+    """
+    rows, places, columns = index
+    values = torch.tensor([steps[row][place] for row, place in zip(rows.tolist(), places.tolist(), strict=True)])
+    spread = torch.zeros_like(batch["input_ids"]).index_put((rows, columns), values.to(rows))
+    known = torch.zeros_like(spread).index_put((rows, columns), columns).cummax(dim=1).values
+    return spread.gather(1, known)
 
 
 def split_completion(tokens: Sequence[int], config: Any) -> tuple[dict[str, list[int]], dict[int, list[int]]]:

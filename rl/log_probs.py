@@ -34,8 +34,53 @@ def token_log_probs(
     masked, scales = complementary_masks(objective.noise_blocks(batch), batch["maskable"], seeds, num_draws)
     if weights == UNIFORM:
         scales = masked.to(scales)
+    return _weighted_log_probs(model, objective, batch, masked, scales / num_draws)
+
+
+def trajectory_log_probs(
+    model: Any, objective: Objective, batch: Batch, reveal_steps: torch.LongTensor
+) -> torch.Tensor:
+    """Return the log-probability of each token at the step that denoised it (TraceRL, Wang et al. 2025, section 4).
+
+    A token is scored with those of its block masked that were denoised with it or later. Where the order of the
+    tokens does not depend on the model, the sum over an answer is, up to a constant, the exact log-probability of
+    the trajectory.
+
+    Args:
+        batch: see [`~training.objectives`].
+        reveal_steps: `(batch, length)`; within a block, tokens with the same number were denoised together, and a
+            higher number is later.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, length)`, in nats, 0 where the model predicts nothing.
+    """
+    masked, scored = trajectory_masks(objective.noise_blocks(batch), batch["maskable"], reveal_steps)
+    return _weighted_log_probs(model, objective, batch, masked, scored.float())
+
+
+def _weighted_log_probs(
+    model: Any, objective: Objective, batch: Batch, masked: torch.BoolTensor, weights: torch.FloatTensor
+) -> torch.Tensor:
+    """Sum the weighted log-probabilities of the masked tokens over all masks."""
     losses = objective.token_losses(model, batch, masked)
-    return -scales.masked_scatter(masked, losses * scales[masked]).sum(dim=1) / num_draws
+    return -weights.masked_scatter(masked, losses * weights[masked]).sum(dim=1)
+
+
+def trajectory_masks(
+    block_ids: torch.LongTensor, maskable: torch.BoolTensor, reveal_steps: torch.LongTensor
+) -> tuple[torch.BoolTensor, torch.BoolTensor]:
+    """Return the masked tokens before each step of a block, and those of them that the step denoises.
+
+    Returns:
+        two tensors of shape `(batch, most steps of a block, length)`; every maskable token is denoised once.
+    """
+    together = (block_ids[:, :, None] == block_ids[:, None]) & maskable[:, :, None] & maskable[:, None]
+    earlier = reveal_steps[:, None] < reveal_steps[:, :, None]  # the second of a pair before the first
+    same = together & (reveal_steps[:, None] == reveal_steps[:, :, None])
+    is_first = maskable & ~same.tril(diagonal=-1).any(dim=2)  # a step is counted at its first token
+    ranks = (together & earlier & is_first[:, None]).sum(dim=2)
+    steps = torch.arange(int(ranks.amax()) + 1, device=ranks.device)[:, None]
+    return maskable[:, None] & (ranks[:, None] >= steps), maskable[:, None] & (ranks[:, None] == steps)
 
 
 def complementary_masks(

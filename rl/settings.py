@@ -6,7 +6,7 @@ from ..data.arguments import check_at_least
 from ..training.settings import AdapterArguments
 
 SEGMENT, SEQUENCE = CREDITS = ("segment", "sequence")
-BOUND, UNIFORM = WEIGHTS = ("bound", "uniform")
+BOUND, UNIFORM, TRAJECTORY = LOG_PROBS = ("bound", "uniform", "trajectory")
 
 
 @dataclass
@@ -26,10 +26,12 @@ class RolloutArguments:
     num_noise_draws: int = field(
         default=1, metadata={"help": "Pairs of complementary masks for a log-probability; no effect on blocks of one."}
     )
-    log_prob_weights: str = field(
+    log_probs: str = field(
         default=BOUND,
         metadata={
-            "help": "`bound`: log-probabilities estimate the likelihood bound. `uniform`: less variance, biased."
+            "help": "How a token is scored in blocks of several. `bound`: so that log-probabilities estimate the "
+            "likelihood bound. `uniform`: less variance, biased. `trajectory`: at the step that denoised it, without "
+            "noise; takes as many noisy copies as a block had steps."
         },
     )
     generation_kwargs: dict | str | None = field(
@@ -40,9 +42,14 @@ class RolloutArguments:
         """Raise a `ValueError` for a value out of its range."""
         for name in ("num_plans", "executions_per_plan", "num_noise_draws"):
             check_at_least(name, getattr(self, name), 1)
-        for name, known in (("credit", CREDITS), ("log_prob_weights", WEIGHTS)):
+        for name, known in (("credit", CREDITS), ("log_probs", LOG_PROBS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}, but got {getattr(self, name)!r}")
+        if self.log_probs == TRAJECTORY and self.num_noise_draws != 1:
+            raise ValueError(
+                f"`num_noise_draws` must be 1 with log_probs='trajectory', which has no noise, but got "
+                f"{self.num_noise_draws}"
+            )
         if self.credit == SEGMENT and min(self.num_plans, self.executions_per_plan) < 2:
             raise ValueError(
                 f"`num_plans` and `executions_per_plan` must be >= 2 with credit='segment', which compares plans and "

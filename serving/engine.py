@@ -16,7 +16,7 @@ from ..data.decoding import decode_text
 from ..denoising_hierbd3lm import Answer
 from ..evaluation.prompts import Prompt
 from ..evaluation.runner import Written, generate_batch, read_output
-from ..masking_hierbd3lm import EXECUTION, PADDING, PLAN
+from ..masking_hierbd3lm import PADDING
 from ..modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from ..order_hierbd3lm import BlockOrder
 from ..settings_hierbd3lm import HierBD3LMGenerationConfig, settings_of
@@ -226,7 +226,6 @@ class BatchStreamer(BaseStreamer):
         self.question = collate_questions([job.prompt.question_ids for job in batch], self.pad)["input_ids"]
         # steps that are written at the same time make no text that grows at its end
         self.growing = SEGMENTS[:1] if order.follows_plan else SEGMENTS
-        self.first_segment = EXECUTION if batch[0].settings.stage == "execution" else PLAN
         self.num_written = 0
 
     def put(self, value: torch.LongTensor) -> None:
@@ -240,7 +239,7 @@ class BatchStreamer(BaseStreamer):
         ended = [row for row in set(range(len(self.batch))).difference(active) if not self.batch[row].is_over]
         streams = [row for row in active if self.batch[row].streams and not self.batch[row].is_over]
         if ended or (streams and self._has_more(answer)):
-            written = read_output(answer.output(self.question.to(answer.tokens.device), self.first_segment), self.pad)
+            written = read_output(answer.output(self.question.to(answer.tokens.device)), self.pad)
             for row in ended:
                 self.finish(self.batch[row], written[row])
             for row in streams:

@@ -267,7 +267,7 @@ def test_a_reward_grows(tmp_path, credit):
         ({"top_k": 5}, "`top_k` must be 0 for block diffusion, but got 5"),
         ({"num_generations_eval": 2}, "`num_generations_eval` must be None or num_plans"),
         ({"num_noise_draws": 0}, "`num_noise_draws` must be at least 1, but got 0"),
-        ({"log_prob_weights": "one"}, "`log_prob_weights` must be one of bound, uniform, but got 'one'"),
+        ({"log_probs": "one"}, "`log_probs` must be one of bound, uniform, trajectory, but got 'one'"),
     ],
 )
 def test_settings_out_of_their_range_are_refused(tmp_path, settings, message):
