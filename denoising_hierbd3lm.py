@@ -236,10 +236,9 @@ class BlockDenoiser:
         while len(self.rows.index):
             self._step()
             self._advance()
-            if hasattr(self.streamer, "put_rows"):
-                stopped = self.streamer.put_rows(self.answer, self.rows.index.tolist())
-                if stopped:
-                    self._leave_out(torch.isin(self.rows.index, torch.tensor(stopped, device=self.device)))
+            puts_rows = hasattr(self.streamer, "put_rows")
+            if puts_rows and (stopped := self.streamer.put_rows(self.answer, self.rows.index.tolist())):
+                self._leave_out(torch.isin(self.rows.index, torch.tensor(stopped, device=self.device)))
             if criteria and len(self.rows.index):
                 self._leave_out(criteria(right_justify(*self._text())[0], None))
 

@@ -4,9 +4,10 @@
 the same checkpoint with the recipe `problems`, in blocks of one token, and is evaluated greedily on the same problems
 of the test split. A run has the threads of its process: `--credits segment` and `--credits sequence` may run side by
 side, each on a core of its own, and a last call without `--credits` gathers both. An interrupted measurement resumes
-after the last finished run. Writes results/grpo_problems.json and .md.
+after the last finished run. Writes results/grpo_problems.json and .md, and docs/rl.png.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -16,17 +17,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from scipy.stats import t
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hierbd3lm.data.arguments import check_at_least
 from hierbd3lm.rl import command
-from hierbd3lm.rl.settings import CREDITS
+from hierbd3lm.rl.settings import CREDITS, SEGMENT, SEQUENCE
 
 from .measure import as_flags, bar, format_table, make_parser, trained_folder, write_results
 
 RECIPE = "problems"
 LEAST_GAIN = 0.1
 EXACT_MATCH = "exact_match_strict"
+SAMPLED = "rewards/exact_match/mean"
+SMOOTHED = 10  # logs of a point of the curve
+FIGURE = Path(__file__).parents[1] / "docs" / "rl.png"
 
 
 class TimeLimit(TrainerCallback):
@@ -67,31 +73,80 @@ def evaluate(model: Path, folder: Path, num_problems: int) -> dict[str, Any]:
 
 
 def read_history(folder: Path) -> dict[str, Any]:
-    """Return the number of steps, and mean reward and NFE at the start and the end of a training."""
+    """Return the number of steps, and the exact match of the sampled answers: `curve` has it after so many minutes."""
     state = json.loads((folder / "trainer_state.json").read_text())
-    lines = [line for line in state["log_history"] if "reward" in line]
+    lines = [line for line in state["log_history"] if SAMPLED in line]
+    minutes = itertools.accumulate(line["step_time"] * state["logging_steps"] / 60 for line in lines)
+    sampled = [line[SAMPLED] for line in lines]
     fifth = max(1, len(lines) // 5)
-    return {"steps": state["global_step"]} | {
-        f"{name}_{place}": statistics.mean(line[name] for line in part)
-        for name in ("reward", "nfe")
-        for place, part in (("first", lines[:fifth]), ("last", lines[-fifth:]))
+    return {
+        "steps": state["global_step"],
+        "sampled_first": statistics.mean(sampled[:fifth]),
+        "sampled_last": statistics.mean(sampled[-fifth:]),
+        "curve": list(zip(minutes, sampled, strict=True)),
     }
 
 
-def format_rows(before: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def compare_credits(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the mean gain of segment credit over sequence credit, with the 95 % interval of Student over seeds.
+
+    Returns:
+        None unless two seeds have both.
+    """
+    gains = {(row["credit"], row["seed"]): row["gain"] for row in rows}
+    seeds = [seed for credit, seed in gains if credit == SEGMENT and (SEQUENCE, seed) in gains]
+    if len(seeds) < 2:
+        return None
+    differences = [gains[SEGMENT, seed] - gains[SEQUENCE, seed] for seed in seeds]
+    mean = statistics.mean(differences)
+    half = t.ppf(0.975, len(seeds) - 1) * statistics.stdev(differences) / len(seeds) ** 0.5
+    return {"mean": mean, "interval": [mean - half, mean + half], "seeds": len(seeds)}
+
+
+def format_rows(before: dict[str, Any], rows: list[dict[str, Any]], difference: dict[str, Any] | None) -> str:
     """Format the table of the runs."""
     lines = [
-        "| credit | seed | steps | mean reward, first to last fifth | exact match after | gain |",
+        "| credit | seed | steps | exact match of samples, first to last fifth | greedy, after | gain |",
         "|---" * 6 + "|",
         *(
-            f"| {row['credit']} | {row['seed']} | {row['steps']:,} | {row['reward_first']:.3f} to "
-            f"{row['reward_last']:.3f} | {100 * row[EXACT_MATCH]:.1f} % | {100 * row['gain']:+.1f} points |"
+            f"| {row['credit']} | {row['seed']} | {row['steps']:,} | {100 * row['sampled_first']:.1f} to "
+            f"{100 * row['sampled_last']:.1f} % | {100 * row[EXACT_MATCH]:.1f} % | {100 * row['gain']:+.1f} points |"
             for row in rows
         ),
     ]
     low, high = before[f"{EXACT_MATCH}_interval"]
-    start = f"Before: {100 * before[EXACT_MATCH]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]."
-    return "\n\n".join([start, "\n".join(lines)])
+    texts = [
+        f"Greedy, before: {100 * before[EXACT_MATCH]:.1f} % [{100 * low:.1f}, {100 * high:.1f}].",
+        "\n".join(lines),
+    ]
+    if difference is not None:
+        low, high = difference["interval"]
+        texts.append(
+            f"Segment credit against sequence credit, {difference['seeds']} seeds: {100 * difference['mean']:+.1f} "
+            f"points [{100 * low:+.1f}, {100 * high:+.1f}]."
+        )
+    return "\n\n".join(texts)
+
+
+def draw(rows: list[dict[str, Any]], before: float, path: Path) -> None:
+    """Draw the exact match of the sampled answers over time, and that of greedy answers before and after."""
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    curves, gains = figure.subplots(1, 2, width_ratios=(3, 2))
+    colors = dict(zip(CREDITS, ("tab:blue", "tab:orange"), strict=True))
+    for row in rows:
+        minutes, sampled = zip(*row["curve"], strict=True)
+        smooth = [statistics.mean(sampled[max(0, end - SMOOTHED) : end]) for end in range(1, len(sampled) + 1)]
+        curves.plot(minutes, smooth, color=colors[row["credit"]], linewidth=1)
+        gains.plot([0, 1], [before, row[EXACT_MATCH]], color=colors[row["credit"]], marker="o", alpha=0.7)
+    for credit, color in colors.items():
+        curves.plot([], [], color=color, label=f"credit: {credit}")
+    curves.set(xlabel="minutes of training", ylabel=f"exact match of samples, mean of {SMOOTHED} logs")
+    curves.legend(frameon=False)
+    gains.set(
+        xticks=[0, 1], xticklabels=["before", "after"], xlim=(-0.3, 1.3), ylabel="greedy exact match, test split"
+    )
+    figure.suptitle("GRPO from a checkpoint (benchmarks/grpo.py)", fontsize=9)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -120,9 +175,20 @@ def main() -> None:
         bar(f"gain of exact match, {row['credit']} credit, seed {row['seed']}", row["gain"], LEAST_GAIN, False)
         for row in rows
     ]
-    details = {"minutes": args.minutes, "n": args.num_problems, "before": before, "runs": rows}
-    text = "\n\n".join([format_rows(before, rows), format_table(bars)])
+    difference = compare_credits(rows)
+    if difference is not None:
+        claim = "gain with segment credit minus gain with sequence credit, mean of the seeds"
+        bars.append(bar(claim, difference["mean"], 0, False) | {"spread": difference["interval"]})
+    details = {
+        "minutes": args.minutes,
+        "n": args.num_problems,
+        "before": before,
+        "runs": rows,
+        "difference": difference,
+    }
+    text = "\n\n".join([format_rows(before, rows, difference), format_table(bars)])
     write_results("grpo", "problems", bars, details, text)
+    draw(rows, before[EXACT_MATCH], FIGURE)
 
 
 if __name__ == "__main__":

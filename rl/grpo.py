@@ -81,6 +81,23 @@ class HierBD3LMGRPOConfig(RolloutArguments, GRPOConfig):
             )
 
 
+@dataclass
+class LaidOutCompletions:
+    """Completions as the model reads them.
+
+    Args:
+        batch: see [`~training.objectives`].
+        index: row, place in the completion, and column in the batch of every scored token.
+        seeds: of the noise of each row.
+        reveal_steps: `(batch, length)`, the forward pass that denoised each token.
+    """
+
+    batch: dict[str, torch.Tensor]
+    index: tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]
+    seeds: list[int]
+    reveal_steps: torch.LongTensor
+
+
 class HierBD3LMGRPOTrainer(GRPOTrainer):
     """Train a [`HierBD3LMForBlockDiffusion`] with GRPO (Shao et al. 2024, "DeepSeekMath", section 4.1).
 
@@ -236,27 +253,37 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
     def _score(
         self, model: Any, input_ids: torch.LongTensor, mask: torch.BoolTensor, num_completion: int
     ) -> torch.Tensor:
+        args, given = self.args, self.lay_out(input_ids, mask, num_completion)
+        with self.accelerator.autocast():
+            if args.log_probs == TRAJECTORY and self.objective.has_noise:
+                values = trajectory_log_probs(model, self.objective, given.batch, given.reveal_steps)
+            else:
+                noise = given.seeds, args.num_noise_draws, args.log_probs
+                values = token_log_probs(model, self.objective, given.batch, *noise)
+        rows, places, columns = given.index
+        return values.new_zeros(len(input_ids), num_completion).index_put((rows, places), values[rows, columns])
+
+    def lay_out(self, input_ids: torch.LongTensor, mask: torch.BoolTensor, num_completion: int) -> LaidOutCompletions:
+        """Lay out questions and sampled completions for the model.
+
+        Args:
+            input_ids, mask: `(batch, length)`, as TRL pads them.
+            num_completion: number of columns of the completions.
+        """
         config = self._unwrapped().config
-        features, places, seeds, rows = [], [], [], []
+        features, places, seeds, steps = [], [], [], []
         for row, kept in zip(input_ids.tolist(), mask.tolist(), strict=True):
             real = [token for token, is_real in zip(row, kept, strict=True) if is_real]
-            start = len(row) - num_completion
-            num_question = sum(kept[:start])
+            num_question = sum(kept[: len(row) - num_completion])
             feature, of_segments = split_completion(real[num_question:], config)
             features.append({"question_ids": real[:num_question]} | feature)
             places.append(of_segments)
             seeds.append(zlib.crc32(repr((self.args.seed, self._noise_key, real)).encode()))
-            rows.append(tuple(real))
+            steps.append(self._trajectories[tuple(real)])
         batch = {name: ids.to(input_ids.device) for name, ids in self._collator(features).items()}
         batch = with_predicted_tokens(self._unwrapped(), batch)
-        args, index = self.args, find_columns(batch, places)
-        with self.accelerator.autocast():
-            if args.log_probs == TRAJECTORY and self.objective.has_noise:
-                reveal_steps = spread_steps(batch, index, [self._trajectories[row] for row in rows])
-                values = trajectory_log_probs(model, self.objective, batch, reveal_steps)
-            else:
-                values = token_log_probs(model, self.objective, batch, seeds, args.num_noise_draws, args.log_probs)
-        return values.new_zeros(len(input_ids), num_completion).index_put(index[:2], values[index[0], index[2]])
+        index = find_columns(batch, places)
+        return LaidOutCompletions(batch, index, seeds, spread_steps(batch, index, steps))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         if self.beta or self.args.loss_type not in SUMS_OF_TOKENS:

@@ -40,7 +40,8 @@ def token_log_probs(
 def trajectory_log_probs(
     model: Any, objective: Objective, batch: Batch, reveal_steps: torch.LongTensor
 ) -> torch.Tensor:
-    """Return the log-probability of each token at the step that denoised it (TraceRL, Wang et al. 2025, section 4).
+    """Return the log-probability of each token at the step that denoised it (TraceRL, Wang et al. 2025,
+    arXiv:2509.06949).
 
     A token is scored with those of its block masked that were denoised with it or later. Where the order of the
     tokens does not depend on the model, the sum over an answer is, up to a constant, the exact log-probability of

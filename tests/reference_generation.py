@@ -19,7 +19,11 @@ MOVE_CHANCE = {
 
 @dataclass
 class Denoised:
-    """One row of a `HierBD3LMGenerationOutput` in python; `passes` are the token lists that the backbone was given."""
+    """One row of a `HierBD3LMGenerationOutput` in python.
+
+    `passes` are the token lists that the backbone was given, and `log_probs` those of the tokens of `reveal_steps`, in
+    the pass that denoised each.
+    """
 
     sequence: list[int]
     plan: list[int]
@@ -27,6 +31,8 @@ class Denoised:
     finished: bool
     passes: list[list[int]]
     tokens_per_forward: float
+    reveal_steps: list[int]
+    log_probs: list[float]
 
     @property
     def num_forward_passes(self) -> int:
@@ -53,6 +59,7 @@ class SlowDenoiser:
         self.model, self.config = model, model.config
         self.generator = torch.Generator().manual_seed(self.settings["seed"])
         self.tokens, self.blocks, self.passes = [], [], []
+        self.revealed = {}  # place in the sequence -> pass and log-probability
         self.width = max(self.config.plan_block_size, self.config.execution_block_size)
         self.unsaid = {getattr(self.config, f"{role}_token_id") for role in ("mask", "plan", "execution", "pad")}
         self.unsaid -= {self.config.end_token_id}
@@ -63,12 +70,15 @@ class SlowDenoiser:
         if plan is not None:
             self._append_given_plan(list(plan))
             contents["plan"] = list(plan)
+        revealed = []
         segments = {"full": ["plan", "execution"], "plan": ["plan"], "execution": ["execution"]}[stage]
         for segment in segments:
             tokens = self._denoise_segment(segment)
             ended = self.config.end_token_id in tokens
             content = tokens[1 : tokens.index(self.config.end_token_id)] if ended else tokens[1:]
             contents[segment], finished = content, finished and ended
+            start = len(self.tokens) - len(tokens) + 1
+            revealed += [self.revealed[place] for place in range(start, start + len(content) + ended)]
             num_tokens += len(content) + ended
         return Denoised(
             sequence=self.tokens,
@@ -77,6 +87,8 @@ class SlowDenoiser:
             finished=finished,
             passes=self.passes,
             tokens_per_forward=num_tokens / len(self.passes),
+            reveal_steps=[step for step, _ in revealed],
+            log_probs=[log_prob for _, log_prob in revealed],
         )
 
     def _question_blocks(self, question):
@@ -117,6 +129,8 @@ class SlowDenoiser:
             drafted = dict(zip(masked, [self._draw(row) for row in logits], strict=True))
             for place in self._accepted(masked, logits, drafted):
                 block[place] = drafted[place]
+                log_probs = logits[masked.index(place)].log_softmax(dim=0)
+                self.revealed[len(self.tokens) + place] = len(self.passes), float(log_probs[drafted[place]])
             if self.settings["fill_after_end"]:
                 block = self._with_end_filled(block)
         return self._with_end_filled(block)

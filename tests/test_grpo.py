@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from trl import GRPOTrainer
 
 from hierbd3lm.data.collator import HierarchicalDataCollator
 from hierbd3lm.evaluation.likelihood import with_predicted_tokens
@@ -22,12 +23,15 @@ from hierbd3lm.rl.grpo import (
     find_columns,
     segment_advantages,
     split_completion,
+    spread_steps,
 )
-from hierbd3lm.rl.log_probs import complementary_masks, token_log_probs
+from hierbd3lm.rl.log_probs import complementary_masks, token_log_probs, trajectory_log_probs, trajectory_masks
 from hierbd3lm.training.objectives import make_objective
 from hierbd3lm.training.recipes import GRPO_FOLDER, recipe_names
 
+from .reference_generation import denoise
 from .tiny import make_config, make_model
+from .tiny_generation import speaker
 from .tiny_tokenizer import make_config_for, make_tokenizer
 
 EXAMPLES = [
@@ -98,6 +102,34 @@ def test_blocks_of_one_token_are_scored_exactly():
         allowed[model.config.mask_token_id] = -math.inf  # which the model never predicts
         expected = allowed.log_softmax(dim=-1)[token]
         torch.testing.assert_close(values[0, column], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_is_scored_with_what_it_and_later_steps_denoised_masked():
+    blocks = torch.tensor([[0, 1, 1, 1, 1, 2, 2]])
+    maskable = torch.tensor([[False, True, True, True, True, False, True]])
+    masked, scored = trajectory_masks(blocks, maskable, torch.tensor([[0, 3, 5, 3, 4, 0, 9]]))
+    assert masked[0].int().tolist() == [[0, 1, 1, 1, 1, 0, 1], [0, 0, 1, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0, 0]]
+    assert scored[0].int().tolist() == [[0, 1, 0, 1, 0, 0, 1], [0, 0, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0, 0]]
+
+
+def test_log_probabilities_of_a_trajectory_are_those_of_its_generation():
+    model, num_compared = speaker(), 0
+    settings = {"tokens_per_step": 2, "left_to_right": True, "temperature": 1.0}
+    for seed in range(12):
+        answer = denoise(model, [7, 8, 9], seed=seed, **settings)
+        if not answer.finished:
+            continue
+        example = {"question_ids": [7, 8, 9], "plan_ids": answer.plan, "execution_ids": answer.execution}
+        batch = batch_of(model, [example])
+        num_plan, num_all = len(answer.plan) + 1, len(answer.log_probs)
+        index = find_columns(batch, [{1: [*range(num_plan)], 2: [*range(num_plan, num_all)]}])
+        steps = spread_steps(batch, index, [answer.reveal_steps])
+        with torch.no_grad():
+            values = trajectory_log_probs(model, make_objective(model.config), batch, steps)
+        expected = torch.tensor(answer.log_probs, dtype=values.dtype)
+        torch.testing.assert_close(values[0, index[2]], expected, rtol=1e-5, atol=1e-6)
+        num_compared += len(set(answer.reveal_steps)) < num_all  # some tokens were denoised together
+    assert num_compared >= 3
 
 
 # Completions
@@ -240,6 +272,35 @@ def test_the_old_policy_is_the_policy_before_the_first_update(tmp_path):
     assert "old_per_token_logps" in batch
 
 
+def test_completions_without_an_advantage_are_left_out_and_change_no_gradient(tmp_path):
+    trainer = make_trainer(tmp_path, reward=lambda completions, **columns: [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([{"prompt": "2 and 3?"}] * 4 + [{"prompt": "6?"}] * 4)
+    trainer.current_gradient_accumulation_steps = 1  # which `train` sets
+    rows, score = [], trainer._score
+
+    def watched(model, input_ids, *args):
+        rows.append(len(input_ids))
+        return score(model, input_ids, *args)
+
+    trainer._score = watched
+    losses = [trainer.compute_loss(trainer.model, batch), GRPOTrainer._compute_loss(trainer, trainer.model, batch)]
+    assert rows == [4, 8]
+    weights = [*trainer.model.parameters()]
+    kept, whole = (torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]) for loss in losses)
+    assert whole.abs().amax() > 0
+    torch.testing.assert_close(kept, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_blocks_are_trained_along_their_trajectories(tmp_path):
+    settings = {"log_probs": "trajectory", "beta": 0.1, "num_iterations": 2}
+    trainer = make_trainer(tmp_path, max_steps=4, **settings)
+    assert trainer.objective.has_noise
+    trainer.train()
+    kl = logged(trainer, "kl")
+    assert kl[0] == 0 < kl[1] and all(map(math.isfinite, kl))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("credit", ["segment", "sequence"])
 def test_a_reward_grows(tmp_path, credit):
@@ -266,6 +327,7 @@ def test_a_reward_grows(tmp_path, credit):
         ({"push_to_hub": True}, "`push_to_hub` must be False, but got True: `hierbd3lm push`"),
         ({"top_k": 5}, "`top_k` must be 0 for block diffusion, but got 5"),
         ({"num_generations_eval": 2}, "`num_generations_eval` must be None or num_plans"),
+        ({"num_noise_draws": 2, "log_probs": "trajectory"}, "`num_noise_draws` must be 1 with log_probs='trajectory'"),
         ({"num_noise_draws": 0}, "`num_noise_draws` must be at least 1, but got 0"),
         ({"log_probs": "one"}, "`log_probs` must be one of bound, uniform, trajectory, but got 'one'"),
     ],

@@ -89,6 +89,7 @@ def rows_of(output, question_width):
             "finished": bool(output.finished[row]),
             "num_forward_passes": int(output.num_forward_passes[row]),
             "tokens_per_forward": pytest.approx(float(output.tokens_per_forward[row]), rel=1e-6),
+            "reveal_steps": [step for step in output.reveal_steps[row].tolist() if step],
         }
         for row in range(len(output.plan))
     ]
@@ -107,6 +108,7 @@ def assert_same_as_reference(model, question, plan=None, **settings):
         "finished": expected.finished,
         "num_forward_passes": expected.num_forward_passes,
         "tokens_per_forward": expected.tokens_per_forward,
+        "reveal_steps": expected.reveal_steps,
     }, settings
     return expected
 
