@@ -133,7 +133,7 @@ def measure_noise(checkpoint: str, folder: Path, setting: str, values: Sequence[
 
 
 def noise_scale(draws: list[torch.Tensor]) -> dict[str, float]:
-    """Return the variance of a draw, and its ratio to the squared norm of the mean with its standard error (jackknife).
+    """Return the variance of a draw, also over the squared norm of the mean, with the standard error of the jackknife.
 
     The squared norm is estimated from pairs of different draws, which has no bias.
     """

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..configuration_hierbd3lm import SPECIAL_TOKENS, HierBD3LMConfig
 from ..masking_hierbd3lm import EXECUTION, PADDING, PLAN, QUESTION
 from ..order_hierbd3lm import BlockOrder, check_graph, total_order
-from .questions import encode_question, encode_text
+from .questions import encode_questions, encode_text, encode_texts
 from .steps import split_steps
 
 SEGMENTS = ("question", "plan", "execution")  # in the order of a sequence
@@ -146,17 +146,44 @@ def encode_example(
     auto_split: bool = False,
     chat_template: bool = False,
 ) -> dict[str, list[int]]:
-    """Encode the texts of an example as `question_ids`, `plan_ids`, `execution_ids`.
+    """Encode the texts of an example; see [`encode_examples`]."""
+    return encode_examples([example], tokenizer, auto_split, chat_template)[0]
 
-    The question is encoded by [`encode_question`], through the tokenizer's chat template if `chat_template` is set.
+
+def encode_examples(
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    auto_split: bool = False,
+    chat_template: bool = False,
+) -> list[dict[str, list[int]]]:
+    """Encode the texts of each example as `question_ids`, `plan_ids`, `execution_ids`.
+
+    Questions are encoded by [`encode_questions`], through the tokenizer's chat template if `chat_template` is set.
     Plan and execution are encoded without special tokens. A plan may be empty or None. With `auto_split`, an example
     that has a `text` and none of the three is split at 25 % and 50 % of its tokens.
 
     Raises:
-        ValueError: if the example lacks a key, or a value is not a string.
+        ValueError: if an example lacks a key, or a value is not a string.
     """
-    if auto_split and "text" in example and not any(segment in example for segment in SEGMENTS):
-        return split_text(example["text"], tokenizer)
+    is_one_text = [
+        auto_split and "text" in example and not any(segment in example for segment in SEGMENTS)
+        for example in examples
+    ]
+    texts = [_read_texts(example) for example, is_one in zip(examples, is_one_text, strict=True) if not is_one]
+    questions, plans, executions = map(list, zip(*texts, strict=True)) if texts else ([], [], [])
+    encoded = zip(
+        encode_questions(questions, tokenizer, chat_template),
+        encode_texts(plans, tokenizer, add_special_tokens=False),
+        encode_texts(executions, tokenizer, add_special_tokens=False),
+        strict=True,
+    )
+    return [
+        split_text(example["text"], tokenizer) if is_one else dict(zip(ID_KEYS, next(encoded), strict=True))
+        for example, is_one in zip(examples, is_one_text, strict=True)
+    ]
+
+
+def _read_texts(example: Mapping[str, Any]) -> tuple[str, str, str]:
     missing = [segment for segment in SEGMENTS if segment not in example]
     if missing:
         hint = "; `auto_split=True` splits a `text` alone" if "text" in example and len(missing) == 3 else ""
@@ -164,16 +191,11 @@ def encode_example(
             f"an example must have the keys {', '.join(SEGMENTS)}, but lacks {', '.join(missing)} among "
             f"{', '.join(example)}{hint}"
         )
-    encoded = {}
-    for segment in SEGMENTS:
-        text = "" if segment == "plan" and example["plan"] is None else example[segment]
+    texts = tuple("" if name == "plan" and example[name] is None else example[name] for name in SEGMENTS)
+    for name, text in zip(SEGMENTS, texts, strict=True):
         if not isinstance(text, str):
-            raise ValueError(f"`{segment}` must be a string, but got {text!r}")
-        if segment == "question":
-            encoded["question_ids"] = encode_question(text, tokenizer, chat_template)
-        else:
-            encoded[f"{segment}_ids"] = encode_text(text, tokenizer, add_special_tokens=False)
-    return encoded
+            raise ValueError(f"`{name}` must be a string, but got {text!r}")
+    return texts
 
 
 def cut_steps(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:

@@ -30,7 +30,7 @@ from .collator import (
     check_content,
     check_lengths,
     cut_steps,
-    encode_example,
+    encode_examples,
     example_length,
     has_special_token,
     over_long_segments,
@@ -186,7 +186,7 @@ def prepare_dataset(
 
     Raises:
         ValueError: for an unknown `over_long` or `special_tokens`, an empty dataset, an example that is to raise, and
-            one that [`encode_example`] rejects; the message names the row.
+            one that [`encode_examples`] rejects; the message names the row.
     """
     for name, choice in (("over_long", over_long), ("special_tokens", special_tokens)):
         if choice not in UNFIT:
@@ -200,8 +200,9 @@ def prepare_dataset(
     checks = (check_content,) if special_tokens == "raise" else ()
     checks += (check_lengths,) if over_long == "raise" else ()
     prepared = dataset.map(
-        partial(_encode_row, tokenizer=tokenizer, config=config, checks=checks, auto_split=auto_split),
+        partial(_encode_rows, tokenizer=tokenizer, config=config, checks=checks, auto_split=auto_split),
         with_indices=True,
+        batched=True,
         remove_columns=[column for column in dataset.column_names if column not in kept_features],
         features=Features(kept_features | ENCODED_FEATURES | step_features),
         num_proc=num_proc,
@@ -330,23 +331,48 @@ def _choose_split(dataset: Any, source: str, split: str | None) -> Dataset | Ite
     return dataset
 
 
-def _encode_row(
-    example: dict[str, Any],
-    row: int,
+def _encode_rows(
+    batch: dict[str, list[Any]],
+    rows: list[int],
     tokenizer: PreTrainedTokenizerBase,
     config: HierBD3LMConfig,
     checks: Sequence[Callable[[ExampleIds, HierBD3LMConfig], None]],
     auto_split: bool,
-) -> dict[str, Any]:
-    follows_plan = config.execution_order == "plan"
+) -> dict[str, list[Any]]:
+    examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    encode = partial(encode_examples, tokenizer=tokenizer, auto_split=auto_split, chat_template=config.chat_template)
     try:
-        ids = encode_example(example, tokenizer, auto_split, config.chat_template)
-        if follows_plan:
-            ids |= cut_steps(example, tokenizer)
-        for check in checks:
-            check(ids, config)
+        encoded = encode(examples)
+    except ValueError:  # by one row
+        encoded = [_of_row(row, encode, [example])[0] for row, example in zip(rows, examples, strict=True)]
+    described = [
+        _of_row(row, _describe, example, ids, tokenizer, config, checks)
+        for row, example, ids in zip(rows, examples, encoded, strict=True)
+    ]
+    return {name: [row[name] for row in described] for name in described[0]}
+
+
+def _of_row(row: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function whose errors name the row."""
+    try:
+        return function(*arguments)
     except ValueError as error:
         raise ValueError(f"row {row}: {error}") from error
+
+
+def _describe(
+    example: dict[str, Any],
+    ids: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    config: HierBD3LMConfig,
+    checks: Sequence[Callable[[ExampleIds, HierBD3LMConfig], None]],
+) -> dict[str, Any]:
+    """Return the columns of an encoded example."""
+    follows_plan = config.execution_order == "plan"
+    if follows_plan:
+        ids = ids | cut_steps(example, tokenizer)
+    for check in checks:
+        check(ids, config)
     special, num_unknown = has_special_token(ids, config), count_unknown(chain(*map(ids.get, ID_KEYS)), tokenizer)
     over_long = [] if special else over_long_segments(ids, config)
     counts = {"length": example_length(ids, config), "num_unknown": num_unknown}

@@ -1,5 +1,7 @@
 """Encoding of texts; of questions through the chat template of the tokenizer or as they are."""
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedTokenizerBase
 
 # Defines the function that chat templates call for the current date, as one with a fixed date.
@@ -7,29 +9,45 @@ FIXED_DATE = "{% macro strftime_now(format) %}01 January 2026{% endmacro %}{{ ''
 
 
 def encode_question(question: str, tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[int]:
-    """Encode a question for training, evaluation and generation.
+    """Encode a question; see [`encode_questions`]."""
+    return encode_questions([question], tokenizer, chat_template)[0]
+
+
+def encode_questions(
+    questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, chat_template: bool
+) -> list[list[int]]:
+    """Encode questions for training, evaluation and generation.
 
     Args:
-        chat_template: `config.chat_template`. If True, the question is rendered by [`render_question`], and the
+        chat_template: `config.chat_template`. If True, the questions are rendered by [`render_question`], and the
             template alone adds special tokens; otherwise the tokenizer adds its own, such as BOS.
     """
-    text = render_question(question, tokenizer) if chat_template else question
-    return encode_text(text, tokenizer, add_special_tokens=not chat_template)
+    texts = [render_question(question, tokenizer) for question in questions] if chat_template else questions
+    return encode_texts(texts, tokenizer, add_special_tokens=not chat_template)
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[int]:
-    """Encode a text, of any length without a warning.
+    """Encode a text; see [`encode_texts`]."""
+    return encode_texts([text], tokenizer, add_special_tokens)[0]
+
+
+def encode_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool
+) -> list[list[int]]:
+    """Encode texts, of any length without a warning.
 
     Raises:
         ValueError: for a text with a lone surrogate, which is no Unicode.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"a text must be Unicode, but has the lone surrogate {text[error.start]!r}") from error
-    return tokenizer(text, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a text must be Unicode, but has the lone surrogate {text[error.start]!r}") from error
+    if not texts:
+        return []
+    settings = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
+    return tokenizer(list(texts), **settings)["input_ids"]
 
 
 def render_question(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
