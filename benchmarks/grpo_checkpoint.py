@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from hierbd3lm.data.arguments import check_at_least
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.rl import command
 
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("checkpoint", help="Folder or Hub id of an open checkpoint, such as SmolLM2-135M-Instruct.")
     parser.add_argument("--steps", type=int, default=NUM_STEPS, help="Number of steps.")
     args = parser.parse_args()
+    check_at_least("steps", args.steps, 1)
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
         bars, details = measure(args.checkpoint, Path(folder), args.steps)
