@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hierbd3lm.data.arguments import check_at_least
+from hierbd3lm.data.arguments import DataArguments, check_at_least
 from hierbd3lm.rl import command
 from hierbd3lm.rl.settings import CREDITS, SEGMENT, SEQUENCE
 
@@ -60,6 +60,7 @@ def train(checkpoint: Path, folder: Path, credit: str, seed: int, minutes: float
     settings = {"init_from": checkpoint, "output_dir": folder, "credit": credit, "seed": seed}
     settings |= {"save_strategy": "no", "disable_tqdm": True}
     command.train(*command.parse_arguments([RECIPE, *as_flags(settings)]), callbacks=[TimeLimit(60 * minutes)])
+    DataArguments.load(checkpoint).save(folder)  # so that both answer problems of the checkpoint's level
 
 
 def evaluate(model: Path, folder: Path, num_problems: int) -> dict[str, Any]:

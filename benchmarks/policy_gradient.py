@@ -35,8 +35,9 @@ RECIPE = "problems"
 BLOCK_SIZES = (2, 4, 8)
 NUM_PAIRS = (1, 4)
 LARGEST_BIAS = 0.02
-NUM_REPEATS = 64  # of an estimate
-NUM_BATCHES = 128  # whose gradients are compared
+NUM_ANSWERS = 16  # that are scored
+NUM_REPEATS = 32  # of an estimate
+NUM_BATCHES = 48  # whose gradients are compared
 
 
 class Rollouts:
@@ -73,7 +74,7 @@ def measure_estimators(checkpoint: str, folder: Path) -> Measured:
     """Compare log-probabilities of sampled answers with the enumeration of all masks."""
     bars, details = [], {}
     for block_size in BLOCK_SIZES:
-        rollouts = Rollouts(checkpoint, folder, block_size=block_size)
+        rollouts = Rollouts(checkpoint, folder, block_size=block_size, per_device_train_batch_size=NUM_ANSWERS)
         for name, row in estimate(rollouts).items():
             limit = LARGEST_BIAS if name.startswith(BOUND) else None
             bars.append(bar(f"blocks of {block_size}, {name}: bias", abs(row["relative_bias"]), limit, True))

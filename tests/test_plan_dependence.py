@@ -112,6 +112,7 @@ class Writer:
         executions = [self.execute(row, plan) for row, plan in zip(rows, plans, strict=True)]
         return SimpleNamespace(
             plan_followed=None,
+            reveal_steps=torch.ones((len(rows), 1), dtype=torch.long),
             plan=self.encode(plans),
             execution=self.encode(executions),
             num_forward_passes=torch.ones(len(rows), dtype=torch.long),

@@ -57,8 +57,10 @@ class Scripted:
         plans, executions = ([self.tokenizer(pair[part])["input_ids"] for pair in pairs] for part in (0, 1))
         num_tokens = torch.tensor([len(plan) + len(steps) + 2 for plan, steps in zip(plans, executions, strict=True)])
         passes = (num_tokens + 3) // 4
+        columns = torch.arange(int(num_tokens.amax()))
         return SimpleNamespace(
             plan_followed=None,
+            reveal_steps=(columns // 4 + 1) * (columns < num_tokens[:, None]),
             plan=self.pad(plans),
             execution=self.pad(executions),
             num_forward_passes=passes,
