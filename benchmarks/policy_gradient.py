@@ -36,8 +36,8 @@ BLOCK_SIZES = (2, 4, 8)
 NUM_PAIRS = (1, 4)
 LARGEST_BIAS = 0.02
 NUM_ANSWERS = 16  # that are scored
-NUM_REPEATS = 32  # of an estimate
-NUM_BATCHES = 48  # whose gradients are compared
+NUM_REPEATS = 96  # of an estimate
+NUM_BATCHES = 64  # whose gradients are compared
 
 
 class Rollouts:
@@ -61,7 +61,7 @@ class Rollouts:
         args, self.trainer.state.global_step = self.trainer.args, step
         num_problems = args.per_device_train_batch_size // args.num_generations
         problems = self.problems[step * num_problems :][:num_problems]
-        repeated = [problem for problem in problems for _ in range(args.num_generations)]
+        repeated = [dict(problem) for problem in problems for _ in range(args.num_generations)]  # TRL writes to each
         return self.trainer._generate_and_score_completions(repeated)
 
     def gradient(self, step: int) -> torch.Tensor:
