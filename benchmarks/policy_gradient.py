@@ -21,12 +21,9 @@ from typing import Any
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from hierbd3lm.data.splits import load_split
 from hierbd3lm.rl import command
-from hierbd3lm.rl.grpo import HierBD3LMGRPOTrainer
 from hierbd3lm.rl.log_probs import token_log_probs, trajectory_log_probs
 from hierbd3lm.rl.settings import BOUND, LOG_PROBS, SEGMENT, SEQUENCE, UNIFORM
-from hierbd3lm.training.lora import load_checkpoint, load_tokenizer
 from hierbd3lm.training.recipes import NULL
 
 from .measure import Measured, as_flags, bar, make_parser, trained_folder, write_results
@@ -45,14 +42,7 @@ class Rollouts:
 
     def __init__(self, checkpoint: str, folder: Path, **settings: Any):
         settings = {"init_from": checkpoint, "output_dir": folder} | settings
-        policy, data_args, args = command.parse_arguments([RECIPE, *as_flags(settings)])
-        tokenizer = load_tokenizer(checkpoint)
-        blocks = {} if policy.block_size is None else {"block_size": policy.block_size}
-        model = load_checkpoint(checkpoint, tokenizer, blocks)
-        dataset = command.make_prompts(load_split(data_args, "train"), tokenizer, model.config)
-        rewards = [command.find_reward(name) for name in policy.rewards]
-        self.problems = list(dataset)
-        self.trainer = HierBD3LMGRPOTrainer(model, rewards, args, train_dataset=dataset, processing_class=tokenizer)
+        self.trainer = command.make_trainer(*command.parse_arguments([RECIPE, *as_flags(settings)]))
         self.trainer.model.train()
         self.trainer.current_gradient_accumulation_steps = 1  # which `train` sets
 
@@ -60,7 +50,7 @@ class Rollouts:
         """Sample and score the answers of a training step."""
         args, self.trainer.state.global_step = self.trainer.args, step
         num_problems = args.per_device_train_batch_size // args.num_generations
-        problems = self.problems[step * num_problems :][:num_problems]
+        problems = self.trainer.train_dataset.select(range(step * num_problems, (step + 1) * num_problems))
         repeated = [dict(problem) for problem in problems for _ in range(args.num_generations)]  # TRL writes to each
         return self.trainer._generate_and_score_completions(repeated)
 

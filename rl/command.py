@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from hierbd3lm.configuration_hierbd3lm import HierBD3LMConfig
-    from hierbd3lm.rl.grpo import HierBD3LMGRPOConfig
+    from hierbd3lm.rl.grpo import HierBD3LMGRPOConfig, HierBD3LMGRPOTrainer
 
 RECORDED = (*(item.name for item in fields(RolloutArguments)), "temperature", "beta", "epsilon", "num_iterations")
 OTHER_SETTINGS = """The settings of TRL's GRPOConfig are accepted too, such as --output_dir, --max_steps,
@@ -46,14 +46,33 @@ def train(
     callbacks: Sequence["TrainerCallback"] = (),
 ) -> None:
     """Load a model and problems, train with GRPO, and save the model."""
+    from hierbd3lm.training.checkpoints import find_checkpoint
+
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    trainer = make_trainer(policy_args, data_args, args, callbacks)
+    if trainer.is_world_process_zero():
+        data_args.save(args.output_dir)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    trainer.create_model_card()
+
+
+def make_trainer(
+    policy_args: PolicyArguments,
+    data_args: DataArguments,
+    args: "HierBD3LMGRPOConfig",
+    callbacks: Sequence["TrainerCallback"] = (),
+) -> "HierBD3LMGRPOTrainer":
+    """Load a model and problems, and return their trainer."""
     from hierbd3lm.data.splits import load_split
     from hierbd3lm.hub.record import SaveRecord
     from hierbd3lm.rl.grpo import HierBD3LMGRPOTrainer
-    from hierbd3lm.training.checkpoints import find_checkpoint
     from hierbd3lm.training.lora import add_adapter, load_checkpoint, load_tokenizer
     from hierbd3lm.training.preparation import SaveDataArguments
 
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     rewards = [find_reward(name) for name in policy_args.rewards]
     tokenizer = load_tokenizer(policy_args.init_from)
     fields_of_config = {} if policy_args.block_size is None else {"block_size": policy_args.block_size}
@@ -63,7 +82,7 @@ def train(
         model = add_adapter(model, policy_args.init_from, policy_args)
     recorded = {"method": "GRPO"} | {name: getattr(args, name) for name in RECORDED}
     recorded["rewards"] = ", ".join(policy_args.rewards)
-    trainer = HierBD3LMGRPOTrainer(
+    return HierBD3LMGRPOTrainer(
         model,
         rewards,
         args,
@@ -71,14 +90,6 @@ def train(
         processing_class=tokenizer,
         callbacks=[SaveDataArguments(data_args), SaveRecord(policy_args, args, recorded), *callbacks],
     )
-    if trainer.is_world_process_zero():
-        data_args.save(args.output_dir)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
-    trainer.create_model_card()
 
 
 def make_prompts(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", config: "HierBD3LMConfig") -> "Dataset":

@@ -89,13 +89,18 @@ class LaidOutCompletions:
         batch: see [`~training.objectives`].
         index: row, place in the completion, and column in the batch of every scored token.
         seeds: of the noise of each row.
-        reveal_steps: `(batch, length)`, the forward pass that denoised each token.
+        steps: for each row, the forward pass that denoised each token of its completion.
     """
 
     batch: dict[str, torch.Tensor]
     index: tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]
     seeds: list[int]
-    reveal_steps: torch.LongTensor
+    steps: list[list[int]]
+
+    @property
+    def reveal_steps(self) -> torch.LongTensor:
+        """The forward pass that denoised each token of the batch, `(batch, length)`; see [`spread_steps`]."""
+        return spread_steps(self.batch, self.index, self.steps)
 
 
 class HierBD3LMGRPOTrainer(GRPOTrainer):
@@ -282,8 +287,7 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
             steps.append(self._trajectories[tuple(real)])
         batch = {name: ids.to(input_ids.device) for name, ids in self._collator(features).items()}
         batch = with_predicted_tokens(self._unwrapped(), batch)
-        index = find_columns(batch, places)
-        return LaidOutCompletions(batch, index, seeds, spread_steps(batch, index, steps))
+        return LaidOutCompletions(batch, find_columns(batch, places), seeds, steps)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         if self.beta or self.args.loss_type not in SUMS_OF_TOKENS:
@@ -291,8 +295,10 @@ class HierBD3LMGRPOTrainer(GRPOTrainer):
         advantages = inputs["advantages"]
         counts = (advantages != 0).view(len(advantages), -1).any(dim=1)
         counts[0] |= ~counts.any()  # every process takes part in the backward pass
-        rows = {name for name, value in inputs.items() if torch.is_tensor(value) and value.ndim}
-        return super()._compute_loss(model, {k: v[counts] if k in rows else v for k, v in inputs.items()})
+        kept = {
+            name: value[counts] if torch.is_tensor(value) and value.ndim else value for name, value in inputs.items()
+        }
+        return super()._compute_loss(model, kept)
 
     def create_model_card(self, model_name: str | None = None, **metadata: Any) -> None:
         """Write the model card from the saved files of the run, if there are any yet; see [`~hub.card.write_card`]."""
@@ -356,7 +362,7 @@ def spread_steps(
 ) -> torch.LongTensor:
     """Return the forward pass that denoised each token of a batch, `(batch, length)`.
 
-    Tokens that are not scored follow the token before them: those behind an `<|end|>` are known once it is.
+    Tokens that are not scored follow the token before them: those after an `<|end|>` are known once it is.
 
     Args:
         index: what [`find_columns`] returns.
