@@ -2,8 +2,8 @@
 
 `python -m hierbd3lm.benchmarks.grpo_checkpoint CHECKPOINT` (a folder or an id of the Hub; GSM8K through `GSM8K_DIR` or
 the Hub). The checkpoint is converted to blocks of one token, in which it writes what it did before, and trained with
-the recipe `gsm8k` and a reward for short answers: an adapter, four answers of at most 96 tokens to each of two questions
-per step. Writes results/grpo_checkpoint_steps.json and .md.
+the recipe `gsm8k` and a reward for short answers: an adapter, four answers of at most 96 tokens to each of two
+questions per step. Writes results/grpo_checkpoint_steps.json and .md.
 """
 
 import json
