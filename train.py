@@ -62,6 +62,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: "TrainScri
     from hierbd3lm.data.collator import HierarchicalDataCollator
     from hierbd3lm.hub.record import SaveRecord
     from hierbd3lm.trainer import HierBD3LMTrainer
+    from hierbd3lm.training.answers import AnsweredProblems
     from hierbd3lm.training.checkpoints import find_checkpoint
     from hierbd3lm.training.preparation import (
         SaveDataArguments,
@@ -79,6 +80,12 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: "TrainScri
     set_largest_block_size(model_args, args)
     model = make_model(model_args, tokenizer)
     datasets = make_datasets(data_args, args, examples, tokenizer, model.config)
+    callbacks, answers = [SaveDataArguments(data_args), SaveRecord(model_args, args)], None
+    if args.eval_answers:
+        validation, _ = examples.get("validation", (None, {}))
+        of_answers = args.eval_answers, args.per_device_eval_batch_size, args.eval_seed
+        answers = AnsweredProblems(validation, tokenizer, model.config, *of_answers)
+        callbacks.append(answers)
     trainer = HierBD3LMTrainer(
         model,
         args,
@@ -88,7 +95,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: "TrainScri
             model.config, tokenizer, fixed_length=data_args.fixed_length, auto_split=data_args.auto_split
         ),
         processing_class=tokenizer,
-        callbacks=[SaveDataArguments(data_args), SaveRecord(model_args, args)],
+        callbacks=callbacks,
+        compute_model_metrics=answers,
     )
     if trainer.is_world_process_zero():
         data_args.save(args.output_dir)

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, NoReturn
 
@@ -57,6 +57,8 @@ class HierBD3LMTrainer(Trainer):
     configuration does not change. With `block_size_schedule` it holds the block size of the last step, and so do
     checkpoints. Evaluations use that block size.
 
+    Every evaluation adds the metrics that `compute_model_metrics` returns for the model with the averaged weights.
+
     Overridden methods of transformers' `Trainer`:
 
     - `train`: leave out a warning that does not apply.
@@ -82,8 +84,15 @@ class HierBD3LMTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model: PreTrainedModel, args: HierBD3LMTrainingArguments, **kwargs: Any):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: HierBD3LMTrainingArguments,
+        compute_model_metrics: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ):
         check_arguments(model, kwargs)
+        self.compute_model_metrics = compute_model_metrics
         super().__init__(model=model, args=args, **kwargs)
         if args.use_liger_kernel:
             apply_liger_kernel_to_backbone(model, args.liger_kernel_config or {})
@@ -122,13 +131,9 @@ class HierBD3LMTrainer(Trainer):
 
     def _example_order(self) -> ExampleOrder:
         args, dataset = self.args, self.train_dataset
-        return ExampleOrder(
-            args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            len(dataset) if hasattr(dataset, "__len__") else None,
-            self._order_seed(),
-            args.train_sampling_strategy,
-            args.packing,
-        )
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size  # of an update
+        length = len(dataset) if hasattr(dataset, "__len__") else None
+        return ExampleOrder(batch_size, length, self._order_seed(), args.train_sampling_strategy, args.packing)
 
     def _order_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -244,10 +249,11 @@ class HierBD3LMTrainer(Trainer):
         self.model.eval()
         with self._averaged_weights():
             nats, num_tokens = self._measure(self.get_eval_dataloader(eval_dataset))
+            seconds, metrics = time.perf_counter() - start, likelihood_metrics(nats, num_tokens)
+            if self.compute_model_metrics is not None:
+                metrics |= self.compute_model_metrics(self._unwrapped())
         self.model.train(was_training)
-        seconds = time.perf_counter() - start
-        self._progress.pause(seconds)
-        metrics = likelihood_metrics(nats, num_tokens)
+        self._progress.pause(time.perf_counter() - start)
         metrics |= {"loss": metrics["nll"], "runtime": seconds, "tokens_per_second": metrics["num_tokens"] / seconds}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -471,8 +477,7 @@ class HierBD3LMTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema is None and has_average(resume_from_checkpoint):
             raise ValueError(
-                f"`ema_decay` must be > 0 to resume from {resume_from_checkpoint}, whose model is an average, but "
-                f"got 0"
+                f"`ema_decay` must be > 0 to resume from {resume_from_checkpoint}, which has an average, but got 0"
             )
         if self.ema is not None:
             self.ema.resume(self.model, resume_from_checkpoint)

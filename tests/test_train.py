@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Conf
 
 from hierbd3lm import train
 from hierbd3lm.configuration_hierbd3lm import config_fields
+from hierbd3lm.evaluation.runner import Written
 from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.trainer import HierBD3LMTrainer
 from hierbd3lm.training import preparation
@@ -365,3 +366,40 @@ def test_errors_name_the_settings_of_the_command_line(tmp_path, monkeypatch, set
     Path("rows.jsonl").write_text('{"question": "a", "plan": "b", "execution": "#### 1"}\n')
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(monkeypatch, write_config(tmp_path, **settings))
+
+
+def test_every_evaluation_answers_problems(tmp_path, monkeypatch, capsys):
+    settings = {"eval_answers": 6, "eval_strategy": "steps", "eval_steps": 2, "ema_decay": 0.5}
+    run(monkeypatch, write_config(tmp_path, **settings))
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    rates = [line["eval_exact_match"] for line in state["log_history"] if "eval_exact_match" in line]
+    assert len(rates) == 3 and all(0 <= rate <= 1 for rate in rates)
+    printed = capsys.readouterr().out
+    assert printed.count("Step 2 of 4: ") == 1 and "of 6 problems right, NELBO " in printed
+
+
+def test_answers_of_an_evaluation_are_those_of_the_averaged_model(tmp_path, monkeypatch):
+    """Right answers are counted: here those of a model that writes the reference."""
+    answered = []
+
+    def write_references(model, problems, settings, tokenizer):
+        answered.append({name: weight.clone() for name, weight in model.named_parameters()})
+        texts = [f"#### {problem.reference_answer if problem.index % 3 else 'none'}" for problem in problems]
+        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        return [Written([], one, True, 1, 1.0, []) for one in ids]
+
+    monkeypatch.setattr("hierbd3lm.training.answers.generate_batch", write_references)
+    settings = {"eval_answers": 8, "per_device_eval_batch_size": 4, "ema_decay": 0.9, "learning_rate": 0.1}
+    run(monkeypatch, write_config(tmp_path, **settings))
+    results = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert results["eval_exact_match"] == 5 / 8  # all but the problems 0, 3 and 6
+    saved = HierBD3LMForBlockDiffusion.from_pretrained(tmp_path / "out")
+    assert len(answered) == 2  # batches of 4
+    for name, weight in saved.named_parameters():
+        assert torch.equal(answered[-1][name], weight)
+
+
+@pytest.mark.parametrize("settings", [{"num_validation_examples": 0}, {"eval_answers": 9}, {"eval_answers": -1}])
+def test_answers_to_problems_that_are_not_there_are_refused(settings, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"`eval_answers` must be .*, but got (9|3|-1)"):
+        run(monkeypatch, write_config(tmp_path, **({"eval_answers": 3} | settings)))

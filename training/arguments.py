@@ -45,6 +45,7 @@ class HierBD3LMTrainingArguments(ObjectiveArguments, TrainingArguments):
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), but got {self.ema_decay}")
         check_at_least("eval_noise_draws", self.eval_noise_draws, 1)
+        check_at_least("eval_answers", self.eval_answers, 0)
         if self.label_smoothing_factor != 0:
             raise ValueError(f"`label_smoothing_factor` must be 0 for a NELBO, but got {self.label_smoothing_factor}")
         if self.dataloader_drop_last:

@@ -49,6 +49,11 @@ def check_parallelism(trainer: Trainer) -> None:
         raise ValueError(
             f"`ema_decay` must be 0 with DeepSpeed or FSDP1, whose shards cannot be averaged, but got {args.ema_decay}"
         )
+    if trainer.compute_model_metrics is not None and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        raise ValueError(
+            f"`compute_model_metrics` must be None with DeepSpeed and FSDP, whose shards cannot generate, but got "
+            f"{trainer.compute_model_metrics}; `eval_answers` sets it"
+        )
     if args.push_to_hub and isinstance(trainer.model, PeftModel):
         base = trainer.model.active_peft_config.base_model_name_or_path
         if base is None or os.path.isdir(base):

@@ -232,6 +232,12 @@ class ObjectiveArguments:
         default=4, metadata={"help": "Number of noise draws per example in an evaluation, >= 1."}
     )
     eval_seed: int = field(default=0, metadata={"help": "Random seed of the noise in evaluations."})
+    eval_answers: int = field(
+        default=0,
+        metadata={
+            "help": "Number of validation problems that every evaluation answers, for `eval_exact_match`, >= 0."
+        },
+    )
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "As in TrainingArguments, but `group_by_length` by default."}
     )

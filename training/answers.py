@@ -1,0 +1,84 @@
+"""Answers to validation problems in the course of a training run."""
+
+from typing import Any
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from ..data.decoding import decode
+from ..evaluation.prompts import make_batches, read_problems
+from ..evaluation.runner import generate_batch
+from ..evaluation.scoring import score
+from ..settings_hierbd3lm import resolve_settings
+
+EXACT_MATCH = "exact_match"
+
+
+class AnsweredProblems(TrainerCallback):
+    """Strict exact match of answers to the first problems of a dataset.
+
+    Called with a model it answers them as `generate` does by default, and returns the metrics. As a callback it prints
+    a line after every evaluation.
+
+    Args:
+        dataset: problems; see [`~evaluation.prompts.read_problems`]. One whose question does not fit counts as wrong.
+        num_problems: number of problems to answer.
+        batch_size, seed: of the generation.
+
+    Raises:
+        ValueError: if the dataset is plain text or a stream, or has fewer problems.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Any,
+        num_problems: int,
+        batch_size: int = 32,
+        seed: int = 0,
+    ):
+        if not isinstance(dataset, Dataset) or "question" not in dataset.column_names:
+            raise ValueError(
+                f"`eval_answers` must be 0 without a validation split of problems to answer, but got {num_problems}"
+            )
+        if num_problems > len(dataset):
+            raise ValueError(
+                f"`eval_answers` must be at most the {len(dataset)} problems of the validation split, but got "
+                f"{num_problems}"
+            )
+        self.tokenizer, self.batch_size, self.seed = tokenizer, batch_size, seed
+        self.problems = read_problems(dataset.select(range(num_problems)), tokenizer, config, plans_are_given=False)
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        """Answer the problems; returns `exact_match`, a fraction of all of them."""
+        num_right, settings = 0, resolve_settings(model.generation_config, {"seed": self.seed})
+        for problems in make_batches(self.problems, self.batch_size):
+            answers = generate_batch(model, problems, settings, tokenizer=self.tokenizer)
+            for problem, written in zip(problems, answers, strict=True):
+                texts = (decode(ids, self.tokenizer) for ids in (written.plan_ids, written.execution_ids))
+                num_right += score(problem, *texts)["exact_match_strict"]
+        return {EXACT_MATCH: num_right / len(self.problems)}
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Print a line, in the first process."""
+        if state.is_world_process_zero and f"eval_{EXACT_MATCH}" in metrics:
+            tqdm.write(
+                f"Step {state.global_step:,} of {state.max_steps:,}: {100 * metrics[f'eval_{EXACT_MATCH}']:.1f} % of "
+                f"{len(self.problems)} problems right, NELBO {metrics['eval_nll']:.3f} nats per token"
+            )
