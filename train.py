@@ -81,10 +81,10 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: "TrainScri
     model = make_model(model_args, tokenizer)
     datasets = make_datasets(data_args, args, examples, tokenizer, model.config)
     callbacks, answers = [SaveDataArguments(data_args), SaveRecord(model_args, args)], None
-    if args.eval_answers:
-        validation, _ = examples.get("validation", (None, {}))
+    if args.eval_answers and "validation" in examples:
+        problems, _ = examples["validation"]
         of_answers = args.eval_answers, args.per_device_eval_batch_size, args.eval_seed
-        answers = AnsweredProblems(validation, tokenizer, model.config, *of_answers)
+        answers = AnsweredProblems(problems, tokenizer, model.config, *of_answers)
         callbacks.append(answers)
     trainer = HierBD3LMTrainer(
         model,

@@ -30,11 +30,11 @@ class AnsweredProblems(TrainerCallback):
 
     Args:
         dataset: problems; see [`~evaluation.prompts.read_problems`]. One whose question does not fit counts as wrong.
-        num_problems: number of problems to answer.
+        num_problems: largest number of problems to answer.
         batch_size, seed: of the generation.
 
     Raises:
-        ValueError: if the dataset is plain text or a stream, or has fewer problems.
+        ValueError: if the dataset is plain text.
     """
 
     def __init__(
@@ -48,15 +48,12 @@ class AnsweredProblems(TrainerCallback):
     ):
         if not isinstance(dataset, Dataset) or "question" not in dataset.column_names:
             raise ValueError(
-                f"`eval_answers` must be 0 without a validation split of problems to answer, but got {num_problems}"
-            )
-        if num_problems > len(dataset):
-            raise ValueError(
-                f"`eval_answers` must be at most the {len(dataset)} problems of the validation split, but got "
+                f"`eval_answers` must be 0 for a validation split of plain text, which is not answered, but got "
                 f"{num_problems}"
             )
         self.tokenizer, self.batch_size, self.seed = tokenizer, batch_size, seed
-        self.problems = read_problems(dataset.select(range(num_problems)), tokenizer, config, plans_are_given=False)
+        chosen = dataset.select(range(min(num_problems, len(dataset))))
+        self.problems = read_problems(chosen, tokenizer, config, plans_are_given=False)
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """Answer the problems; returns `exact_match`, a fraction of all of them."""

@@ -235,7 +235,7 @@ class ObjectiveArguments:
     eval_answers: int = field(
         default=0,
         metadata={
-            "help": "Number of validation problems that every evaluation answers, for `eval_exact_match`, >= 0."
+            "help": "Maximum number of validation problems that every evaluation answers: `eval_exact_match`, >= 0."
         },
     )
     train_sampling_strategy: str = field(
