@@ -48,7 +48,7 @@ def push_checkpoint(
         try:
             return commit_files(files, repo_id, message, token=token, revision=revision, replaced=replaced)
         except Exception as error:
-            logger.warning(f"{folder} was not pushed to {repo_id}, and the run goes on: {error}")
+            logger.warning(f"{folder} was not pushed to {repo_id}, and the run continues: {error}")
             raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)

@@ -11,7 +11,7 @@ BOUND, UNIFORM, TRAJECTORY = LOG_PROBS = ("bound", "uniform", "trajectory")
 
 @dataclass
 class RolloutArguments:
-    """How answers are sampled, scored and credited."""
+    """Settings of sampling, scoring and credit."""
 
     num_plans: int = field(default=4, metadata={"help": "Number of plans sampled for each question."})
     executions_per_plan: int = field(default=4, metadata={"help": "Number of executions sampled for each plan."})

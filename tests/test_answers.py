@@ -1,4 +1,4 @@
-"""How answers are read: a table of outputs, each checked by hand; what several samples say, against brute force."""
+"""Parsing of answers, against a table checked by hand; votes of several samples, against brute force."""
 
 import itertools
 from decimal import Decimal

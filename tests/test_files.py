@@ -1,4 +1,4 @@
-"""How data files are read: what cannot be read is refused with its file and line."""
+"""Reading of data files: an error names file and line."""
 
 import bz2
 import gzip

@@ -283,7 +283,7 @@ def test_processes_share_a_run_and_a_later_number_of_them_may_be_another(command
     assert job.in_folder(folder, {}, False, 0, 3) is None
     assert job.in_folder(folder, {}, False, 2, 3) is None  # the second process was killed
     assert len(lines_in_parts(folder)) == 7
-    assert job.in_folder(folder, {}, False, 0, 2) is None  # the six batches are dealt anew
+    assert job.in_folder(folder, {}, False, 0, 2) is None  # the six batches are distributed again
     summary = job.in_folder(folder, {}, False, 1, 2)
     assert summary["num_answered"] == 11
     assert sorted(lines_in_parts(folder)) == list(range(11))

@@ -147,7 +147,7 @@ def test_temperature_zero_takes_the_likeliest_token():
 
 
 def denoised_places(output, question_width):
-    """How many places the network has filled, openers left out."""
+    """Number of places that the network has filled, without openers."""
     answer = output.sequences[:, question_width:]
     openers = (answer == PLAN) | (answer == EXECUTION)
     return (answer != PAD).sum(dim=1) - openers.sum(dim=1)

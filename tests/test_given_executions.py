@@ -45,7 +45,7 @@ def test_given_tokens_stay_and_the_batch_equals_its_rows(name, num_given):
 @pytest.mark.parametrize("name", ["hier", "bd3lm", "ar"])
 @pytest.mark.parametrize("num_blocks", [0, 1])
 def test_a_given_start_of_whole_blocks_is_continued_as_it_was(name, num_blocks):
-    """Greedy: the execution goes on as without the start, in the passes that its later blocks took."""
+    """Greedy: the execution continues as without the start, in the passes that its later blocks took."""
     model = algorithm(name, end_bias=4.0)
     for row in range(len(RAGGED_QUESTIONS)):
         whole = generate(model, [row])

@@ -34,7 +34,7 @@ STILL, MOVED = 1e-6, 1e-4
 
 @pytest.fixture(autouse=True)
 def uncompiled_attention():
-    """FlexAttention as plain tensor code: compiling it anew for every shape takes long."""
+    """FlexAttention as plain tensor code: compiling it again for every shape takes long."""
     with torch.compiler.set_stance("force_eager"):
         yield
 

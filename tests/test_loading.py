@@ -1,4 +1,4 @@
-"""How datasets are found and encoded; everything is written to a temporary folder first."""
+"""Loading and encoding of datasets that are written to a temporary folder."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What is reported of samples is what can be counted by hand, and a drawing that was interrupted goes on the same."""
+"""Reported figures of samples are those counted by hand, and an interrupted drawing resumes exactly."""
 
 import json
 import math

@@ -160,7 +160,7 @@ def test_each_sample_is_drawn_with_a_seed_of_its_own_that_follows_from_the_seed(
 # Interruptions
 
 
-def test_complete_run_asks_for_nothing_and_makes_its_results_anew(arguments, server):
+def test_complete_run_requests_nothing_and_writes_its_results_again(arguments, server):
     args = arguments()
     write_plans(args)
     expected = results_of(args.output_dir)

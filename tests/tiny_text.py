@@ -33,7 +33,7 @@ def as_dataset(texts):
 
 
 def bytes_with_ends(texts, tokenizer, config):
-    """The tokens of the texts, each with an `<|end|>` behind it, for a tokenizer that has a token a byte."""
+    """The tokens of the texts, each followed by an `<|end|>`, for a tokenizer with one token per byte."""
     vocabulary = {token: ids for token, ids in tokenizer.get_vocab().items() if len(token) == 1}
     alphabet = {byte: vocabulary[token] for byte, token in byte_alphabet().items()}
     return [[alphabet[byte] for byte in text.encode()] + [config.end_token_id] for text in texts]
