@@ -2,12 +2,13 @@
 
 `python -m hierbd3lm.benchmarks.plan_control [--steps N] [--seeds N] [--only NAME ...]`. A run is a sequence of
 commands in its own folder: train.py with the recipe `quickstart`, the likelihood, and the analysis of plan dependence.
-All runs take the same number of steps on as many examples. An interrupted measurement resumes after the last finished
-command, within training from the last checkpoint. Writes results/plan_control_models.json and .md, with the suffix
-`--page`.
+All runs take the same number of steps, with as many unchanged examples in a step: changed ones come on top of them. An
+interrupted measurement resumes after the last finished command, within training from the last checkpoint. Writes
+results/plan_control_models.json and .md, with the suffix `--page`.
 """
 
 import json
+import math
 import os
 import re
 import statistics
@@ -26,7 +27,7 @@ from .measure import as_flags, bar, format_table, make_parser, write_results
 ROOT = Path(__file__).parents[1]
 OUTPUTS = ROOT / "outputs" / "plan_control"
 RECIPE = "configs/quickstart.yaml"
-BATCH_SIZE = 24  # of the recipe
+BATCH_SIZE = 24  # of the recipe: unchanged examples in a step
 
 WITHOUT = "hier, no changed plans"
 MODELS: dict[str, dict[str, Any]] = {  # name -> settings that differ from the recipe
@@ -71,6 +72,17 @@ class Run:
     block_size_schedule: str | None = None
 
     @property
+    def rates(self) -> dict[str, float]:
+        """Probabilities of a changed and of an empty plan."""
+        rates = {"counterfactual_plans": self.counterfactual_plans, "plan_dropout": self.plan_dropout}
+        return {name: MODELS[self.name].get(name, rate) for name, rate in rates.items()}
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in a step, of which `BATCH_SIZE` are expected to be unchanged."""
+        return math.ceil(BATCH_SIZE / (1 - sum(self.rates.values())))
+
+    @property
     def folder(self) -> Path:
         name = self.name.replace(", ", "_").replace(" ", "_")
         settings = f"{self.steps}_steps_{self.counterfactual_plans}_{self.plan_dropout}"
@@ -81,9 +93,9 @@ class Run:
     def commands(self) -> dict[str, list[str]]:
         """Return the commands in order, each by the last file that it writes."""
         settings: dict[str, Any] = {"output_dir": str(self.folder), "max_steps": self.steps, "seed": self.seed}
-        settings |= {"num_train_examples": BATCH_SIZE * self.steps, "resume_from_checkpoint": "last"}
+        settings |= self.rates | {"resume_from_checkpoint": "last", "per_device_train_batch_size": self.batch_size}
+        settings |= {"num_train_examples": self.batch_size * self.steps}
         settings |= {"eval_steps": max(self.steps // 5, 1), "save_steps": min(max(self.steps // 5, 1), 250)}
-        settings |= {"counterfactual_plans": self.counterfactual_plans, "plan_dropout": self.plan_dropout}
         if self.block_size_schedule is not None:
             settings["block_size_schedule"] = self.block_size_schedule
         settings |= MODELS[self.name]
@@ -185,13 +197,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="Random seeds of each model.")
     parser.add_argument("--only", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME", help="Some models.")
     parser.add_argument("--problems", type=int, default=2000, help="Test problems, each with a changed plan.")
-    parser.add_argument("--counterfactual_plans", type=float, default=0.2, help="Probability of a changed plan.")
+    parser.add_argument("--counterfactual_plans", type=float, default=0.5, help="Probability of a changed plan.")
     parser.add_argument("--plan_dropout", type=float, default=0.02, help="Probability of an empty plan.")
     parser.add_argument("--block_size_schedule", default=None, help="Of training; the recipe's if omitted.")
     parser.add_argument("--page", default="", help="Suffix of the written files.")
     args = parser.parse_args()
     for name in ("steps", "seeds", "problems"):
         check_at_least(name, getattr(args, name), 1)
+    if not 0 <= args.counterfactual_plans + args.plan_dropout < 1:
+        parser.error(
+            f"`counterfactual_plans` + `plan_dropout` must be in [0, 1), but got {args.counterfactual_plans} + "
+            f"{args.plan_dropout}"
+        )
     shared = args.steps, args.problems, args.counterfactual_plans, args.plan_dropout, args.block_size_schedule
     runs = [Run(name, seed, *shared) for seed in range(args.seeds) for name in args.only]
     results: Results = {}
