@@ -412,29 +412,32 @@ def segment_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the advantage of each completion's plan and of its execution.
 
-    A plan's is its mean reward against the other plans of the question, an execution's its reward against the other
-    executions of its plan.
+    A plan's is its mean reward minus that of the other plans of the question, an execution's its reward minus the mean
+    of the other executions of its plan: with `scale="none"` the policy gradient is unbiased (leave-one-out baseline,
+    Kool et al. 2019). Both are in the same unit.
 
     Args:
         rewards: `(num_questions * num_plans * executions_per_plan,)`; NaN where nothing could be scored.
-        scale: divide by the standard deviation of what is compared (`group`), of all in the batch (`batch`), or not
-            (`none`).
+        scale: divide by the standard deviation of the rewards of the question (`group`), of all in the batch
+            (`batch`), or not (`none`).
 
     Returns:
         two tensors of the shape of `rewards`; 0 where the reward is NaN.
     """
     of_executions = rewards.view(-1, num_plans, executions_per_plan)
     of_plans = of_executions.nanmean(dim=2, keepdim=True)
-
-    def centred(values: torch.Tensor, dim: int) -> torch.Tensor:
-        difference = values - values.nanmean(dim=dim, keepdim=True)
-        if scale == "none":
-            return difference
-        group = tuple(range(difference.ndim)) if scale == "batch" else dim
-        num_known = (~difference.isnan()).sum(dim=group, keepdim=True)
-        spread = (difference.square().nansum(dim=group, keepdim=True) / (num_known - 1).clamp(min=1)).sqrt()
-        return difference / (spread + LEAST_SPREAD)
-
-    plan = centred(of_plans, 1).expand_as(of_executions)
-    execution = centred(of_executions, 2)
+    plan, execution = minus_others(of_plans, 1).expand_as(of_executions), minus_others(of_executions, 2)
+    if scale != "none":
+        compared = (0, 1, 2) if scale == "batch" else (1, 2)
+        difference = of_executions - of_executions.nanmean(dim=compared, keepdim=True)
+        num_known = (~difference.isnan()).sum(dim=compared, keepdim=True)
+        spread = (difference.square().nansum(dim=compared, keepdim=True) / (num_known - 1).clamp(min=1)).sqrt()
+        plan, execution = plan / (spread + LEAST_SPREAD), execution / (spread + LEAST_SPREAD)
     return tuple(values.nan_to_num(nan=0.0).flatten() for values in (plan, execution))
+
+
+def minus_others(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """Subtract from each value the mean of the others along a dimension, NaN left out; 0 where there are none."""
+    num_known = (~values.isnan()).sum(dim=dim, keepdim=True)
+    difference = values - values.nanmean(dim=dim, keepdim=True)
+    return difference * num_known / (num_known - 1).clamp(min=1)

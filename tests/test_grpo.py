@@ -1,5 +1,6 @@
 """GRPO: log-probabilities against enumeration, advantages of plan and execution, and the trainer."""
 
+import itertools
 import json
 import math
 import os
@@ -154,16 +155,52 @@ def test_the_scored_tokens_of_a_completion_are_those_of_the_batch():
 def test_a_plan_is_compared_with_plans_and_an_execution_with_those_of_its_plan():
     of_question = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0])  # three plans, two executions of each
     plan, execution = segment_advantages(of_question, 3, 2, "none")
-    assert plan.tolist() == pytest.approx([0.5, 0.5, 0, 0, -0.5, -0.5])
-    assert execution.tolist() == pytest.approx([0, 0, -0.5, 0.5, 0, 0])
-    plan, execution = segment_advantages(of_question, 3, 2, "group")
-    assert plan.tolist() == pytest.approx([1, 1, 0, 0, -1, -1], abs=1e-3)
-    assert execution.tolist() == pytest.approx([0, 0, -(0.5**0.5), 0.5**0.5, 0, 0], abs=1e-3)
+    assert plan.tolist() == pytest.approx([0.75, 0.75, 0, 0, -0.75, -0.75])
+    assert execution.tolist() == pytest.approx([0, 0, -1, 1, 0, 0])
+    unit = of_question.std() + 1e-4  # of plans and executions
+    scaled = segment_advantages(of_question, 3, 2, "group")
+    torch.testing.assert_close(scaled, (plan / unit, execution / unit))
+    two = torch.cat([of_question, torch.zeros(6)])
+    scaled = segment_advantages(two, 3, 2, "batch")
+    unit = two.std() + 1e-4
+    torch.testing.assert_close(scaled, tuple(torch.cat([of, torch.zeros(6)]) / unit for of in (plan, execution)))
+
+
+def test_separate_credit_is_an_unbiased_policy_gradient():
+    """All samples of two plans and two executions of each, of a policy with one bit for a plan and one after it."""
+    logits = torch.tensor(
+        [0.3, -0.8, 1.1], dtype=torch.float64, requires_grad=True
+    )  # plan; execution after 0, after 1
+    rewards_of = torch.tensor([[0.2, 0.9], [1.0, 0.1]])
+
+    def log_prob(place, bit):
+        return torch.nn.functional.logsigmoid(logits[place] if bit else -logits[place])
+
+    bits = (0, 1)
+    value = sum(
+        (log_prob(0, plan) + log_prob(1 + plan, execution)).exp() * rewards_of[plan, execution]
+        for plan in bits
+        for execution in bits
+    )
+    gradient = torch.zeros(3, dtype=torch.float64)
+    for plans in itertools.product(bits, repeat=2):
+        for executions in itertools.product(bits, repeat=4):
+            samples = [*zip((plans[0], plans[0], plans[1], plans[1]), executions, strict=True)]
+            rewards = torch.tensor([rewards_of[sample] for sample in samples])
+            of_plan, of_execution = segment_advantages(rewards, 2, 2, "none")
+            of_both = [(log_prob(0, plan), log_prob(1 + plan, execution)) for plan, execution in samples]
+            gain = sum(
+                (of_plan[row] * plan + of_execution[row] * execution) / 4
+                for row, (plan, execution) in enumerate(of_both)
+            )
+            chance = (sum(log_prob(0, plan) for plan in plans) + sum(pair[1] for pair in of_both)).exp().item()
+            gradient += chance * torch.autograd.grad(gain, logits)[0]
+    torch.testing.assert_close(gradient, torch.autograd.grad(value, logits)[0], atol=1e-6, rtol=1e-5)
 
 
 def test_what_cannot_be_scored_has_no_advantage():
     plan, execution = segment_advantages(torch.tensor([1.0, math.nan, 0.0, 0.0]), 2, 2, "none")
-    assert plan.tolist() == [0.5, 0.5, -0.5, -0.5] and execution.tolist() == [0, 0, 0, 0]
+    assert plan.tolist() == [1, 1, -1, -1] and execution.tolist() == [0, 0, 0, 0]
 
 
 # Rewards
