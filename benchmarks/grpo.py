@@ -3,8 +3,9 @@
 `python -m hierbd3lm.benchmarks.grpo CHECKPOINT [--minutes N] [--seeds N ...]`. Every run trains for the same time from
 the same checkpoint with the recipe `problems`, in blocks of one token, and is evaluated greedily on the same problems
 of the test split. A run has the threads of its process: `--credits segment` and `--credits sequence` may run side by
-side, each on a core of its own, and a last call without `--credits` gathers both. An interrupted measurement resumes
-after the last finished run. Writes results/grpo_problems.json and .md, and docs/rl.png.
+side, each on a core of its own, and a last call without `--credits` gathers both; with `--finished_only` it trains
+nothing. An interrupted measurement resumes after the last finished run. Writes results/grpo_problems.json and .md, and
+docs/rl.png.
 """
 
 import itertools
@@ -53,9 +54,14 @@ class TimeLimit(TrainerCallback):
             control.should_training_stop = True
 
 
+def is_finished(folder: Path) -> bool:
+    """Return whether a folder holds a finished run."""
+    return (folder / "trainer_state.json").is_file()
+
+
 def train(checkpoint: Path, folder: Path, credit: str, seed: int, minutes: float) -> None:
     """Train for some minutes unless the folder holds the finished run."""
-    if (folder / "trainer_state.json").is_file():
+    if is_finished(folder):
         return
     settings = {"init_from": checkpoint, "output_dir": folder, "credit": credit, "seed": seed}
     settings |= {"save_strategy": "no", "disable_tqdm": True}
@@ -161,6 +167,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Random seeds, one run each.")
     parser.add_argument("--credits", nargs="+", choices=CREDITS, default=list(CREDITS), help="Kinds of credit.")
     parser.add_argument("--num_problems", type=int, default=1000, help="Number of problems of the test split.")
+    parser.add_argument("--finished_only", action="store_true", help="Train nothing: gather the finished runs.")
     args = parser.parse_args()
     check_at_least("num_problems", args.num_problems, 1)
     checkpoint, rows = Path(args.checkpoint), []
@@ -168,6 +175,8 @@ def main() -> None:
     for seed in args.seeds:
         for credit in args.credits:
             folder = args.output_dir / f"{credit}_{seed}"
+            if args.finished_only and not is_finished(folder):
+                continue
             train(checkpoint, folder, credit, seed, args.minutes)
             after = evaluate(folder, folder / "answers", args.num_problems)
             gain = after[EXACT_MATCH] - before[EXACT_MATCH]
