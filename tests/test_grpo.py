@@ -293,12 +293,12 @@ def test_advantages_are_those_of_the_segment_of_each_token(tmp_path):
     trainer = make_trainer(tmp_path, reward=lambda completions, **columns: [*map(float, range(len(completions)))])
     trainer.model.train()
     batch = trainer._generate_and_score_completions([{"prompt": "2 and 3?"}] * 4)
-    opener = trainer.model.config.execution_token_id
-    for row, of_plan, of_execution in zip(range(4), (-1, -1, 1, 1), (-1, 1, -1, 1), strict=True):
+    opener, unit = trainer.model.config.execution_token_id, torch.arange(4.0).std()  # plans have means of 0.5 and 2.5
+    for row, of_plan, of_execution in zip(range(4), (-2, -2, 2, 2), (-1, 1, -1, 1), strict=True):
         place = batch["completion_ids"][row].tolist().index(opener)
         advantages = batch["advantages"][row]
-        assert torch.allclose(advantages[:place], torch.tensor(of_plan * 0.5**0.5), atol=1e-3)
-        assert torch.allclose(advantages[place:], torch.tensor(of_execution * 0.5**0.5), atol=1e-3)
+        assert torch.allclose(advantages[:place], of_plan / unit, atol=1e-3)
+        assert torch.allclose(advantages[place:], of_execution / unit, atol=1e-3)
 
 
 def test_the_old_policy_is_the_policy_before_the_first_update(tmp_path):
