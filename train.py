@@ -60,9 +60,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: "TrainScri
     from transformers import set_seed
 
     from hierbd3lm.data.collator import HierarchicalDataCollator
+    from hierbd3lm.evaluation.answered_problems import AnsweredProblems
     from hierbd3lm.hub.record import SaveRecord
     from hierbd3lm.trainer import HierBD3LMTrainer
-    from hierbd3lm.training.answers import AnsweredProblems
     from hierbd3lm.training.checkpoints import find_checkpoint
     from hierbd3lm.training.preparation import (
         SaveDataArguments,

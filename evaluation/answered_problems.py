@@ -14,10 +14,10 @@ from transformers import (
 )
 
 from ..data.decoding import decode
-from ..evaluation.prompts import make_batches, read_problems
-from ..evaluation.runner import generate_batch
-from ..evaluation.scoring import score
 from ..settings_hierbd3lm import resolve_settings
+from .prompts import make_batches, read_problems
+from .runner import generate_batch
+from .scoring import score
 
 EXACT_MATCH = "exact_match"
 
@@ -29,7 +29,7 @@ class AnsweredProblems(TrainerCallback):
     a line after every evaluation.
 
     Args:
-        dataset: problems; see [`~evaluation.prompts.read_problems`]. One whose question does not fit counts as wrong.
+        dataset: problems; see [`read_problems`]. One whose question does not fit counts as wrong.
         num_problems: largest number of problems to answer.
         batch_size, seed: of the generation.
 
