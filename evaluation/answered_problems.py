@@ -13,11 +13,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..data.decoding import decode
 from ..settings_hierbd3lm import resolve_settings
 from .prompts import make_batches, read_problems
-from .runner import generate_batch
-from .scoring import score
+from .runner import answer_batch
 
 EXACT_MATCH = "exact_match"
 
@@ -57,12 +55,12 @@ class AnsweredProblems(TrainerCallback):
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """Answer the problems; returns `exact_match`, a fraction of all of them."""
-        num_right, settings = 0, resolve_settings(model.generation_config, {"seed": self.seed})
-        for problems in make_batches(self.problems, self.batch_size):
-            answers = generate_batch(model, problems, settings, tokenizer=self.tokenizer)
-            for problem, written in zip(problems, answers, strict=True):
-                texts = (decode(ids, self.tokenizer) for ids in (written.plan_ids, written.execution_ids))
-                num_right += score(problem, *texts)["exact_match_strict"]
+        settings = resolve_settings(model.generation_config, {"seed": self.seed})
+        num_right = sum(
+            answer["exact_match_strict"]
+            for problems in make_batches(self.problems, self.batch_size)
+            for answer in answer_batch(model, self.tokenizer, problems, settings)
+        )
         return {EXACT_MATCH: num_right / len(self.problems)}
 
     def on_evaluate(

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import nanstd
 
 from ..data.arguments import parse_json
 from ..data.collator import HierarchicalDataCollator
@@ -428,10 +429,7 @@ def segment_advantages(
     of_plans = of_executions.nanmean(dim=2, keepdim=True)
     plan, execution = minus_others(of_plans, 1).expand_as(of_executions), minus_others(of_executions, 2)
     if scale != "none":
-        compared = (0, 1, 2) if scale == "batch" else (1, 2)
-        difference = of_executions - of_executions.nanmean(dim=compared, keepdim=True)
-        num_known = (~difference.isnan()).sum(dim=compared, keepdim=True)
-        spread = (difference.square().nansum(dim=compared, keepdim=True) / (num_known - 1).clamp(min=1)).sqrt()
+        spread = nanstd(of_executions, dim=(0, 1, 2) if scale == "batch" else (1, 2), keepdim=True)
         plan, execution = plan / (spread + LEAST_SPREAD), execution / (spread + LEAST_SPREAD)
     return tuple(values.nan_to_num(nan=0.0).flatten() for values in (plan, execution))
 

@@ -388,7 +388,7 @@ def test_answers_of_an_evaluation_are_those_of_the_averaged_model(tmp_path, monk
         ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
         return [Written([], one, True, 1, 1.0, []) for one in ids]
 
-    monkeypatch.setattr("hierbd3lm.evaluation.answered_problems.generate_batch", write_references)
+    monkeypatch.setattr("hierbd3lm.evaluation.runner.generate_batch", write_references)
     settings = {"eval_answers": 8, "per_device_eval_batch_size": 4, "ema_decay": 0.9, "learning_rate": 0.1}
     run(monkeypatch, write_config(tmp_path, **settings))
     results = json.loads((tmp_path / "out" / "eval_results.json").read_text())
