@@ -14,7 +14,7 @@ from .reference_generation import denoise
 from .tiny import make_model
 
 PAD, END, PLAN, EXECUTION, MASK = range(5)  # tiny.TINY_TOKEN_IDS
-# Settings of the samplers with which the tiny models reveal now one token a step and now several.
+# Settings of the samplers with which the tiny models reveal one token per step, or several.
 SAMPLERS = {
     "first_hitting": {},
     "ancestral": {"num_steps": 3},
