@@ -39,6 +39,18 @@ def model():
 
 
 @pytest.fixture
+def compiler():
+    """torch.compile as in a new process, for a test that has to compile something.
+
+    Torch compiles a function only a few times in a process, and afterwards runs it eagerly.
+    """
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.fixture
 def capture_warnings():
     """The texts of the warnings that this package logs during a test."""
     lines = []

@@ -363,9 +363,8 @@ def test_sequences_have_the_layout_they_were_generated_with():
 
 
 @pytest.mark.slow
-def test_compiled_steps_give_the_same_tokens():
+def test_compiled_steps_give_the_same_tokens(compiler):
     model, questions = speaker.__wrapped__(backbone="qwen3"), left_pad(RAGGED_QUESTIONS)
-    torch._dynamo.utils.counters.clear()
     for sampler in ("first_hitting", "confidence"):
         settings = {"sampler": sampler, **SAMPLERS[sampler], "temperature": 1.0, "seed": 3}
         eager = model.generate(questions, **settings)
@@ -373,4 +372,3 @@ def test_compiled_steps_give_the_same_tokens():
         assert compiled.sequences.tolist() == eager.sequences.tolist(), sampler
         assert compiled.num_forward_passes.tolist() == eager.num_forward_passes.tolist(), sampler
         assert len(set(eager.num_forward_passes.tolist())) > 1, "rows left the batch on the way"
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0

@@ -27,7 +27,7 @@ def test_value_is_the_recorded_one(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED)
-def test_compiled_steps_give_the_recorded_ids(case):
+def test_compiled_steps_give_the_recorded_ids(case, compiler):
     assert_equal(generate_case(case, compile_steps=True), VALUES[f"generate/{case}"])
 
 

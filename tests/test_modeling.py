@@ -121,7 +121,7 @@ def count_tokens(forward, counts):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_has_the_same_loss_and_gradients():
+def test_a_compiled_model_has_the_same_loss_and_gradients(compiler):
     model = model_with("qwen3")
     compiled = torch.compile(model)
     for rows in (ROWS, [(6, 2, 2), (3, 1, 3)]):

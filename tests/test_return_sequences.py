@@ -48,7 +48,9 @@ def test_answers_are_those_of_repeated_rows(kind, sampler):
 
 
 @pytest.mark.parametrize("compile_steps", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_executions_of_one_plan_share_question_and_plan(compile_steps):
+def test_executions_of_one_plan_share_question_and_plan(compile_steps, request):
+    if compile_steps:
+        request.getfixturevalue("compiler")
     plans = right_pad([GIVEN_PLAN, GIVEN_PLAN[:2]], PAD)
     questions = RAGGED_QUESTIONS[:1] + RAGGED_QUESTIONS[2:3]
     shapes, _ = compare(speaker(), questions, plans, stage="execution", compile_steps=compile_steps)
