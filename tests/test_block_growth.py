@@ -168,6 +168,7 @@ def test_every_block_size_has_clip_intervals_of_its_own(tmp_path, draws):
 # Checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, draws, workers):
     settings = RUN | {"block_size_schedule": GROWTH, "dataloader_num_workers": workers, "noisy_copies": 2}

@@ -119,6 +119,7 @@ def test_copies_share_one_grid_and_their_loss_is_the_mean():
     assert set(losses.flatten().tolist()) == {2.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["stratified", "bernoulli"])
 def test_variance_agrees_with_that_of_drawn_losses(estimator):
     """Compare the simulated variance with that of 20 noise draws for each of 10 batches."""
@@ -228,6 +229,7 @@ def test_an_evaluation_outside_of_training_selects_no_interval(tmp_path):
     assert not trainer.clip_search.chosen and not searches_of(trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restore", [False, True])
 def test_a_resumed_run_uses_the_selected_intervals(tmp_path, restore):
     settings = {"restore_callback_states_from_checkpoint": restore}

@@ -176,6 +176,7 @@ def test_given_plans_keep_their_end_when_blocks_shrink(fields, fixed_length):
 RATES = {"counterfactual_plans": 0.5, "plan_dropout": 0.2}
 
 
+@pytest.mark.slow
 def test_a_run_counts_its_changed_plans_and_resumes_exactly(tmp_path, monkeypatch):
     run(monkeypatch, write_config(tmp_path, **RATES))
     out = tmp_path / "out"

@@ -126,6 +126,7 @@ def estimates(estimator, count, nll_of_mask, block_ids, maskable, **settings):
         yield (draw.weights[draw.masked] * nll_of_mask(draw.masked)).sum().double()
 
 
+@pytest.mark.slow
 def test_both_estimators_converge_to_the_exact_nelbo_and_the_stratified_one_varies_less():
     setting = model_batch()
     exact = exact_nelbo(*setting).sum()

@@ -67,6 +67,7 @@ def test_masks_depend_on_a_row_and_its_seed_and_not_on_the_rows_beside_it():
     assert not torch.equal(other, alone_masked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [2, 4, 8])
 @torch.no_grad()
 def test_log_probabilities_are_within_two_percent_of_the_enumeration(block_size):

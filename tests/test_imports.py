@@ -73,6 +73,7 @@ def test_a_file_imports_what_its_place_may_know(path):
     assert not {name.split(".")[0] for name in imported} & {"benchmarks", "tests"}
 
 
+@pytest.mark.slow
 def test_the_backbone_of_published_checkpoints_is_not_imported_before_it_is_needed():
     code = """
 import sys

@@ -41,6 +41,7 @@ def test_task_is_scored_like_gsm8k_of_the_harness():
     assert (own["doc_to_text"], own["num_fewshot"]) == ("{{question}}", 0)
 
 
+@pytest.mark.slow
 def test_task_with_examples_is_gsm8k_of_the_harness_on_our_rows(tmp_path, monkeypatch):
     for split, numbers in (("train", range(9)), ("test", range(20, 23))):
         rows = [{"question": f"Mia has {i} apples.", "answer": f"So <<{i}+0={i}>>{i}.\n#### {i}"} for i in numbers]

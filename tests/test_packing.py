@@ -188,6 +188,7 @@ def test_wide_models_have_longer_rows_with_less_padding():
 # Training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -224,6 +225,7 @@ def test_packing_reaches_the_passes_of_training_and_evaluation(tmp_path):
     assert all(rows < 8 for rows, _ in shapes[2:])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_packing_is_bit_equal_to_an_uninterrupted_one(tmp_path):
     whole = make_trainer(tmp_path, seeded_model(), packing=True, **RUN)
     whole.train()

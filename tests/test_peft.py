@@ -244,6 +244,7 @@ def test_the_averaged_adapter_is_saved(tied_base, run):
 # Resuming
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_adapter_of_an_uninterrupted_one(own_base, run, monkeypatch):
     expected = final_state(run("whole", own_base))
 

@@ -91,6 +91,7 @@ def test_bars_compare_with_the_model_without_changed_plans():
     assert kinds[0] == "| follows | number |" and kinds[2:] == ["| hier | 0.95 |", f"| {plan_control.WITHOUT} | 0.5 |"]
 
 
+@pytest.mark.slow
 def test_parts_are_measured_on_a_checkpoint(make_checkpoint, tmp_path, monkeypatch):  # noqa: F811
     folder = make_checkpoint(plan_len=48, execution_len=64)
     DataArguments(synthetic={"num_steps": [2, 2], "max_value": 50}).save(folder)

@@ -282,6 +282,7 @@ def test_data_without_plans_to_compare_are_refused(columns, message, checkpoint,
 # The run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_every_algorithm_and_ablation_is_analysed(name, make_checkpoint, args):
     """Under every order the plan that is given is the plan that comes back, and the likelihood depends on it."""

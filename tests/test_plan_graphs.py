@@ -169,6 +169,7 @@ def test_an_example_without_its_steps_is_refused():
         HierarchicalDataCollator(config)([example | steps])
 
 
+@pytest.mark.slow
 def test_a_model_trains_and_measures_over_the_steps(tmp_path):
     torch.manual_seed(0)
     rows = list(generate_problems("train", 12, SyntheticConfig(num_steps=(2, 4))))

@@ -258,6 +258,7 @@ def run_of(tmp_path, strategy, **settings):
     return make_trainer(tmp_path / "run", model, train_dataset=dataset, tokenizer=tokenizer, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", FOLDERS)
 def test_every_push_of_a_run_holds_the_model_and_its_card_and_nothing_else(hub, tmp_path, strategy):
     trainer = run_of(tmp_path, strategy)

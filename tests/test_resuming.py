@@ -156,6 +156,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, draws, sam
         assert losses_of(resumed, "eval_nll") == losses_of(whole, "eval_nll")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_muon_equals_an_uninterrupted_one(tmp_path):
     settings = RUN | {"muon_learning_rate": 0.02, "lr_scheduler_type": "cosine"}
     whole = make_trainer(tmp_path, make_dropout_model(), **settings)
@@ -224,6 +225,7 @@ def test_last_complete_checkpoint_skips_incomplete_ones(tmp_path):
     assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", [None, "nll", "eval_execution_ppl"])
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
 def test_best_model_is_the_one_with_the_lowest_likelihood_bound(tmp_path, metric, ema_decay):
@@ -301,6 +303,7 @@ def test_a_checkpoint_of_another_model_is_not_resumed_from(tmp_path, fields, dif
         make_trainer(tmp_path, model, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed, difference",
     [
@@ -319,6 +322,7 @@ def test_another_order_of_the_examples_is_refused(tmp_path, changed, difference)
     make_trainer(tmp_path, **(RUN | changed), ignore_data_skip=True).train(resume_from_checkpoint=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["group_by_length", "random", "sequential"])
 @pytest.mark.parametrize("batch_size, accumulated", [(4, 1), (1, 4)])
 def test_another_split_of_the_batch_keeps_the_order_of_the_examples(tmp_path, sampling, batch_size, accumulated):

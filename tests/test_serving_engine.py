@@ -45,6 +45,7 @@ def read(events):
     return pieces, event
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_is_streamed_to_the_answer_of_generate(kind):
     model, tokenizer = make_model(kind)

@@ -153,6 +153,7 @@ def test_requests_need_the_key_if_there_is_one(checkpoint):
             assert response.status == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fastapi", "uvicorn", "prometheus_client"])
 def test_what_the_server_needs_is_named_with_its_extra(name):
     code = f"import sys; sys.modules[{name!r}] = None; from hierbd3lm import cli; cli.main(['serve', 'm'])"

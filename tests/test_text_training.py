@@ -100,6 +100,7 @@ def evaluation_tokenizer(folder):
     return checkpoints.load_model(str(folder), "cpu")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle_buffer", [0, 100])
 def test_training_on_a_stream_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch, tokenizer, shuffle_buffer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")

@@ -17,6 +17,7 @@ def in_threads(call):
         return list(pool.map(call, range(NUM_CALLS)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_threads_generate_what_one_after_the_other_generates(backbone):
     model = make_model(backbone_config=make_backbone_config(backbone), attn_implementation="eager")

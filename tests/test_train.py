@@ -98,6 +98,7 @@ def test_a_misspelt_setting_is_refused(tmp_path):
         train.parse_arguments([write_config(tmp_path, max_stepz=3)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", [["--algorithm", "sedd"], ["--algorithm", "ar"], ["--joint", "true"]])
 def test_a_recipe_trains_any_algorithm(setting, tmp_path, monkeypatch):
     run(monkeypatch, write_config(tmp_path, max_steps=1), *setting)
@@ -181,6 +182,7 @@ def test_an_autoregressive_checkpoint_is_converted_and_trained_further(tmp_path,
     assert HierBD3LMForBlockDiffusion.from_pretrained(tmp_path / "again").config.question_len == 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_peft", [False, True])
 def test_a_converted_checkpoint_is_resumed_across_a_change_of_the_block_size(tmp_path, monkeypatch, use_peft):
     tokenizer = make_tokenizer()

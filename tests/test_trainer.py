@@ -85,6 +85,7 @@ def test_loss_of_several_noisy_copies_is_the_mean_of_theirs(tmp_path, draws):
     assert copies.weights.sum() < 2 * draws[1].draw.weights.sum()  # each copy has a third of the weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_every_algorithm_learns_and_is_measured_on_the_same_tokens(tmp_path, name):
     settings = {"learning_rate": 3e-3, "max_steps": 12, "per_device_train_batch_size": 8, "ema_decay": 0.0}

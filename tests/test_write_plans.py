@@ -240,6 +240,7 @@ def run_and_die(args, number):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.slow
 def test_run_that_is_killed_at_any_write_goes_on_without_loss_or_duplicate(arguments, tmp_path):
     few = {"limit": 2, "num_samples": 2}
     write_plans(arguments(output_dir=str(tmp_path / "whole"), **few))
