@@ -52,6 +52,7 @@ def test_stratified_draw_never_leaves_a_block_without_a_mask():
                 assert draw.masked[row][BLOCK_IDS[row] == block].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", SCHEDULES)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_weighted_mask_of_every_token_has_expectation_one(noise, estimator):

@@ -212,6 +212,7 @@ def test_a_saved_adapter_gives_the_logits_of_the_trained_model_on_any_conversion
     assert not any("embed_tokens.weight" in name or "lm_head.weight" in name for name in stored)
 
 
+@pytest.mark.slow
 def test_a_merged_adapter_is_a_checkpoint_with_the_same_logits(base, run, tmp_path):
     out = run("out", base)
     unmerged = PeftModel.from_pretrained(convert(base, seed=3)[0], out)
@@ -279,6 +280,7 @@ def test_an_adapter_is_evaluated_like_its_merged_checkpoint(tied_base, run, tmp_
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_a_new_run_starts_from_an_adapter_in_full_or_with_a_new_adapter(tied_base, run):
     first = run("first", tied_base)
     whole = run("whole", first, use_peft=False, max_steps=1, save_strategy="no")

@@ -135,6 +135,7 @@ def test_a_push_replaces_weights_and_code_of_an_earlier_one_but_not_what_others_
     assert hub.files("me/tiny").keys() == MODEL | TOKENIZER | CARD | {"samples.txt"}
 
 
+@pytest.mark.slow
 def test_a_push_is_one_commit_and_failures_of_the_server_are_tried_again(hub, folder, capture_warnings):
     hub.failures += [("POST", "/preupload/", 503), ("PUT", "/objects/", 500), ("POST", "/commit/", 502)]
     hub.failures += [("POST", "/repos/create", 504)]
@@ -282,6 +283,7 @@ def test_every_push_of_a_run_holds_the_model_and_its_card_and_nothing_else(hub, 
     assert final.num_parameters() == trainer.model.num_parameters()
 
 
+@pytest.mark.slow
 def test_a_push_in_the_background_that_fails_is_logged_and_the_last_one_holds_everything(
     hub, tmp_path, capture_warnings
 ):

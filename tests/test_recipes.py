@@ -113,6 +113,7 @@ def test_the_recipes_cover_lengths_starts_and_adapters(tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     "SMOLLM2_DIR" not in os.environ or "GSM8K_DIR" not in os.environ,
     reason="SMOLLM2_DIR and GSM8K_DIR must name folders with a real tokenizer and real problems",

@@ -283,6 +283,7 @@ def test_a_checkpoint_of_the_model_alone_is_not_resumed_from(tmp_path, ema_decay
         make_trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields, difference",
     [

@@ -154,6 +154,7 @@ def test_several_plans_need_a_temperature():
 # The evaluation
 
 
+@pytest.mark.slow
 def test_the_evaluation_writes_a_line_per_execution_and_counts_all_passes(args, monkeypatch):
     planned = []
 

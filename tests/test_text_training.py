@@ -64,6 +64,7 @@ def run(monkeypatch, folder, **settings):
     return folder / "out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [True, False])
 def test_a_tiny_model_learns_a_text_file_writes_and_is_measured(tmp_path, monkeypatch, wrap):
     path = write_lines(tmp_path / "lines.txt", many_documents(300))

@@ -34,6 +34,7 @@ def without_float64(monkeypatch):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_generation(name, temperature, without_float64):
