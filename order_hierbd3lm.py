@@ -111,13 +111,18 @@ class BlockOrder:
         """True if every token depends on exactly the tokens before it: likelihood and loss need no noise."""
         if self.is_autoregressive:
             return True
-        is_token_by_token = self.is_chain and all(part.block_size == 1 for part in self.parts)
-        return is_token_by_token and self.is_shifted and self.has_causal_question
+        return self.is_chain and self.predicts_from_clean and self.has_causal_question
+
+    @property
+    def predicts_from_clean(self) -> bool:
+        """True if every token is predicted at the clean token before it: each is the first of its block."""
+        is_token_by_token = not self.is_aligned and all(part.block_size == 1 for part in self.parts)
+        return self.is_shifted and is_token_by_token and not self.is_joint
 
     @property
     def has_noisy_stream(self) -> bool:
         """True if a training pass holds clean and noisy tokens; else it has one stream."""
-        return not self.is_causal and not self.is_joint
+        return not self.is_causal and not self.is_joint and not self.predicts_from_clean
 
     @property
     def segments(self) -> tuple[int, ...]:

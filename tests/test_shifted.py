@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -71,7 +72,8 @@ def test_the_likelihood_of_blocks_of_one_token_is_that_of_the_checkpoint(backbon
         # The noisy stream of the general path gives the same: every block is one masked token.
         general = BlockDiffusion(model.config)
         wide = HierBD3LMForBlockDiffusion(model.config)
-        wide.backbone, wide.order = model.backbone, general_order(model.order)
+        general.order = general_order(model.order)
+        wide.backbone, wide.order = model.backbone, general.order
         torch.testing.assert_close(general.token_nelbo(wide.eval(), batch), expected, atol=1e-6, rtol=0)
 
 
@@ -79,9 +81,28 @@ def general_order(order):
     """The order of one-token blocks that does not know that it needs no noise."""
 
     class Order(type(order)):
-        is_causal = False
+        is_causal = predicts_from_clean = False
 
     return Order(**{name: getattr(order, name) for name in order.__dataclass_fields__})
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("fields", [{}, {"algorithm": "bd3lm"}, {"plan_len": 0}], ids=["hier", "bd3lm", "no plan"])
+@torch.no_grad()
+def test_blocks_of_one_token_need_no_noisy_stream_after_a_bidirectional_question(fields, copies):
+    model = speaker(block_size=1, question_attention="bidirectional", **fields)
+    examples = EXAMPLES if model.config.plan_len else [example | {"plan_ids": []} for example in EXAMPLES]
+    batch, objective = laid_out(model, examples), make_objective(model.config)
+    general = BlockDiffusion(model.config)
+    general.order = general_order(model.order)
+    with mock.patch.object(model.backbone.model, "forward", wraps=model.backbone.model.forward) as passes:
+        actual = objective.token_nelbo(model, batch, noisy_copies=copies)
+        expected = general.token_nelbo(model, batch, noisy_copies=copies)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
+    assert (actual > 0).equal(batch["maskable"])
+    one, two = (call.kwargs["input_ids"].numel() for call in passes.call_args_list)
+    assert one == copies * batch["input_ids"].numel()
+    assert two > 1.5 * one / copies
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

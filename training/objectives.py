@@ -83,7 +83,7 @@ class BlockDiffusion:
     def pass_lengths(self, batch: Batch, noisy_copies: int = 1) -> torch.Tensor:
         """Return the number of tokens of each example in a pass of `token_nelbo`: `(batch,)`."""
         block_ids = batch["block_ids"]
-        if self.order.is_joint:
+        if not self.order.has_noisy_stream:
             return noisy_copies * (block_ids != PADDING).sum(dim=1)
         layout = TokenLayout(block_ids, torch.full_like(block_ids, CLEAN), block_ids)
         return needed_tokens(layout).sum(dim=1) + noisy_copies * (block_ids > QUESTION).sum(dim=1)
@@ -99,16 +99,16 @@ class BlockDiffusion:
         """
         names = ("block_ids", "position_ids", "row_ids", "sees")
         layout = {name: batch[name] for name in names if name in batch}
-        if not self.order.is_joint:
+        if self.order.has_noisy_stream:
             return masked_nll(model, masked, batch["input_ids"], self.config.mask_token_id, **layout)
-        # One stream, as only the question is clean: a block attends to earlier noisy blocks.
         copies = 1 if masked.ndim == 2 else masked.shape[1]
         masked, x0 = masked.flatten(0, -2), batch["input_ids"].repeat_interleave(copies, dim=0)
         layout = {name: ids.repeat_interleave(copies, dim=0) for name, ids in layout.items()}
-        xt = x0.masked_fill(masked, self.config.mask_token_id)
+        # All are clean if nothing reads a noisy token, else the question alone: a block attends to earlier noisy blocks.
+        tokens = x0 if self.order.predicts_from_clean else x0.masked_fill(masked, self.config.mask_token_id)
         if self.order.is_shifted:
             masked, x0 = before(masked), before(x0)
-        return model(input_ids=xt, logits_to_keep=masked, target_ids=x0, **layout).nll
+        return model(input_ids=tokens, logits_to_keep=masked, target_ids=x0, **layout).nll
 
 
 class Autoregression:
