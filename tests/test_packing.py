@@ -25,10 +25,12 @@ from .tiny_backbones import BACKBONES, make_backbone_config
 from .tiny_trainer import SGD, assert_bit_equal, losses_of, make_trainer, seeded_model, weights_of
 
 SHIFTED = {"prediction": "shifted", "question_attention": "causal"}
+ONE_STREAM = "shifted, blocks of one token after a bidirectional question"
 MODELS = ALL | {
     "shifted": SHIFTED,
     "shifted, in place of the question": {"prediction": "shifted"},
     "shifted, blocks of one token": SHIFTED | {"block_size": 1},
+    ONE_STREAM: {"prediction": "shifted", "block_size": 1},
     "shifted, flat": SHIFTED | {"algorithm": "bd3lm"},
     "causal question": {"question_attention": "causal"},
     "blocks of one token": {"block_size": 1},
@@ -125,7 +127,7 @@ def test_an_example_has_no_gradient_from_another_one_of_its_row(name):
         assert changed[first : first + 8].any()
 
 
-@pytest.mark.parametrize("name", ["hier", "mdlm", "ar", "shifted"])
+@pytest.mark.parametrize("name", ["hier", "mdlm", "ar", "shifted", ONE_STREAM])
 def test_the_lengths_of_a_pass_are_those_of_the_tokens_in_it(name):
     model, batch, packed = make_packed(torch.zeros(6, dtype=torch.long), **MODELS[name])
     shapes, objective = pass_shapes(model), make_objective(model.config)
