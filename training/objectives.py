@@ -104,7 +104,7 @@ class BlockDiffusion:
         copies = 1 if masked.ndim == 2 else masked.shape[1]
         masked, x0 = masked.flatten(0, -2), batch["input_ids"].repeat_interleave(copies, dim=0)
         layout = {name: ids.repeat_interleave(copies, dim=0) for name, ids in layout.items()}
-        # All are clean if nothing reads a noisy token, else the question alone: a block attends to earlier noisy blocks.
+        # All are clean if nothing reads a noisy token, else only the question: blocks attend to earlier noisy ones.
         tokens = x0 if self.order.predicts_from_clean else x0.masked_fill(masked, self.config.mask_token_id)
         if self.order.is_shifted:
             masked, x0 = before(masked), before(x0)
