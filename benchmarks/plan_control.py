@@ -4,7 +4,7 @@
 commands in its own folder: train.py with the recipe `quickstart`, the likelihood, and the analysis of plan dependence.
 All runs take the same number of steps, with as many unchanged examples in a step: changed ones come on top of them. An
 interrupted measurement resumes after the last finished command, within training from the last checkpoint. Writes
-results/plan_control_models.json and .md, with the suffix `--page`.
+results/plan_control_models.json and .md, with the suffix `--page`, and docs/plan_control.png without one.
 """
 
 import json
@@ -19,13 +19,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from hierbd3lm.data.arguments import check_at_least
 from hierbd3lm.data.synthetic.plan_swaps import UNSEEN_KINDS
 
 from .measure import as_flags, bar, format_table, make_parser, write_results
 
 ROOT = Path(__file__).parents[1]
-OUTPUTS = ROOT / "outputs" / "plan_control"
+OUTPUTS, FIGURE = ROOT / "outputs" / "plan_control", ROOT / "docs" / "plan_control.png"
 RECIPE = "configs/quickstart.yaml"
 BATCH_SIZE = 24  # of the recipe: unchanged examples in a step
 
@@ -177,17 +179,45 @@ def format_models(results: Results) -> str:
     return "\n".join(lines)
 
 
+def rates_of_kinds(results: Results) -> dict[str, dict[str, float]]:
+    """Return for each model the rate of executions that follow, by kind of change: means over the seeds."""
+    rates: dict[str, dict[str, list[float]]] = {}
+    for run, row in results.items():
+        of_model = rates.setdefault(run.name, {})
+        for kind, found in row["kinds"].items():
+            of_model.setdefault(kind, []).append(found["swap_follows_step"])
+    return {
+        name: {kind: statistics.mean(of_kind[kind]) for kind in sorted(of_kind)} for name, of_kind in rates.items()
+    }
+
+
 def format_kinds(results: Results) -> str:
-    """Format a Markdown table of the rate of executions that follow, by kind of change: means over the seeds."""
-    of_run = [(run.name, row["kinds"]) for run, row in results.items()]
-    kinds = sorted({kind for _, rates in of_run for kind in rates})
+    """Format a Markdown table of [`rates_of_kinds`]."""
+    rates = rates_of_kinds(results)
+    kinds = sorted({kind for of_kind in rates.values() for kind in of_kind})
     lines = [f"| follows | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
-    for name in dict.fromkeys(name for name, _ in of_run):
-        rates = [of_kind for other, of_kind in of_run if other == name]
-        values = [[one[kind]["swap_follows_step"] for one in rates if kind in one] for kind in kinds]
-        cells = [f"{statistics.mean(value):.3g}" if value else "" for value in values]
+    for name, of_kind in rates.items():
+        cells = [f"{of_kind[kind]:.3g}" if kind in of_kind else "" for kind in kinds]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def draw_kinds(results: Results, path: Path) -> None:
+    """Draw [`rates_of_kinds`] as bars, the kinds in the order of the first model."""
+    rates = rates_of_kinds(results)
+    first = next(iter(rates.values()))
+    kinds = sorted(first, key=lambda kind: first[kind])
+    figure = Figure(figsize=(8, 1 + 0.18 * len(rates) * len(kinds)), layout="constrained")
+    axes, height = figure.subplots(), 0.8 / len(rates)
+    for number, (name, of_kind) in enumerate(rates.items()):
+        places = [place - number * height for place, kind in enumerate(kinds) if kind in of_kind]
+        axes.barh(places, [100 * of_kind[kind] for kind in kinds if kind in of_kind], height, label=name)
+    labels = [f"{kind} (not trained on)" if kind in UNSEEN_KINDS else kind for kind in kinds]
+    axes.set_yticks([place - (len(rates) - 1) * height / 2 for place in range(len(kinds))], labels)
+    axes.set(xlabel="executions that follow the changed plan, %", xlim=(0, 100))
+    figure.suptitle("Changed plans, by kind of change (benchmarks/plan_control.py)", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=len(rates), frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -219,6 +249,8 @@ def main() -> None:
         part = "_".join(filter(None, ("models", args.page)))
         text = f"{format_models(results)}\n\n{format_kinds(results)}\n\n{format_table(bars)}"
         write_results("plan_control", part, bars, {"arguments": vars(args), "runs": details}, text)
+    if not args.page:
+        draw_kinds(results, FIGURE)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_a_measurement_resumes_after_its_last_file(tmp_path, monkeypatch):
     assert run.finish({}) == row and calls[3:] == ["likelihood.json"]
 
 
-def test_bars_compare_with_the_model_without_changed_plans():
+def test_bars_compare_with_the_model_without_changed_plans(tmp_path):
     def row(**values):
         kinds = {"number": {"swap_n": 3, "swap_follows_step": values.get("follows", 0.5)}}
         return dict.fromkeys(plan_control.COLUMNS, 0.5) | {"kinds": kinds} | values
@@ -89,6 +89,8 @@ def test_bars_compare_with_the_model_without_changed_plans():
     assert table[2].startswith("| hier | 2 | 0.95 |") and len(table) == 4
     kinds = plan_control.format_kinds(results).split("\n")
     assert kinds[0] == "| follows | number |" and kinds[2:] == ["| hier | 0.95 |", f"| {plan_control.WITHOUT} | 0.5 |"]
+    plan_control.draw_kinds(results, tmp_path / "kinds.png")
+    assert (tmp_path / "kinds.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
