@@ -234,7 +234,7 @@ class HierBD3LMForBlockDiffusion(PreTrainedModel, HierBD3LMGenerationMixin):
                 layout = self._clean_layout(
                     input_ids, attention_mask, segment_ids, block_ids, position_ids, example_ids
                 )
-            if row_ids is not None or (kept is not None and not self.order.is_causal):  # rows without gaps
+            if row_ids is not None:
                 rows = PackedRows.of(layout.block_ids != PADDING, row_ids)
                 kept = rows.places.flatten()[kept]
                 input_ids, layout = rows.pack(input_ids, self.config.pad_token_id), rows.pack_layout(layout)
