@@ -46,6 +46,7 @@ def test_dtype_of_loading_is_that_of_every_weight_and_of_what_is_saved(model, tm
     assert HierBD3LMForBlockDiffusion.from_pretrained(tmp_path / "b").dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_attention_implementations_agree(backbone):
     model = model_with(backbone, attn_implementation="eager")

@@ -181,6 +181,7 @@ def test_clip_interval_bounds_the_share_of_masked_tokens_of_its_segment_only():
     assert set(counts[:, :, 2:].unique().tolist()) == set(range(1, 11))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradient_is_unbiased_under_clipping_at_zero_and_one(estimator):
     # The cost of a masked token is a parameter times the number of masks: its exact gradient is enumerable.

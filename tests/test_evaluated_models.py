@@ -137,6 +137,7 @@ def test_a_command_that_does_not_share_its_work_refuses_several_processes(argume
     arguments(model="a", **others)
 
 
+@pytest.mark.slow
 def test_a_model_is_evaluated_in_the_precision_that_is_asked_for(checkpoint, tmp_path):
     settings = {"model": checkpoint, "output": str(tmp_path / "ppl.json"), "exact": True, **SETTINGS}
     saved, single, half = (

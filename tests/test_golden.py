@@ -20,6 +20,7 @@ def test_every_case_is_recorded():
     assert list(VALUES) == list(CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_value_is_the_recorded_one(case):
     assert_equal(CASES[case](), VALUES[case])

@@ -330,6 +330,7 @@ def test_completions_without_an_advantage_are_left_out_and_change_no_gradient(tm
     torch.testing.assert_close(kept, whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_blocks_are_trained_along_their_trajectories(tmp_path):
     settings = {"log_probs": "trajectory", "beta": 0.1, "num_iterations": 2}
     trainer = make_trainer(tmp_path, max_steps=4, **settings)

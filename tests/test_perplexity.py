@@ -67,6 +67,7 @@ def test_every_algorithm_is_measured_over_the_same_tokens(name, tmp_path, monkey
     assert "1 over-long examples dropped" in printed
 
 
+@pytest.mark.slow
 def test_noise_draws_agree_with_the_enumeration_within_their_error(tmp_path, monkeypatch):
     model, dataset = make_checkpoint(tmp_path)
     exact = run(tmp_path, monkeypatch, "--exact", "true")

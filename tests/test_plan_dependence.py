@@ -220,6 +220,7 @@ def test_without_a_right_answer_there_is_no_sensitivity(args, write):
     assert "| the execution gives the original answer |  |" in format_tables(result)
 
 
+@pytest.mark.slow
 def test_every_problem_is_executed_under_the_plans_that_the_sources_name(args, write, rows):
     writer = write(follow)
     run_args = args()
@@ -242,6 +243,7 @@ def test_every_problem_is_executed_under_the_plans_that_the_sources_name(args, w
     assert dict(changes) == changed and len(changes) == len(changed)
 
 
+@pytest.mark.slow
 def test_changed_plans_stay_in_the_range_of_the_runs_own_data(args, write):
     write(follow)
     run_args = args()
@@ -308,6 +310,7 @@ def test_every_algorithm_and_ablation_is_analysed(name, make_checkpoint, args):
     assert ("oracle_execution_nll_stderr" in result) is (name != "ar")
 
 
+@pytest.mark.slow
 def test_command_writes_json_table_and_figure(args, monkeypatch, capsys):
     run_args = args(limit=6)
     names = ("model", "output_dir", "limit", "batch_size", "num_draws", "device")
@@ -383,6 +386,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(args, monkeypatch, tmp_pa
     assert not calls
 
 
+@pytest.mark.slow
 def test_another_run_is_not_mixed_in(args):
     analyse_checkpoint(args(limit=4))
     with pytest.raises(ValueError, match="seed: 0 stored, 1 now"):

@@ -146,6 +146,7 @@ def test_a_push_is_one_commit_and_failures_of_the_server_are_tried_again(hub, fo
     assert len(sent) == len(set(sent)) == 2  # weights and picture, each once
 
 
+@pytest.mark.slow
 def test_a_push_that_goes_on_failing_raises_and_leaves_the_repository_as_it_was(hub, folder):
     push(folder, "me/tiny")
     before = hub.files("me/tiny")
@@ -298,6 +299,7 @@ def test_a_push_in_the_background_that_fails_is_logged_and_the_last_one_holds_ev
     assert hub.files("me/mine").keys() == MODEL | TOKENIZER | {"mask.png"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_the_run_deletes_meanwhile_is_pushed_whole(hub, tmp_path, monkeypatch):
     trainer = run_of(tmp_path, "every_save", save_total_limit=1)
     wait = trainer._finish_current_push

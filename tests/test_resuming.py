@@ -138,6 +138,7 @@ def final_state(trainer):
     return state | {"num_updates": torch.tensor(trainer.ema.num_updates)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["group_by_length", "random"])
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, draws, sampling):
     whole = make_trainer(tmp_path, make_dropout_model(), train_sampling_strategy=sampling, **RUN)
@@ -171,6 +172,7 @@ def test_a_resumed_run_with_muon_equals_an_uninterrupted_one(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_runs_are_bit_equal_only_with_the_same_seed(tmp_path):
     def run(seed):
         trainer = make_trainer(tmp_path, make_dropout_model(), seed=seed, **(RUN | {"save_strategy": "no"}))

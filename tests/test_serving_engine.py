@@ -126,6 +126,7 @@ def test_jobs_are_queued_all_or_none():
     assert [job.is_done for job in jobs] == [False, True, True, True]
 
 
+@pytest.mark.slow
 def test_random_jobs_that_come_go_and_fail_all_end_once():
     """Ten rounds of jobs with random settings; some are cancelled, some batches fail."""
     model, tokenizer = make_model("hier")

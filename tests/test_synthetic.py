@@ -434,6 +434,7 @@ def test_few_problems_come_back_in_other_words_and_then_there_are_no_more(monkey
     assert set(skeletons[:first_repeat]) == set(skeletons), "each problem is told once before any is told again"
 
 
+@pytest.mark.slow
 def test_drawing_many_problems_takes_no_more_draws_for_each(monkeypatch):
     config = SyntheticConfig(max_depth=2, num_distractors=(0, 0), max_value=12, num_names=8, num_things=2)
     num_draws = 0

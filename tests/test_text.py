@@ -96,6 +96,7 @@ def test_a_stream_has_the_rows_of_a_dataset(tokenizer, config, wrap):
     assert list(chain(*texts_of_rows(rows, config))) == list(chain(*expected))
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_the_rows(tokenizer, config):
     documents = as_dataset(many_documents(DOCUMENTS_PER_BATCH + 203))
     one, two = (prepare_text(documents, tokenizer, config, num_proc=number)[0] for number in (1, 2))
@@ -220,6 +221,7 @@ def log_probabilities_of_next(model, tokens):
     return logits.log_softmax(-1)
 
 
+@pytest.mark.slow
 def test_without_a_plan_hier_is_bd3lm_and_one_block_is_mdlm(tokenizer):
     torch.manual_seed(0)
     base = HierBD3LMForBlockDiffusion(make_config_for(tokenizer, **NO_SEGMENTS))

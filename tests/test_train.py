@@ -138,6 +138,7 @@ def test_a_run_leaves_a_checkpoint_that_says_what_it_was_trained_on(tmp_path, mo
     assert (out / "modeling_hierbd3lm.py").is_file()
 
 
+@pytest.mark.slow
 def test_a_new_run_does_not_mix_with_an_old_one_and_last_resumes_it(tmp_path, monkeypatch):
     whole = write_config(tmp_path, output_dir=str(tmp_path / "whole"))
     run(monkeypatch, whole)

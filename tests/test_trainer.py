@@ -118,6 +118,7 @@ def test_only_masked_positions_reach_the_head(tmp_path, draws):
     assert rows == [int(record.draw.masked.sum()) for record in draws]
 
 
+@pytest.mark.slow
 def test_gradient_of_accumulated_micro_batches_is_that_of_one_large_batch(tmp_path):
     def step(**sizes):
         model = seeded_model(block_size=1)  # every draw masks all tokens, with weight 1

@@ -254,6 +254,7 @@ def test_run_that_is_killed_at_any_write_goes_on_without_loss_or_duplicate(argum
     assert run_and_die(arguments(output_dir=str(tmp_path / "late"), **few), num_writes + 1) == 0
 
 
+@pytest.mark.slow
 def test_run_that_is_killed_again_and_again_ends(arguments, server, tmp_path):
     write_plans(arguments(output_dir=str(tmp_path / "whole")))
     server.bodies.clear()
