@@ -217,6 +217,7 @@ def test_evaluation_at_the_start_of_a_resumed_run_has_the_block_size_of_the_chec
     assert losses_of(resumed, "eval_nll") == [first, first, second]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_block_size_is_not_resumed_from(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     make_trainer(tmp_path, **settings).train()

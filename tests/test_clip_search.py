@@ -212,6 +212,7 @@ def test_every_evaluation_in_training_selects_the_intervals_of_the_next_steps(tm
     assert trainer.clip_search.chosen["plan"] == [last["plan_clip_low"], last["plan_clip_high"]]
 
 
+@pytest.mark.slow
 def test_the_reported_likelihood_is_not_changed_by_a_search(tmp_path, clips):
     settings = {"learning_rate": 0.0}
     searching = make_trainer(tmp_path / "a", **settings)
@@ -272,6 +273,7 @@ def test_a_search_without_noise_is_refused(tmp_path):
         make_trainer(tmp_path, make_model(**ALGORITHMS["ar"]))
 
 
+@pytest.mark.slow
 def test_a_search_uses_the_first_of_several_datasets(tmp_path):
     whole, several = make_trainer(tmp_path / "a", max_steps=2), make_trainer(tmp_path / "b", max_steps=2)
     several.eval_dataset = {"one": several.eval_dataset, "two": several.eval_dataset.select(range(2))}

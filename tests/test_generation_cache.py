@@ -44,6 +44,7 @@ def test_a_pass_leaves_no_trace_in_finished_blocks(sampler):
     assert len(storages) <= 2  # moved once at most
 
 
+@pytest.mark.slow
 def test_memory_grows_with_what_is_used():
     """64 rows of up to 8,000 tokens whose answers are short take the memory of short answers."""
     limits = {"question_len": 256, "plan_len": 4000, "execution_len": 4000}

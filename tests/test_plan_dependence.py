@@ -154,6 +154,7 @@ def without_time(value):
 # What is measured
 
 
+@pytest.mark.slow
 def test_a_model_that_follows_plans_has_sensitivity_one(args, write):
     write(follow)
     result = analyse_checkpoint(args())
@@ -171,6 +172,7 @@ def test_a_model_that_follows_plans_has_sensitivity_one(args, write):
     assert sum(kind["swap_n"] for kind in result["swap_kinds"].values()) == n
 
 
+@pytest.mark.slow
 def test_a_model_that_ignores_plans_has_sensitivity_zero(args, write):
     write(ignore)
     result = analyse_checkpoint(args())
@@ -191,6 +193,7 @@ def test_a_model_that_copies_the_changed_step_and_answers_as_before_is_told_apar
     assert (result["changed_step_agreement"], result["changed_agreement"], result["changed_exact_match"]) == (1, 0, 0)
 
 
+@pytest.mark.slow
 def test_sensitivity_is_of_the_problems_that_are_right_under_the_reference_plan(args, write, rows):
     """A third of the problems is followed, a third is ignored, and a third is never right."""
     place = {row["question"]: number for number, row in enumerate(rows)}
@@ -211,6 +214,7 @@ def test_sensitivity_is_of_the_problems_that_are_right_under_the_reference_plan(
     assert result["changed_n"] == len(swaps)
 
 
+@pytest.mark.slow
 def test_without_a_right_answer_there_is_no_sensitivity(args, write):
     write(lambda row, plan: "Mia")
     result = analyse_checkpoint(args())

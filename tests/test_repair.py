@@ -92,6 +92,7 @@ def test_steps_that_cannot_be_replaced_are_refused(step, new_step, message, toke
         replace_step(tokenizer("Mia = Tom + 3")["input_ids"], step, new_step, tokenizer)
 
 
+@pytest.mark.slow
 def test_the_execution_is_denoised_from_the_changed_step_on(tokenizer, rows, model):
     rows = [row for row in rows if len(row["plan_steps"]) > 1][:4]
     inputs, output = answers(rows, tokenizer)

@@ -88,6 +88,7 @@ def test_trained_weights_are_restored_when_an_evaluation_fails(tmp_path):
     assert_bit_equal(weights_of(trainer.model), trained)
 
 
+@pytest.mark.slow
 def test_a_new_run_starts_a_new_average(tmp_path):
     trainer = make_trainer(tmp_path, ema_decay=0.5, max_steps=1)
     trainer.train()

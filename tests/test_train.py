@@ -107,6 +107,7 @@ def test_a_recipe_trains_any_algorithm(setting, tmp_path, monkeypatch):
     assert config.plan_block_size == {"sedd": 80, "ar": 1, "true": 32}[setting[1]]
 
 
+@pytest.mark.slow
 def test_the_block_size_grows_in_one_command(tmp_path, monkeypatch):
     schedule = {"block_size": None, "block_size_schedule": {0: 1, 0.5: 8}}
     run(monkeypatch, write_config(tmp_path, **schedule))
@@ -151,6 +152,7 @@ def test_a_new_run_does_not_mix_with_an_old_one_and_last_resumes_it(tmp_path, mo
     assert state["global_step"] == 4
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch):
     run(monkeypatch, write_config(tmp_path, output_dir=str(tmp_path / "whole")))
     expected = load_file(tmp_path / "whole" / "model.safetensors")
@@ -171,6 +173,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_pa
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_an_autoregressive_checkpoint_is_converted_and_trained_further(tmp_path, monkeypatch):
     tokenizer = make_tokenizer()
     backbone = Qwen3Config(vocab_size=len(tokenizer), **TINY["backbone"])
@@ -285,6 +288,7 @@ def test_the_model_is_saved_before_the_evaluation_after_training(tmp_path, monke
     assert (out / "train_results.json").read_text() == train_results
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_trains_no_further_step(tmp_path, monkeypatch):
     config = write_config(tmp_path, num_train_examples=40)  # ten steps an epoch: the run ends inside one
     run(monkeypatch, config)
