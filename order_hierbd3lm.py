@@ -114,15 +114,19 @@ class BlockOrder:
         return self.is_chain and self.predicts_from_clean and self.has_causal_question
 
     @property
+    def is_token_by_token(self) -> bool:
+        """True if every token is a block with a noise level of its own."""
+        return not self.is_joint and not self.is_aligned and all(part.block_size == 1 for part in self.parts)
+
+    @property
     def predicts_from_clean(self) -> bool:
         """True if every token is predicted at the clean token before it: each is the first of its block."""
-        is_token_by_token = not self.is_aligned and all(part.block_size == 1 for part in self.parts)
-        return self.is_shifted and is_token_by_token and not self.is_joint
+        return self.is_shifted and self.is_token_by_token
 
     @property
     def has_noisy_stream(self) -> bool:
         """True if a training pass holds clean and noisy tokens; else it has one stream."""
-        return not self.is_causal and not self.is_joint and not self.predicts_from_clean
+        return not (self.is_autoregressive or self.is_joint or self.predicts_from_clean)
 
     @property
     def segments(self) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from hierbd3lm.modeling_hierbd3lm import HierBD3LMForBlockDiffusion
 from hierbd3lm.training.block_growth import resize_blocks
 from hierbd3lm.training.lora import load_tokenizer
 
-from .measure import as_flags, bar, make_parser, write_results
+from .measure import as_flags, bar, is_trained, make_parser, write_results
 
 KINDS = {
     "shifted": {"prediction": "shifted", "question_attention": "causal"},
@@ -57,7 +57,7 @@ SETTINGS = {
 
 def train_converted(checkpoint: str, kind: str, folder: Path) -> None:
     """Convert and train the checkpoint with the package's own command."""
-    if not (folder / "trainer_state.json").is_file():
+    if not is_trained(folder):
         settings = {"init_from": checkpoint, "output_dir": folder} | SETTINGS | LENGTHS | KINDS[kind]
         train.main(as_flags(settings))
 

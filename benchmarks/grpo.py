@@ -26,7 +26,7 @@ from hierbd3lm.data.arguments import DataArguments, check_at_least
 from hierbd3lm.rl import command
 from hierbd3lm.rl.settings import CREDITS, SEGMENT, SEQUENCE
 
-from .measure import as_flags, bar, format_table, make_parser, trained_folder, write_results
+from .measure import as_flags, bar, format_table, is_trained, make_parser, trained_folder, write_results
 
 RECIPE = "problems"
 LEAST_GAIN = 0.1
@@ -54,14 +54,9 @@ class TimeLimit(TrainerCallback):
             control.should_training_stop = True
 
 
-def is_finished(folder: Path) -> bool:
-    """Return whether a folder holds a finished run."""
-    return (folder / "trainer_state.json").is_file()
-
-
 def train(checkpoint: Path, folder: Path, credit: str, seed: int, minutes: float) -> None:
     """Train for some minutes unless the folder holds the finished run."""
-    if is_finished(folder):
+    if is_trained(folder):
         return
     settings = {"init_from": checkpoint, "output_dir": folder, "credit": credit, "seed": seed}
     settings |= {"save_strategy": "no", "disable_tqdm": True}
@@ -175,7 +170,7 @@ def main() -> None:
     for seed in args.seeds:
         for credit in args.credits:
             folder = args.output_dir / f"{credit}_{seed}"
-            if args.finished_only and not is_finished(folder):
+            if args.finished_only and not is_trained(folder):
                 continue
             train(checkpoint, folder, credit, seed, args.minutes)
             after = evaluate(folder, folder / "answers", args.num_problems)

@@ -68,6 +68,11 @@ def _memory(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
+def is_trained(folder: Path) -> bool:
+    """Return whether a run of training is finished: the folder holds the last file that one writes."""
+    return (folder / "trainer_state.json").is_file()
+
+
 def as_flags(settings: dict[str, Any]) -> list[str]:
     """Convert settings to command-line arguments; a list becomes several arguments after its name."""
     words = []

@@ -34,7 +34,7 @@ from hierbd3lm.evaluation.checkpoints import load_model
 from hierbd3lm.evaluation.likelihood import measure_likelihood
 from hierbd3lm.evaluation.scoring import summarize
 
-from .measure import RESULTS, as_flags, describe_machine, make_parser
+from .measure import RESULTS, as_flags, describe_machine, is_trained, make_parser
 from .speed import answer_in_turns
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +81,7 @@ def training_command(order: str, folder: Path, max_steps: int, most_steps: int, 
 
 def train(order: str, folder: Path, *settings: int) -> None:
     """Train a model, unless it is there."""
-    if (folder / "train_results.json").is_file():
+    if is_trained(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a") as log:

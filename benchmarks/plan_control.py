@@ -186,9 +186,7 @@ def rates_of_kinds(results: Results) -> dict[str, dict[str, float]]:
         of_model = rates.setdefault(run.name, {})
         for kind, found in row["kinds"].items():
             of_model.setdefault(kind, []).append(found["swap_follows_step"])
-    return {
-        name: {kind: statistics.mean(of_kind[kind]) for kind in sorted(of_kind)} for name, of_kind in rates.items()
-    }
+    return {name: {kind: statistics.mean(found) for kind, found in kinds.items()} for name, kinds in rates.items()}
 
 
 def format_kinds(results: Results) -> str:

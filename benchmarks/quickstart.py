@@ -17,7 +17,7 @@ from hierbd3lm.data.splits import load_split
 from hierbd3lm.evaluation.checkpoints import load_model
 from hierbd3lm.evaluation.scoring import summarize
 
-from .measure import Measured, as_flags, bar, measure_parts
+from .measure import Measured, as_flags, bar, is_trained, measure_parts
 from .sampler import BATCH_SIZE, NUM_VALIDATION, try_settings
 from .speed import answer, answer_in_turns
 
@@ -43,7 +43,7 @@ COMMANDS = {  # training commands
 
 def train_missing(folders: Iterable[str]) -> None:
     for folder in folders:
-        if not (ROOT / folder / "trainer_state.json").is_file():  # the last file that training writes
+        if not is_trained(ROOT / folder):
             subprocess.run(COMMANDS[folder], cwd=ROOT, check=True)
 
 

@@ -32,9 +32,7 @@ class BlockDiffusion:
     @property
     def has_noise(self) -> bool:
         """True if two calls of `token_nelbo` differ. A block of one token is always masked, with a weight of 1."""
-        order = self.order
-        is_blockwise = not order.is_joint and not order.is_aligned
-        return self.estimator != "stratified" or not is_blockwise or any(part.block_size > 1 for part in order.parts)
+        return self.estimator != "stratified" or not self.order.is_token_by_token
 
     def token_nelbo(
         self,
